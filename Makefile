@@ -1,0 +1,35 @@
+# Each target sets up all it needs: a virtual environment with pinned packages. Needs Python >= 3.10, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin
+SETUP := setup.py pyproject.toml constraints.txt
+
+.PHONY: help train test lint bench clean
+
+help:
+	@echo "make train  train a small sentence encoder on this machine's own documentation, about two minutes"
+	@echo "make test   lint, type check and run the tests"
+	@echo "make bench  speed and memory of the loss against its rivals on this machine"
+
+train: $(VENV)/.ready-train
+	$(RUN)/clusterns train --output-dir runs/demo --overwrite-output-dir
+
+test: $(VENV)/.ready-test lint
+	$(RUN)/python -m pytest
+
+lint: $(VENV)/.ready-test
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+bench: $(VENV)/.ready-test
+	$(RUN)/python -m pytest bench --benchmark-only -s
+
+$(VENV)/.ready-%: $(SETUP)
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "clusterns needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; set PYTHON=...")'
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

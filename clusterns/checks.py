@@ -1,0 +1,109 @@
+"""Argument checks shared by every backend, so that bad input meets the same words everywhere.
+
+Each raises `ValueError` or `TypeError` with one line: the argument, what was expected, what came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_embeddings(name: str, value: Tensor) -> None:
+    """Require a (rows ≥ 1, dim ≥ 1) tensor of float16, bfloat16, float32 or float64."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape (rows, dim), got {type(value).__name__}")
+    if value.ndim != 2:
+        raise ValueError(f"{name}: expected 2 dimensions (rows, dim), got shape {tuple(value.shape)}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}")
+    if value.shape[0] < 1 or value.shape[1] < 1:
+        raise ValueError(f"{name}: expected at least one row and one column, got shape {tuple(value.shape)}")
+
+
+def check_like(name: str, value: Tensor, other_name: str, other: Tensor, *, same_rows: bool = False) -> None:
+    """Require embeddings of the width and device (and with `same_rows` the length) of `other`."""
+    check_embeddings(name, value)
+    expected = (other.shape[0] if same_rows else value.shape[0], other.shape[1])
+    if tuple(value.shape) != expected:
+        wanted = str(expected) if same_rows else f"(rows, {other.shape[1]})"
+        raise ValueError(f"{name}: expected shape {wanted} to match {other_name}, got {tuple(value.shape)}")
+    check_device(name, value, other_name, other)
+
+
+def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Require both tensors on one device."""
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} to match {other_name}, got {value.device}")
+
+
+def check_ids(name: str, value: Tensor, rows: int, other_name: str, other: Tensor) -> None:
+    """Require an integer vector with one entry per row of `other`, on its device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected an integer tensor of shape ({rows},), got {type(value).__name__}")
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected int64 or int32, got {value.dtype}")
+    if tuple(value.shape) != (rows,):
+        raise ValueError(f"{name}: expected shape ({rows},), got {tuple(value.shape)}")
+    check_device(name, value, other_name, other)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Require one of a few words."""
+    if value not in choices:
+        words = ", ".join(repr(word) for word in choices)
+        raise ValueError(f"{name}: expected one of {words}, got {value!r}")
+
+
+def check_number(
+    name: str,
+    value: float,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    """Require a finite real number within the given bounds."""
+    bounds = [
+        f"{word} {bound:g}"
+        for word, bound in (("above", above), ("at least", at_least), ("at most", at_most))
+        if bound is not None
+    ]
+    wanted = " ".join(["a finite number", " and ".join(bounds)]).strip()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__} {value!r}")
+    inside = (
+        math.isfinite(value)
+        and (above is None or value > above)
+        and (at_least is None or value >= at_least)
+        and (at_most is None or value <= at_most)
+    )
+    if not inside:
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+
+
+def check_count(name: str, value: int, *, at_least: int) -> None:
+    """Require an integer of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name}: expected at least {at_least}, got {value}")
+
+
+def check_temperature(temperature: float | Tensor) -> None:
+    """Require τ > 0: a number, or a 0-dim floating tensor, whose value is read on the CPU only (no sync)."""
+    if isinstance(temperature, Tensor):
+        if temperature.ndim != 0 or temperature.dtype not in FLOATING:
+            raise ValueError(
+                "temperature: expected a number or a 0-dim floating tensor, "
+                f"got shape {tuple(temperature.shape)} of {temperature.dtype}"
+            )
+        if temperature.device.type == "cpu":
+            check_number("temperature", float(temperature.detach()), above=0)
+        return
+    check_number("temperature", temperature, above=0)

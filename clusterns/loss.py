@@ -1,0 +1,195 @@
+"""`ClusterNSLoss`: the whole objective as a module to drop into a training loop."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from .centroids import OnlineKMeans
+from .checks import check_choice, check_embeddings, check_like, check_number, check_temperature
+from .distributed import gather_rows, seed_together
+from .functional import FALSE_NEGATIVES, choose_backend, objective
+
+
+class ClusterNSLoss(OnlineKMeans):
+    """Clustering-aware InfoNCE (Deng et al., Findings of ACL 2023).
+
+    Until the first step on which the mean cosine over all pairs of the batch is at most `start_cosine`, the
+    loss is plain InfoNCE; on that step the centroids are seeded from the batch, and from the next step on
+    they move with every batch, give every sentence its runner-up centroid as hard negative, and mark
+    sentences of one cluster as false negatives of each other.
+
+    In `eval()` mode the clustering state is used but not changed. After clustering has started a step does
+    not wait for the device.
+
+    Args:
+        embedding_dim: D.
+        num_clusters: K; 0 (with `hard_negatives=False`) is plain InfoNCE, that is SimCSE.
+        temperature: τ > 0: a number, or an `nn.Parameter` to learn it.
+        start_cosine: σ.
+        centroid_momentum: γ, see `OnlineKMeans`; the published values (1e-3 … 1e-4) belong to "sum".
+        centroid_update: "sum", "mean", "replace" or "adamw", see `OnlineKMeans`.
+        hard_negatives: use the runner-up centroids as hard negatives (needs K ≥ 2).
+        hard_negative_weight: w, added to the logit of a sentence's own hard negative.
+        false_negatives: "bml" (margin loss), "exclude" (out of the denominator) or "keep".
+        bml_weight, bml_alpha, bml_beta: λ, α, β of the margin loss.
+        backend: "auto", "torch" or "reference".
+        process_group: ranks of `torch.distributed` that share one batch. The loss is then that of the
+            concatenated batch, and the gradient is such that DistributedDataParallel, which averages over
+            the ranks, gives that of a single process.
+
+    Attributes:
+        centroids, initialized: buffers, see `OnlineKMeans`.
+        last: detached terms of the last call, 0-d tensors on the device: `loss`, `info_nce`, `bml`,
+            `mean_cosine` (all B² pairs), `positive_cosine`; with clustering active also `nearest_cosine`,
+            `hard_negative_cosine` and `with_mates` (share of sentences that have a cluster-mate).
+
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_clusters: int = 128,
+        *,
+        temperature: float | Tensor = 0.05,
+        start_cosine: float = 0.4,
+        centroid_momentum: float = 1e-3,
+        centroid_update: str = "sum",
+        hard_negatives: bool = True,
+        hard_negative_weight: float = 0.0,
+        false_negatives: str = "bml",
+        bml_weight: float = 1e-4,
+        bml_alpha: float = 0.2,
+        bml_beta: float = 0.5,
+        backend: str = "auto",
+        process_group: torch.distributed.ProcessGroup | None = None,
+    ):
+        super().__init__(
+            embedding_dim,
+            num_clusters,
+            centroid_momentum=centroid_momentum,
+            centroid_update=centroid_update,
+        )
+        check_temperature(temperature)
+        check_number("start_cosine", start_cosine)
+        check_number("hard_negative_weight", hard_negative_weight)
+        check_choice("false_negatives", false_negatives, FALSE_NEGATIVES)
+        check_number("bml_weight", bml_weight, at_least=0)
+        check_number("bml_alpha", bml_alpha)
+        check_number("bml_beta", bml_beta)
+        choose_backend(backend)
+        if hard_negatives and num_clusters < 2:
+            raise ValueError(
+                "num_clusters: expected at least 2 with hard_negatives=True (a runner-up centroid), "
+                f"got {num_clusters}"
+            )
+        if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
+            self.register_buffer("temperature", temperature)
+        else:
+            self.temperature = temperature
+        self.start_cosine = start_cosine
+        self.hard_negatives = hard_negatives
+        self.hard_negative_weight = hard_negative_weight
+        self.false_negatives = false_negatives
+        self.bml_weight = bml_weight
+        self.bml_alpha = bml_alpha
+        self.bml_beta = bml_beta
+        self.backend = backend
+        self.process_group = process_group
+        self.last: dict[str, Tensor] = {}
+        self._warned_small_batch = False
+
+    def forward(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
+        """Loss of one batch, 0-d float32 (float64 for float64 embeddings); see the class.
+
+        Args:
+            anchors: (B, D) embeddings of the first views, raw.
+            positives: (B, D) embeddings of the second views.
+            negatives: (N, D) mined hard negatives of the user, seen by every anchor beside the centroids.
+
+        Raises:
+            TypeError, ValueError: one line that names the argument, what was expected and what came.
+
+        """
+        self._check(anchors, positives, negatives)
+        if self.process_group is not None:
+            anchors, positives, negatives = gather_rows([anchors, positives, negatives], self.process_group)
+        clustered = self.clustering_active
+        clusters: dict = {}
+        cosines: dict[str, Tensor] = {}
+        if clustered:
+            assigned, centroid_cosines = self.assign(anchors, update=self.training)
+            clusters["cluster_ids"] = assigned.nearest
+            cosines["nearest_cosine"] = assigned.nearest_cosine.mean()
+            cosines["with_mates"] = self._share_with_mates(assigned.nearest)
+            if self.hard_negatives:
+                clusters.update(centroids=self.centroids, hard_negative_ids=assigned.runner_up)
+                clusters.update(centroid_cosines=centroid_cosines)
+                cosines["hard_negative_cosine"] = assigned.runner_up_cosine.mean()
+        terms = objective(
+            anchors,
+            positives,
+            temperature=self.temperature,
+            negatives=negatives,
+            hard_negative_weight=self.hard_negative_weight,
+            false_negatives=self.false_negatives,
+            bml_weight=self.bml_weight,
+            bml_alpha=self.bml_alpha,
+            bml_beta=self.bml_beta,
+            backend=self.backend,
+            **clusters,
+        )
+        if self.training and self.num_clusters and not clustered:
+            self._maybe_seed(anchors, positives, terms.mean_cosine)
+        self.last = {name: term.detach() for name, term in terms._asdict().items()} | cosines
+        return terms.loss
+
+    def _check(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None) -> None:
+        check_embeddings("anchors", anchors)
+        check_like("positives", positives, "anchors", anchors, same_rows=True)
+        if negatives is not None:
+            check_like("negatives", negatives, "anchors", anchors)
+        if anchors.shape[1] != self.embedding_dim:
+            raise ValueError(
+                f"anchors: expected embedding_dim {self.embedding_dim}, got shape {tuple(anchors.shape)}"
+            )
+        if self.num_clusters and anchors.device != self.centroids.device:
+            raise ValueError(
+                f"anchors: expected the device of the loss, {self.centroids.device}, got {anchors.device}; "
+                "move the loss with .to(device)"
+            )
+
+    def _maybe_seed(self, anchors: Tensor, positives: Tensor, mean_cosine: Tensor) -> None:
+        """Start rule. The only place that waits for the device, and only until clustering has started."""
+        if not bool(mean_cosine <= self.start_cosine):
+            return
+        if len(anchors) < self.num_clusters:
+            if not self._warned_small_batch:
+                warnings.warn(
+                    f"clustering waits: a batch of {len(anchors)} cannot seed "
+                    f"num_clusters={self.num_clusters}; use a larger batch or fewer clusters",
+                    stacklevel=3,
+                )
+                self._warned_small_batch = True
+            return
+        seed_together(self, anchors.detach(), positives.detach(), self.process_group)
+
+    def _share_with_mates(self, nearest: Tensor) -> Tensor:
+        counts = torch.zeros_like(self.centroids[:, 0]).scatter_add_(
+            0, nearest, torch.ones_like(nearest, dtype=self.centroids.dtype)
+        )
+        return (counts[nearest] > 1).to(counts.dtype).mean()
+
+    def extra_repr(self) -> str:
+        """Settings shown by `print(loss)`."""
+        temperature = self.temperature if isinstance(self.temperature, float) else "learned"
+        return (
+            f"embedding_dim={self.embedding_dim}, num_clusters={self.num_clusters}, "
+            f"temperature={temperature}, start_cosine={self.start_cosine}, "
+            f"centroid_momentum={self.centroid_momentum}, "
+            f"centroid_update={self.centroid_update!r}, hard_negatives={self.hard_negatives}, "
+            f"false_negatives={self.false_negatives!r}, bml_weight={self.bml_weight}, "
+            f"bml_alpha={self.bml_alpha}, bml_beta={self.bml_beta}, backend={self.backend!r}"
+        )

@@ -1,0 +1,168 @@
+"""Model folders: finding one by path or hub name, and reading what is in it.
+
+Every complaint is one line that names the folder or file, what was expected there and what came.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import AutoModel, AutoTokenizer
+
+POOLINGS = ("cls", "mean")
+WEIGHT_FILES = tuple(
+    name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
+)
+VOCABULARY_FILES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"),
+    *("spiece.model", "spm.model", "sentencepiece.bpe.model"),
+)
+# What a hub repository is asked for: no ONNX, TensorFlow or other copies of the weights.
+HUB_FILES = ("*.json", "*.txt", "*.model", "model*.safetensors", "0_Transformer/*")
+
+# The names and keys that every sentence-transformers reads: version 6 still maps them to its new ones.
+TRANSFORMER_CLASS = "sentence_transformers.models.Transformer"
+POOLING_CLASS = "sentence_transformers.models.Pooling"
+POOLING_KEYS = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "max": "pooling_mode_max_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def read_json(path: Path) -> Any:
+    """The parsed file, or None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {first_line(error)}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON file, making its folder."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def resolve(name_or_path: str | os.PathLike[str]) -> Path:
+    """The local folder of a model: itself, or the cached or downloaded snapshot of a hub name."""
+    name = os.fspath(name_or_path)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"model: expected a folder or a hub name, got the file {name}")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise FileNotFoundError(f"model: expected a folder or a hub name, got {name!r}, which does not exist")
+    try:
+        cached: Path | None = Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):
+        cached = None
+    # A cache that transformers filled lacks the sentence-transformers files, and with them the pooling.
+    if cached and (cached / "modules.json").is_file() and _first_file(cached, WEIGHT_FILES):
+        return cached
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        if not _first_file(folder, WEIGHT_FILES) and not (folder / "0_Transformer").is_dir():
+            snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"model: expected a folder or a reachable hub name, got {name!r} ({first_line(error)})"
+        ) from error
+    return folder
+
+
+def _first_file(folder: Path, names: Sequence[str]) -> str | None:
+    return next((name for name in names if (folder / name).is_file()), None)
+
+
+def load_transformer(folder: Path) -> tuple[Any, Any]:
+    """Model, in float32, and tokenizer of a local folder."""
+    for what, names in (
+        ("config.json", ("config.json",)),
+        ("weights (model.safetensors)", WEIGHT_FILES),
+        ("tokenizer (tokenizer.json, vocab.txt)", VOCABULARY_FILES),
+    ):
+        if not _first_file(folder, names):
+            raise FileNotFoundError(f"model: expected {what} in {folder}, got a folder without")
+    try:
+        model, report = AutoModel.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"model: expected an encoder that transformers loads in {folder}, got: {first_line(error)}"
+        ) from error
+    # transformers fills what a checkpoint lacks with random numbers; only the unused pooler may be so.
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ValueError(
+            f"model: expected every weight of {type(model).__name__} in {folder}, "
+            f"got {len(missing)} missing, {missing[0]} among them"
+        )
+    return model, tokenizer
+
+
+def read_modules(folder: Path) -> dict[str, str]:
+    """Module class (its bare name) -> its subfolder, of a sentence-transformers folder; else empty."""
+    listing = read_json(folder / "modules.json") or []
+    try:
+        return {entry["type"].rpartition(".")[2]: entry["path"] for entry in listing}
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"{folder / 'modules.json'}: expected a list of modules with type and path"
+        ) from error
+
+
+def read_pooling(folder: Path, modules: Mapping[str, str]) -> str:
+    """The pooling of a sentence-transformers folder; "cls" where it states none."""
+    # A Normalize module changes no cosine; any other would change the embedding.
+    others = sorted(set(modules) - {"Transformer", "Pooling", "Normalize", "Dropout"})
+    if others:
+        raise ValueError(
+            f"{folder / 'modules.json'}: expected Transformer, Pooling and Normalize, got {others[0]}; "
+            "give a pooling to take the encoder without it"
+        )
+    if "Pooling" not in modules:
+        return "cls"
+    path = folder / modules["Pooling"] / "config.json"
+    config = read_json(path) or {}
+    stated = config.get("pooling_mode")
+    if stated is None:
+        stated = [mode for mode, key in POOLING_KEYS.items() if config.get(key)]
+    modes = [stated] if isinstance(stated, str) else list(stated)
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise ValueError(f"{path}: expected the pooling cls or mean, got {' and '.join(modes) or 'none'}")
+    return modes[0]
+
+
+def read_max_length(folder: Path) -> int | None:
+    """max_seq_length of the folder's sentence_bert_config.json, or None where it states none."""
+    path = folder / "sentence_bert_config.json"
+    length = (read_json(path) or {}).get("max_seq_length")
+    if length is not None and not isinstance(length, int):
+        raise ValueError(f"{path}: expected a whole number as max_seq_length, got {length!r}")
+    return length

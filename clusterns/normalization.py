@@ -1,0 +1,36 @@
+"""Unit rows, and the precision that everything is computed in."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from .reference import SHORTEST_NORM
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 as soon as one input is float64, else float32 (half precision is accumulated in float32)."""
+    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Keep float32 products float32 inside; devices that have no autocast need nothing."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def inverse_norms(z: Tensor) -> Tensor:
+    """1/‖z_i‖, (rows,); 0 for a row without direction (‖z_i‖ ≤ 1e-8). Non-finite rows give NaN or 0."""
+    norm = torch.linalg.vector_norm(z, dim=1)
+    return norm.reciprocal().masked_fill_(norm <= SHORTEST_NORM, 0.0)
+
+
+def unit_rows(z: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """z/‖z‖ in `dtype`, (rows, D), and 1/‖z‖, (rows,)."""
+    z = z.detach().to(dtype)
+    scale = inverse_norms(z)
+    return torch.mul(z, scale[:, None], out=out), scale

@@ -1,0 +1,153 @@
+"""The ClusterNS objective, one formula of the paper a line. Written to be checked, not to be fast.
+
+Deng et al., "Clustering-Aware Negative Sampling for Unsupervised Sentence Representation", Findings of
+ACL 2023 (arXiv 2305.09892). This file is the oracle of every test and benchmark: it works in whatever
+floating dtype it is given (use float64), builds every matrix whole, and leaves gradients to autograd.
+
+Notation: B sentences, D dimensions, K centroids; z1, z2 (B, D) the raw embeddings of the two views;
+C (K, D) the raw centroids; τ the temperature; S = cos(z1, z2) (B, B), s_i = S_ii.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A vector shorter than this has no direction: its cosine with everything is 0, and it gets no gradient.
+SHORTEST_NORM = 1e-8
+
+
+class Terms(NamedTuple):
+    """The loss and its parts, each a 0-dim tensor."""
+
+    loss: Tensor
+    info_nce: Tensor
+    bml: Tensor
+
+
+def unit(z: Tensor) -> Tensor:
+    """z / ‖z‖ by rows, (rows, D); a zero row stays zero."""
+    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    return z / norm.where((norm > SHORTEST_NORM) | norm.isnan(), torch.inf)
+
+
+def cosine_similarity_matrix(x: Tensor, y: Tensor) -> Tensor:
+    """cos(x_i, y_j), (rows of x, rows of y)."""
+    return unit(x) @ unit(y).T
+
+
+def mean_cosine(z1: Tensor, z2: Tensor) -> Tensor:
+    """Mean of S over all B² cells: the start rule compares it with σ (section 3.4)."""
+    return cosine_similarity_matrix(z1, z2).mean()
+
+
+def seed_centroids(z1: Tensor, z2: Tensor, num_clusters: int, first: int) -> tuple[Tensor, Tensor]:
+    """Initial centroids: a chain in which each pick is the sentence least similar to the last pick.
+
+    Returns centroids (K, D), raw rows of z1, and the indices (K,) of the picks.
+    """
+    S = cosine_similarity_matrix(z1, z2)
+    picks = [first]
+    while len(picks) < num_clusters:
+        similarity_to_last = S[picks[-1]].index_fill(0, torch.tensor(picks, device=S.device), torch.inf)
+        picks.append(int(similarity_to_last.argmin()))
+    indices = torch.tensor(picks, device=z1.device)
+    return z1.detach()[indices], indices
+
+
+def nearest_and_runner_up(z: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids (B,) of the nearest and the second-nearest centroid by cosine (Eq. 5); lowest id on ties."""
+    G = cosine_similarity_matrix(z, C)
+    ids = G.argsort(dim=1, descending=True, stable=True)
+    return ids[:, 0], ids[:, min(1, C.shape[0] - 1)]
+
+
+def update_centroids(C: Tensor, z1: Tensor, near: Tensor, momentum: float, statistic: str) -> Tensor:
+    """C_k ← (1−γ) C_k + γ · stat_k for every non-empty cluster (Eq. 6 and 7); empty clusters stay.
+
+    stat_k is the "mean" of its members in the paper and their "sum" in the authors' code. Replacing the
+    centroids (the authors' `kmeans` mode) is the sum with γ = 1.
+    """
+    members = F.one_hot(near, C.shape[0]).to(z1.dtype)  # (B, K)
+    count = members.sum(0)[:, None]  # (K, 1)
+    total = members.T @ z1  # (K, D)
+    stat = total / count.clamp_min(1) if statistic == "mean" else total
+    return torch.where(count > 0, (1 - momentum) * C + momentum * stat, C)
+
+
+def false_negative_mask(near: Tensor) -> Tensor:
+    """M_ij: i and j lie in one cluster and are not the same sentence, (B, B) bool (section 3.2)."""
+    same_cluster = near[:, None] == near[None, :]
+    return same_cluster & ~torch.eye(len(near), dtype=torch.bool, device=near.device)
+
+
+def info_nce(
+    S: Tensor,
+    temperature: float | Tensor,
+    *,
+    hard: Tensor | None = None,
+    hard_negative_weight: float = 0.0,
+    negatives: Tensor | None = None,
+    excluded: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of [S/τ | N/τ | H/τ + w·I] with label i, mean over the B anchors (Eq. 3 and 8).
+
+    hard (B, B): H_ij = cos(z1_i, runner-up centroid of j). negatives (B, N): cosines with explicit
+    negatives. excluded (B, B) bool: cells of S left out of the denominator.
+    """
+    logits = S / temperature
+    if excluded is not None:
+        logits = logits.masked_fill(excluded, -torch.inf)
+    blocks = [logits]
+    if negatives is not None:
+        blocks.append(negatives / temperature)
+    if hard is not None:
+        own = torch.eye(len(S), dtype=S.dtype, device=S.device)
+        blocks.append(hard / temperature + hard_negative_weight * own)
+    labels = torch.arange(len(S), device=S.device)
+    return F.cross_entropy(torch.cat(blocks, dim=1), labels)
+
+
+def bidirectional_margin_loss(S: Tensor, M: Tensor, alpha: float, beta: float) -> Tensor:
+    """BML: mean over all B² cells of relu(Δ+α) + relu(−Δ−β), Δ_ij = (S_ij − s_i)·M_ij (Eq. 9 and 10)."""
+    delta = (S - S.diagonal()[:, None]) * M
+    return (F.relu(delta + alpha) + F.relu(-delta - beta)).mean()
+
+
+def objective(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 0.05,
+    negatives: Tensor | None = None,
+    centroids: Tensor | None = None,
+    hard_negative_ids: Tensor | None = None,
+    hard_negative_weight: float = 0.0,
+    cluster_ids: Tensor | None = None,
+    false_negatives: str = "keep",
+    bml_weight: float = 1e-4,
+    bml_alpha: float = 0.2,
+    bml_beta: float = 0.5,
+) -> Terms:
+    """L = InfoNCE + λ·BML for given clusters (Eq. 11). Gradient reaches z1, z2, negatives and τ, never C."""
+    S = cosine_similarity_matrix(z1, z2)
+    hard = None
+    if centroids is not None and hard_negative_ids is not None:
+        hard = cosine_similarity_matrix(z1, centroids.detach()[hard_negative_ids])
+    explicit = cosine_similarity_matrix(z1, negatives) if negatives is not None else None
+    M = false_negative_mask(cluster_ids) if cluster_ids is not None else None
+    nce = info_nce(
+        S,
+        temperature,
+        hard=hard,
+        hard_negative_weight=hard_negative_weight,
+        negatives=explicit,
+        excluded=M if false_negatives == "exclude" else None,
+    )
+    bml = S.new_zeros(())
+    if M is not None and false_negatives == "bml":
+        bml = bidirectional_margin_loss(S, M, bml_alpha, bml_beta)
+    return Terms(nce + bml_weight * bml, nce.detach(), bml.detach())

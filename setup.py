@@ -1,0 +1,12 @@
+"""Package layout. Metadata and tool settings live in pyproject.toml.
+
+`kernels/` sits at the top of the checkout but installs as `clusterns.kernels`: the
+bare import name `kernels` belongs to another package, which transformers probes for.
+"""
+
+from setuptools import setup
+
+setup(
+    packages=["clusterns", "clusterns.kernels"],
+    package_dir={"clusterns": "clusterns", "clusterns.kernels": "kernels"},
+)

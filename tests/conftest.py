@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+# Real data beside the checkout; a user's checkout has none, and the tests that need it skip.
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("no ../shared folder with the recorded runs and real data")
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """Fill all uninitialised memory with NaN, so that a cell nobody writes shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def embeddings(rows: int, dim: int, *, groups: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0):
+    """Two views (rows, dim) of clustered points, with norms far from 1."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(groups, dim, generator=generator, dtype=torch.float64)
+    points = centers[torch.randint(groups, (rows,), generator=generator)]
+    scale = torch.rand(rows, 1, generator=generator, dtype=torch.float64) * 5 + 0.1
+    views = [
+        (points + 0.7 * torch.randn(rows, dim, generator=generator, dtype=torch.float64)) * scale
+        for _ in range(2)
+    ]
+    return tuple(view.to(dtype).requires_grad_() for view in views)

@@ -1,0 +1,103 @@
+"""One line that names the argument, what was expected and what came; the same from module and function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from clusterns import ClusterNSLoss, info_nce, nearest_centroids, seed_centroids
+
+GOOD = torch.randn(4, 3)
+
+EMBEDDINGS = [
+    (torch.randn(4), GOOD, r"anchors: expected 2 dimensions \(rows, dim\), got shape \(4,\)"),
+    (torch.randn(2, 2, 3), GOOD, r"anchors: expected 2 dimensions .* got shape \(2, 2, 3\)"),
+    (torch.zeros(0, 3), torch.zeros(0, 3), r"anchors: expected at least one row .* got shape \(0, 3\)"),
+    (torch.ones(4, 3, dtype=torch.int64), GOOD, r"anchors: expected float16, .* got torch.int64"),
+    (torch.ones(4, 3, dtype=torch.complex64), GOOD, r"anchors: expected float16, .* got torch.complex64"),
+    ([[1.0, 2.0, 3.0]], GOOD, r"anchors: expected a tensor .* got list"),
+    (GOOD, torch.randn(5, 3), r"positives: expected shape \(4, 3\) to match anchors, got \(5, 3\)"),
+    (GOOD, torch.randn(4, 2), r"positives: expected shape \(4, 3\) to match anchors, got \(4, 2\)"),
+    (GOOD, torch.empty(4, 3, device="meta"), r"positives: expected device cpu to match anchors, got meta"),
+]
+
+
+@pytest.mark.parametrize(("anchors", "positives", "message"), EMBEDDINGS)
+def test_embeddings(anchors, positives, message):
+    for call in (info_nce, ClusterNSLoss(3, 2)):
+        with pytest.raises((TypeError, ValueError), match=message) as caught:
+            call(anchors, positives)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_clusters": 1}, "num_clusters: expected at least 2 with hard_negatives=True.*got 1"),
+        ({"num_clusters": 0}, "num_clusters: expected at least 2 with hard_negatives=True.*got 0"),
+        ({"num_clusters": -1}, "num_clusters: expected at least 0, got -1"),
+        ({"num_clusters": 2.5}, "num_clusters: expected an integer, got float 2.5"),
+        ({"embedding_dim": 0}, "embedding_dim: expected at least 1, got 0"),
+        ({"temperature": 0}, "temperature: expected a finite number above 0, got 0"),
+        ({"temperature": -0.05}, "temperature: expected a finite number above 0, got -0.05"),
+        ({"temperature": float("nan")}, "temperature: expected a finite number above 0, got nan"),
+        ({"temperature": float("inf")}, "temperature: expected a finite number above 0, got inf"),
+        ({"temperature": torch.tensor(-1.0)}, "temperature: expected a finite number above 0, got -1.0"),
+        ({"temperature": torch.ones(2)}, r"temperature: expected a number or a 0-dim .* got shape \(2,\)"),
+        ({"temperature": "warm"}, "temperature: expected a finite number above 0, got str 'warm'"),
+        ({"start_cosine": float("nan")}, "start_cosine: expected a finite number, got nan"),
+        (
+            {"centroid_momentum": 0},
+            "centroid_momentum: expected a finite number above 0 and at most 1, got 0",
+        ),
+        ({"centroid_momentum": 1.5}, "centroid_momentum: .* at most 1, got 1.5"),
+        ({"centroid_update": "median"}, "centroid_update: expected one of 'sum', .* got 'median'"),
+        ({"false_negatives": "drop"}, "false_negatives: expected one of 'bml', .* got 'drop'"),
+        ({"backend": "numpy"}, "backend: expected one of 'auto', .* got 'numpy'"),
+        ({"hard_negative_weight": float("inf")}, "hard_negative_weight: expected a finite number, got inf"),
+        ({"bml_weight": -1}, "bml_weight: expected a finite number at least 0, got -1"),
+        ({"bml_alpha": None}, "bml_alpha: expected a finite number, got NoneType None"),
+        ({"bml_beta": float("nan")}, "bml_beta: expected a finite number, got nan"),
+    ],
+)
+def test_settings(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        ClusterNSLoss(**{"embedding_dim": 3, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_loss_of_other_width_or_device():
+    loss = ClusterNSLoss(5, 2)
+    with pytest.raises(ValueError, match=r"anchors: expected embedding_dim 5, got shape \(4, 3\)"):
+        loss(GOOD, GOOD)
+    with pytest.raises(ValueError, match="anchors: expected the device of the loss, cpu, got meta"):
+        loss(torch.empty(4, 5, device="meta"), torch.empty(4, 5, device="meta"))
+
+
+def test_stateless_arguments():
+    ids = torch.zeros(4, dtype=torch.int64)
+    bad = [
+        ({"cluster_ids": ids[:3]}, r"cluster_ids: expected shape \(4,\), got \(3,\)"),
+        ({"cluster_ids": ids.float()}, "cluster_ids: expected int64 or int32, got torch.float32"),
+        ({"cluster_ids": [0, 0, 0, 0]}, r"cluster_ids: expected an integer tensor .* got list"),
+        (
+            {"hard_negative_ids": ids},
+            "hard_negative_ids: expected together with centroids, got centroids=None",
+        ),
+        (
+            {"centroids": torch.randn(2, 4)},
+            r"centroids: expected shape \(rows, 3\) to match anchors, got \(2, 4\)",
+        ),
+        ({"negatives": torch.randn(2, 4)}, r"negatives: expected shape \(rows, 3\) to match anchors"),
+        ({"workspace_bytes": 0}, "workspace_bytes: expected at least 1, got 0"),
+        ({"temperature": 0.0}, "temperature: expected a finite number above 0, got 0.0"),
+    ]
+    for arguments, message in bad:
+        with pytest.raises((TypeError, ValueError), match=message):
+            info_nce(GOOD, GOOD, **arguments)
+    with pytest.raises(ValueError, match="num_clusters: expected at most the batch size 4 at seeding, got 5"):
+        seed_centroids(GOOD, GOOD, 5)
+    with pytest.raises(ValueError, match=r"first: expected an index in \[0, 4\), got 4"):
+        seed_centroids(GOOD, GOOD, 2, first=4)
+    with pytest.raises(ValueError, match="centroids: expected at least one row"):
+        nearest_centroids(GOOD, torch.zeros(0, 3))

@@ -1,0 +1,156 @@
+"""The encoder's vectors: order, batches, padding, truncation, the head; and its bad arguments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import SENTENCES, assert_close, make_encoder, make_tokenizer
+from transformers import RobertaConfig, RobertaModel
+
+from clusterns.encoder import SentenceEncoder
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_encode_equals_each_sentence_alone(pooling: str) -> None:
+    encoder = make_encoder(pooling=pooling)
+    vectors = encoder.encode(SENTENCES)
+    assert vectors.shape == (len(SENTENCES), encoder.embedding_dim) == (7, 16)
+    assert vectors.dtype == torch.float32
+    assert not vectors.requires_grad
+    for row, sentence in enumerate(SENTENCES):
+        tokens = encoder.tokenizer(sentence, return_tensors="pt")
+        with torch.no_grad():
+            hidden = encoder.transformer(**tokens).last_hidden_state[0]
+        assert_close(vectors[row], hidden[0] if pooling == "cls" else hidden.mean(dim=0))
+    assert (vectors[0] - vectors[1]).norm() > 0.1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
+def test_encode_does_not_depend_on_batch_size_or_window(
+    batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = make_encoder(pooling="mean")
+    expected = encoder.encode(SENTENCES)
+    monkeypatch.setattr("clusterns.encoder.SORT_WINDOW", 4)
+    assert_close(encoder.encode(SENTENCES, batch_size=batch_size), expected)
+
+
+def test_encode_takes_each_distinct_sentence_once_longest_first() -> None:
+    encoder = make_encoder()
+    masks: list[torch.Tensor] = []
+    encoder.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    encoder.encode(SENTENCES * 3, batch_size=2)
+    lengths = [int(length) for mask in masks for length in mask.sum(dim=1)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(lengths) == len(set(SENTENCES)) == 6
+
+
+def test_encode_of_nothing_is_an_empty_matrix() -> None:
+    assert make_encoder().encode([]).shape == (0, 16)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_padding_does_not_change_embeddings(pooling: str) -> None:
+    encoder = make_encoder(pooling=pooling)
+    encoder.tokenizer.padding_side = "left"  # must not matter: the first position is the [CLS]
+    alone, together = encoder.tokenize(["the dog ran"]), encoder.tokenize(["the dog ran", SENTENCES[3]])
+    assert alone["input_ids"].shape[1] < together["input_ids"].shape[1]
+    with torch.no_grad():
+        assert_close(encoder(alone)[0], encoder(together)[0])
+    assert_close(encoder.encode(SENTENCES, batch_size=7), encoder.encode(SENTENCES, batch_size=1))
+
+
+def test_encode_ignores_autocast_and_restores_each_mode() -> None:
+    encoder = make_encoder()
+    expected = encoder.encode(SENTENCES)
+    encoder.train()
+    encoder.transformer.encoder.layer[0].eval()  # a part frozen by the caller
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        vectors = encoder.encode(SENTENCES)
+    torch.testing.assert_close(vectors, expected, atol=1e-6, rtol=0)
+    assert encoder.training
+    assert encoder.head.training
+    assert not encoder.transformer.encoder.layer[0].training
+    assert encoder.transformer.encoder.layer[1].training
+
+
+def test_encode_restores_the_mode_after_an_error() -> None:
+    encoder = make_encoder().train()
+    encoder.transformer.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encoder.encode(SENTENCES)
+    assert all(module.training for module in encoder.modules())
+
+
+def test_head_is_applied_in_training_only() -> None:
+    encoder = make_encoder()
+    inputs = encoder.tokenize(SENTENCES)
+    bare = encoder(inputs)
+    linear = encoder.head[0]
+    projected = torch.tanh(bare @ linear.weight.T + linear.bias)
+    assert_close(encoder(inputs, head=True), projected)
+    assert (bare - projected).abs().max() > 0.1
+    encoder.train()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert_close(encoder(inputs), projected)
+    assert_close(encoder(inputs, head=False), bare)
+    assert_close(encoder.encode(SENTENCES), bare.detach())
+
+
+def test_every_trainable_parameter_gets_a_gradient() -> None:
+    encoder = make_encoder().train()
+    encoder(encoder.tokenize(SENTENCES)).square().sum().backward()
+    trainable = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+    assert "head.0.weight" in trainable
+    assert not any("pooler" in name for name in trainable)
+    assert [name for name, p in trainable.items() if p.grad is None] == []
+
+
+def test_truncation() -> None:
+    encoder = make_encoder(max_length=5)
+    long = "the cat sat on the mat far far"
+    assert encoder.tokenize([long])["input_ids"].shape == (1, 5)
+    assert encoder.tokenize([long], max_length=4)["input_ids"].shape == (1, 4)
+    assert_close(encoder.encode([long]), encoder.encode(["the cat sat"]))
+    assert make_encoder().max_length == 24
+    assert make_encoder().encode(["far " * 100]).isfinite().all()
+
+
+def test_roberta_positions_leave_room_for_the_padding_offset() -> None:
+    config = RobertaConfig(
+        vocab_size=16,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=14,
+        pad_token_id=1,
+    )
+    encoder = SentenceEncoder(RobertaModel(config), make_tokenizer(pad_token="[UNK]"))
+    assert encoder.max_length == encoder.longest_input == 12
+    assert encoder.encode(["far " * 30]).shape == (1, 16)
+
+
+def test_bad_arguments() -> None:
+    encoder = make_encoder()
+    with pytest.raises(ValueError, match=r"^pooling: expected one of 'cls', 'mean', got 'max'$"):
+        SentenceEncoder(encoder.transformer, encoder.tokenizer, pooling="max")
+    for length in (25, 2):
+        with pytest.raises(
+            ValueError, match=f"^max_length: expected 3 to 24 tokens for this model, got {length}$"
+        ):
+            SentenceEncoder(encoder.transformer, encoder.tokenizer, max_length=length)
+    with pytest.raises(ValueError, match=r"^tokenizer: expected one with a padding token"):
+        SentenceEncoder(encoder.transformer, make_tokenizer(pad_token=None))
+    with pytest.raises(ValueError, match=r"^sentences: expected a list of strings, got one string"):
+        encoder.encode("the dog ran")
+    with pytest.raises(ValueError, match=r"^sentences: expected strings, got NoneType at index 1$"):
+        encoder.encode(["the dog", None])
+    with pytest.raises(ValueError, match=r"^sentences: expected at least one"):
+        encoder.tokenize([])
+    with pytest.raises(ValueError, match=r"^batch_size: expected at least 1, got 0$"):
+        encoder.encode(SENTENCES, batch_size=0)

@@ -1,0 +1,94 @@
+"""The recorded runs of the published loss, step by step, on every backend that runs here."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from clusterns import ClusterNSLoss, nearest_centroids
+from clusterns.reference import false_negative_mask
+
+CASES = range(9)
+
+
+def load(shared, case):
+    with np.load(shared / "golden" / f"case{case}.npz") as archive:
+        arrays = dict(archive)
+    meta = {name[5:]: value.item() for name, value in arrays.items() if name.startswith("meta_")}
+    return arrays, meta
+
+
+def loss_for(meta, backend):
+    update = "replace" if meta["optim"] == "kmeans" else "mean" if meta["mean"] else "sum"
+    return ClusterNSLoss(
+        meta["D"],
+        meta["K"],
+        temperature=meta["tau"],
+        start_cosine=meta["start"],
+        centroid_momentum=meta["lr"],
+        centroid_update=update,
+        hard_negatives=meta["hard"],
+        hard_negative_weight=meta["w"],
+        bml_weight=meta["lam"],
+        bml_alpha=meta["alpha"],
+        bml_beta=meta["beta"],
+        backend=backend,
+    )
+
+
+def assert_close(actual, expected, tolerance, what):
+    expected = torch.as_tensor(expected)
+    error = (actual.detach().double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+    assert error <= tolerance, f"{what}: relative error {error:.1e} above {tolerance:.0e}"
+
+
+def far_from_ties(z1, centroids):
+    """Whether rounding to float32 can change neither the nearest nor the second-nearest centroid."""
+    cosines = torch.nn.functional.normalize(z1) @ torch.nn.functional.normalize(centroids).T
+    top = cosines.topk(min(3, len(centroids))).values
+    return bool((top.diff(dim=1).abs() > 1e-5).all())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("reference", torch.float64), ("torch", torch.float64), ("torch", torch.float32)],
+    ids=["reference-float64", "torch-float64", "torch-float32"],
+)
+def test_recorded_run(shared, case, backend, dtype, monkeypatch):
+    arrays, meta = load(shared, case)
+    loss_fn = loss_for(meta, backend)
+    double = dtype == torch.float64
+    loss_tolerance, gradient_tolerance = (1e-9, 1e-9) if double else (1e-5, 1e-4)
+    seed = loss_fn.seed
+    monkeypatch.setattr(loss_fn, "seed", lambda *views, first=None: seed(*views, first=meta["first_index"]))
+    clustered_steps = 0
+    for step in range(meta["T"]):
+        wide = torch.tensor(arrays[f"z1_{step}"])
+        z1, z2 = (
+            torch.tensor(arrays[f"{name}_{step}"], dtype=dtype).requires_grad_() for name in ("z1", "z2")
+        )
+        active = bool(arrays[f"active_{step}"])
+        assert loss_fn.clustering_active == active
+        loss = loss_fn(z1, z2)
+        loss.backward()
+        assert loss.dtype == dtype
+        assert bool(loss_fn.initialized) == bool(arrays[f"initialized_{step}"])
+        if active:
+            clustered_steps += 1
+            assigned = nearest_centroids(z1, loss_fn.centroids)
+            if not double:
+                assert far_from_ties(wide, torch.tensor(arrays[f"centroids_{step}"]))
+            mask = false_negative_mask(assigned.nearest)
+            assert torch.equal(mask, torch.tensor(arrays[f"false_negatives_{step}"]))
+            if meta["hard"]:
+                assert torch.equal(assigned.runner_up, torch.tensor(arrays[f"runner_up_{step}"]))
+        assert_close(loss, arrays[f"loss_{step}"], loss_tolerance, "loss")
+        assert_close(loss_fn.last["info_nce"], arrays[f"info_nce_{step}"], loss_tolerance, "InfoNCE")
+        assert_close(loss_fn.last["bml"], arrays[f"bml_{step}"], loss_tolerance, "BML")
+        assert_close(loss_fn.last["mean_cosine"], arrays[f"mean_cosine_{step}"], loss_tolerance, "cosine")
+        assert_close(z1.grad, arrays[f"grad1_{step}"], gradient_tolerance, "anchor gradient")
+        assert_close(z2.grad, arrays[f"grad2_{step}"], gradient_tolerance, "positive gradient")
+        assert_close(loss_fn.centroids, arrays[f"centroids_{step}"], loss_tolerance, "centroids")
+    assert clustered_steps >= 2

@@ -1,0 +1,278 @@
+"""The module: when clustering starts, what it keeps, what survives."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from conftest import embeddings
+
+import clusterns
+from clusterns import ClusterNSLoss, reference
+
+UPDATES = ["sum", "mean", "replace", "adamw"]
+
+
+def batches(count, batch=40, dim=12, dtype=torch.float32):
+    return [embeddings(batch, dim, dtype=dtype, seed=seed) for seed in range(count)]
+
+
+def started(num_clusters=6, dim=12, dtype=torch.float32, **arguments):
+    """A loss whose clustering is active, seeded from one batch."""
+    loss_fn = ClusterNSLoss(dim, num_clusters, start_cosine=1.0, **arguments)
+    loss_fn(*embeddings(40, dim, dtype=dtype, seed=99))
+    assert loss_fn.clustering_active
+    return loss_fn
+
+
+def test_start_rule():
+    """Plain InfoNCE until the mean cosine falls to σ, on that step too, then clustering for good."""
+    close = torch.ones(20, 12) + 0.1 * torch.randn(20, 12)
+    spread = embeddings(20, 12, groups=20, dtype=torch.float32)
+    loss_fn = ClusterNSLoss(12, 4, start_cosine=0.5)
+    for views, active_after in (((close, close), False), (spread, True)):
+        loss = loss_fn(*views)
+        torch.testing.assert_close(loss, clusterns.info_nce(*views))
+        assert loss_fn.clustering_active == active_after == bool(loss_fn.initialized)
+        assert "nearest_cosine" not in loss_fn.last
+    loss = loss_fn(close, close)
+    assert loss_fn.clustering_active
+    assert loss > clusterns.info_nce(close, close)  # hard negatives now stand in the denominator
+    assert 0 <= loss_fn.last["with_mates"] <= 1
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_centroids_follow_the_reference(update, dtype):
+    loss_fn = started(centroid_update=update, centroid_momentum=0.05, dtype=dtype)
+    expected = loss_fn.centroids.double().clone()
+    parameter = torch.nn.Parameter(expected.clone())
+    for anchors, positives in batches(4, dtype=dtype):
+        points = anchors.detach().double()
+        near, _ = reference.nearest_and_runner_up(points, expected)
+        if update == "adamw":
+            # The authors' optimiser, with its eps before the bias correction, which matters at this size.
+            error = (parameter[near] - points).square().mean()
+            (grad,) = torch.autograd.grad(error, parameter)
+            moments = getattr(parameter, "moments", (0.0, 0.0, 0))
+            step = moments[2] + 1
+            first = 0.9 * moments[0] + 0.1 * grad
+            second = 0.999 * moments[1] + 0.001 * grad**2
+            size = 0.05 * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
+            parameter.data -= size * first / (second.sqrt() + 1e-6)
+            parameter.moments = (first, second, step)
+            expected = parameter.data.clone()
+        else:
+            momentum = 1.0 if update == "replace" else 0.05
+            expected = reference.update_centroids(expected, points, near, momentum, update)
+        loss_fn(anchors, positives)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(loss_fn.centroids.double(), expected, rtol=tolerance, atol=tolerance)
+        assert loss_fn.centroids.dtype == dtype
+
+
+def test_assign_then_update_then_reassign():
+    """The loss of a step sees the centroids *after* their update."""
+    loss_fn = started(centroid_momentum=0.5)
+    (anchors, positives), *_ = batches(1)
+    loss = loss_fn(anchors, positives)
+    again = clusterns.info_nce(
+        anchors, positives, centroids=loss_fn.centroids, false_negatives="bml", bml_weight=1e-4
+    )
+    torch.testing.assert_close(loss, again)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_backends_agree_over_a_run(backend):
+    losses = [started(dtype=torch.float64, backend=name) for name in ("auto", backend)]
+    losses[1].load_state_dict(losses[0].state_dict())
+    for anchors, positives in batches(3, dtype=torch.float64):
+        torch.testing.assert_close(losses[0](anchors, positives), losses[1](anchors, positives))
+    assert losses[0].last.keys() == losses[1].last.keys()
+
+
+def test_last_is_detached_and_complete():
+    loss_fn = started()
+    (anchors, positives), *_ = batches(1)
+    loss = loss_fn(anchors, positives)
+    terms = {"loss", "info_nce", "bml", "mean_cosine", "positive_cosine"}
+    clustered = {"nearest_cosine", "hard_negative_cosine", "with_mates"}
+    assert set(loss_fn.last) == terms | clustered
+    assert all(value.ndim == 0 and not value.requires_grad for value in loss_fn.last.values())
+    torch.testing.assert_close(loss_fn.last["loss"], loss.detach())
+    matrix = clusterns.cosine_similarity_matrix(anchors, positives)
+    torch.testing.assert_close(loss_fn.last["mean_cosine"], matrix.mean().detach())
+    torch.testing.assert_close(loss_fn.last["positive_cosine"], matrix.diagonal().mean().detach())
+    assert loss_fn.last["nearest_cosine"] > loss_fn.last["hard_negative_cosine"]
+
+
+def test_small_batch_waits_with_one_warning():
+    loss_fn = ClusterNSLoss(12, 64, start_cosine=1.0)
+    small = embeddings(40, 12, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="batch of 40 cannot seed num_clusters=64"):
+        loss_fn(*small)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_fn(*small)
+    assert not loss_fn.clustering_active
+    loss_fn(*embeddings(64, 12, dtype=torch.float32))
+    assert loss_fn.clustering_active
+    loss_fn(*small)  # once seeded any batch will do
+    loss_fn(*(view[:1] for view in small))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("update", UPDATES)
+def test_non_finite_rows_do_not_poison_the_centroids(bad, update):
+    clean, dirty = started(centroid_update=update), started(centroid_update=update)
+    dirty.load_state_dict(clean.state_dict())
+    (anchors, positives), *_ = batches(1)
+    spoiled = anchors.detach().clone()
+    spoiled[3, 2] = bad
+    loss = dirty(spoiled, positives)
+    assert not loss.isfinite()  # mixed precision must see it and skip the step
+    assert dirty.centroids.isfinite().all()
+    rest = torch.arange(40) != 3
+    clean(anchors[rest], positives[rest])
+    torch.testing.assert_close(dirty.centroids, clean.centroids)
+
+
+def test_non_finite_batch_does_not_seed():
+    loss_fn = ClusterNSLoss(12, 4, start_cosine=1.0)
+    (anchors, positives), *_ = batches(1)
+    with torch.no_grad():
+        anchors[0, 0] = float("nan")
+    loss_fn(anchors, positives)
+    assert not loss_fn.clustering_active
+
+
+def test_evaluation_mode_changes_nothing():
+    loss_fn = started()
+    before = copy.deepcopy(loss_fn.state_dict())
+    loss_fn.eval()
+    loss_fn(*batches(1)[0])
+    assert all(torch.equal(value, before[name]) for name, value in loss_fn.state_dict().items())
+    fresh = ClusterNSLoss(12, 4, start_cosine=1.0).eval()
+    fresh(*batches(1)[0])
+    assert not fresh.clustering_active
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("how", ["state_dict", "assign", "deepcopy", "save"])
+def test_a_run_goes_on_as_if_never_interrupted(update, how):
+    whole = started(centroid_update=update)
+    data = batches(4)
+    for views in data[:2]:
+        whole(*views)
+    if how == "deepcopy":
+        resumed = copy.deepcopy(whole)
+    else:
+        state = whole.state_dict()
+        if how == "save":
+            file = io.BytesIO()
+            torch.save(state, file)
+            file.seek(0)
+            state = torch.load(file, weights_only=True)
+        resumed = ClusterNSLoss(12, 6, start_cosine=1.0, centroid_update=update)
+        resumed.load_state_dict({k: v.clone() for k, v in state.items()}, assign=how == "assign")
+    assert resumed.clustering_active
+    for views in data[2:]:
+        assert torch.equal(whole(*views), resumed(*views))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_loading_a_started_state_into_a_used_loss():
+    """The host's idea of `initialized` follows the buffer, however it was written."""
+    fresh = ClusterNSLoss(12, 6)
+    fresh(*(torch.ones(8, 12) for _ in range(2)))
+    assert not fresh.clustering_active
+    fresh.load_state_dict(started().state_dict())
+    assert fresh.clustering_active
+    fresh.initialized.fill_(False)
+    assert not fresh.clustering_active
+    fresh.initialized = torch.tensor(True)
+    assert fresh.clustering_active
+
+
+def test_double_state_keeps_its_precision():
+    double = started(dtype=torch.float64)
+    assert double.centroids.dtype == torch.float64
+    restored = ClusterNSLoss(12, 6)
+    restored.load_state_dict(double.state_dict())
+    assert torch.equal(restored.centroids, double.centroids)
+
+
+@pytest.mark.parametrize(
+    "convert", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16()]
+)
+def test_centroids_stay_float32(convert):
+    """At γ = 1e-4 the decay would round away in half precision."""
+    loss_fn = started(centroid_momentum=1e-4)
+    before = loss_fn.centroids.clone()
+    convert(loss_fn)
+    assert loss_fn.centroids.dtype == torch.float32
+    assert torch.equal(loss_fn.centroids, before)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_fn(*(z.bfloat16() for z in batches(1)[0]))
+    assert loss.dtype == torch.float32
+    assert loss_fn.centroids.dtype == torch.float32
+    assert not torch.equal(loss_fn.centroids, before)
+
+
+def test_no_clusters_is_plain_info_nce():
+    loss_fn = ClusterNSLoss(12, 0, hard_negatives=False, start_cosine=1.0)
+    for views in batches(2):
+        torch.testing.assert_close(loss_fn(*views), clusterns.info_nce(*views))
+    assert not loss_fn.clustering_active
+    assert loss_fn.centroids.shape == (0, 12)
+
+
+def test_one_cluster_without_hard_negatives():
+    loss_fn = ClusterNSLoss(12, 1, hard_negatives=False, start_cosine=1.0, bml_weight=0.5)
+    (views, again) = batches(2)
+    loss_fn(*views)
+    loss = loss_fn(*again)
+    assert loss_fn.last["with_mates"] == 1
+    torch.testing.assert_close(loss, loss_fn.last["info_nce"] + 0.5 * loss_fn.last["bml"])
+
+
+def test_user_negatives_reach_the_loss_and_get_gradient():
+    loss_fn = started()
+    (anchors, positives), (negatives, _) = batches(2)
+    with_negatives = copy.deepcopy(loss_fn)(anchors, positives, negatives)
+    with_negatives.backward()
+    assert negatives.grad.abs().sum() > 0
+    assert with_negatives > loss_fn(anchors, positives)
+
+
+def test_learnable_temperature():
+    temperature = torch.nn.Parameter(torch.tensor(0.07))
+    loss_fn = ClusterNSLoss(12, 6, temperature=temperature, start_cosine=1.0)
+    assert [name for name, _ in loss_fn.named_parameters()] == ["temperature"]
+    for views in batches(2):
+        loss_fn.zero_grad()
+        loss_fn(*views).backward()
+    assert temperature.grad.abs() > 0
+
+
+def test_active_step_never_asks_the_device():
+    """On the meta device every read of a value raises, so what passes here cannot wait for a GPU."""
+    for update in UPDATES:
+        loss_fn = started(centroid_update=update, hard_negative_weight=0.5).to("meta")
+        views = [z.detach().to("meta").requires_grad_() for z in batches(1)[0]]
+        loss = loss_fn(*views)
+        loss.backward()
+        assert views[0].grad.shape == (40, 12)
+        assert loss_fn.centroids.device.type == "meta"
+    with pytest.raises(RuntimeError):  # the check can fail: before the start the rule does read a value
+        ClusterNSLoss(12, 6).to("meta")(*views)
+
+
+def test_repr_names_the_settings():
+    text = repr(ClusterNSLoss(12, 6, centroid_update="mean"))
+    assert "embedding_dim=12, num_clusters=6" in text
+    assert "centroid_update='mean'" in text

@@ -1,0 +1,271 @@
+"""The loop on a tiny encoder: what it writes, when it stops, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_encoder, write_sts_folder
+
+from clusterns.cli import main
+from clusterns.encoder import SentenceEncoder
+from clusterns.scratch import small_bert, train_tokenizer
+
+WORDS = "a cat dog bird sees hears eats likes the red blue old young small house tree river car".split()
+
+
+def sentences(count: int) -> list[str]:
+    generator = random.Random(1)
+    distinct: dict[str, None] = {}
+    while len(distinct) < count:
+        distinct[" ".join(generator.choices(WORDS, k=generator.randint(4, 9)))] = None
+    return list(distinct)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a random two-layer BERT with a vocabulary for `sentences`."""
+    tokenizer = train_tokenizer(sentences(400), vocab_size=500)
+    torch.manual_seed(0)
+    bert = small_bert(tokenizer, seed=0, hidden_size=32, layers=2, heads=2)
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    SentenceEncoder(bert, tokenizer).save(folder)
+    return folder
+
+
+@pytest.fixture
+def train_file(tmp_path):
+    path = tmp_path / "sentences.txt"
+    path.write_text("\n".join(sentences(300)) + "\n")
+    return path
+
+
+@pytest.fixture
+def sts_dir(tmp_path):
+    """STS-B dev whose gold score is the share of common words."""
+    folder = tmp_path / "sts" / "STS" / "STSBenchmark"
+    folder.mkdir(parents=True)
+    texts = sentences(120)
+    rows = []
+    for first, second in zip(texts[::2], texts[1::2], strict=True):
+        common = len(set(first.split()) & set(second.split())) / len(set(first.split() + second.split()))
+        rows.append(f"main\tsource\t2015\t0\t{min(5.0, 10 * common):.3f}\t{first}\t{second}")
+        rows.append(f"main\tsource\t2015\t0\t5.000\t{first}\t{first} too")
+    (folder / "sts-dev.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path / "sts"
+
+
+def flags(model, train_file, output, *more: str) -> list[str]:
+    fixed = "--batch-size 32 --learning-rate 1e-3 --num-clusters 4 --start-cosine 1 --log-steps 1"
+    paths = ["--model", str(model), "--train-file", str(train_file), "--output-dir", str(output)]
+    return ["train", *paths, *fixed.split(), "--precision", "fp32", "--device", "cpu", *more]
+
+
+def log_of(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_what_it_says(tiny_model, train_file, sts_dir, tmp_path, capsys):
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoTokenizer
+
+    output = tmp_path / "run"
+    more = ["--sts-dir", str(sts_dir), "--max-steps", "12", "--eval-steps", "4", "--patience", "0"]
+    assert main(flags(tiny_model, train_file, output, *more)) == 0
+
+    records = log_of(output)
+    steps = [record["step"] for record in records if "loss" in record]
+    assert steps == list(range(1, 13))
+    assert [record["step"] for record in records if "dev" in record] == [0, 4, 8, 12]
+    assert [r["step"] for r in records if r.get("event") == "clustering starts"] == [1]
+    assert "nearest_cosine" not in next(r for r in records if r["step"] == 1 and "loss" in r)
+    assert "nearest_cosine" in next(r for r in records if r["step"] == 2 and "loss" in r)
+    assert records[-1]["dev"].keys() == {"spearman", "alignment", "uniformity"}
+
+    summary = json.loads((output / "training.json").read_text())
+    assert summary["settings"]["num_clusters"] == 4
+    best = max(records, key=lambda r: r.get("dev", {}).get("spearman", -100))
+    assert summary["best_step"] == best["step"]
+    assert summary["scores"]["after"] == best["dev"]
+    printed = capsys.readouterr().out
+    assert "before" in printed
+    assert "after" in printed
+    assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
+    state = load_file(output / "loss.safetensors")
+    assert state["centroids"].shape == (4, 32)
+    assert sorted(path.name for path in output.glob(".*")) == []
+
+    texts = sentences(10)
+    ours = SentenceEncoder.from_pretrained(output).encode(texts)
+    theirs = SentenceTransformer(str(output), device="cpu").encode(texts, convert_to_tensor=True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    inputs = AutoTokenizer.from_pretrained(output)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = AutoModel.from_pretrained(output).eval()(**inputs).last_hidden_state
+    torch.testing.assert_close(ours, hidden[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_training_learns(tiny_model, train_file, tmp_path):
+    output = tmp_path / "run"
+    more = ["--max-steps", "60", "--start-cosine", "0.6", "--learning-rate", "3e-3"]
+    assert main(flags(tiny_model, train_file, output, *more)) == 0
+    terms = [record for record in log_of(output) if "loss" in record]
+    assert sum(r["info_nce"] for r in terms[-5:]) < 0.8 * sum(r["info_nce"] for r in terms[:5])
+
+
+def test_same_seed_same_bits(tiny_model, train_file, tmp_path):
+    for name in ("one", "two"):
+        assert main(flags(tiny_model, train_file, tmp_path / name, "--max-steps", "5")) == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    start = load_file(tiny_model / "model.safetensors")
+    assert any(not torch.equal(value, start[name]) for name, value in one.items())
+
+
+def test_early_stop_keeps_the_best(tiny_model, train_file, sts_dir, tmp_path, monkeypatch):
+    """A dev score that only falls ends the run after `patience` evaluations and keeps the first model."""
+    import clusterns.train as module
+
+    falling = iter(range(100, 0, -1))
+    monkeypatch.setattr(module, "sts_dev", lambda encoder, sts_dir: {"spearman": float(next(falling))})
+    output = tmp_path / "run"
+    more = ["--sts-dir", str(sts_dir), "--max-steps", "50", "--eval-steps", "2", "--patience", "3"]
+    assert main(flags(tiny_model, train_file, output, *more)) == 0
+    assert max(record["step"] for record in log_of(output)) == 6
+    kept, start = (load_file(folder / "model.safetensors") for folder in (output, tiny_model))
+    assert all(torch.equal(value, kept[name]) for name, value in start.items())
+
+
+def test_simcse_baseline_never_clusters(tiny_model, train_file, tmp_path):
+    output = tmp_path / "run"
+    assert main(flags(tiny_model, train_file, output, "--max-steps", "3", "--num-clusters", "0")) == 0
+    assert all("event" not in record for record in log_of(output))
+
+
+def test_without_head(tiny_model, train_file, tmp_path):
+    """The head then takes no part: it ends as it began, and the encoder learns something else."""
+    for head in ("train", "none"):
+        assert main(flags(tiny_model, train_file, tmp_path / head, "--max-steps", "3", "--head", head)) == 0
+    start = load_file(tiny_model / "head.safetensors")
+    for head in ("train", "none"):
+        ended = load_file(tmp_path / head / "head.safetensors")
+        assert torch.equal(ended["weight"], start["weight"]) == (head == "none")
+    one, other = (load_file(tmp_path / head / "model.safetensors") for head in ("train", "none"))
+    assert any(not torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_bf16_and_epochs(tiny_model, train_file, tmp_path):
+    output = tmp_path / "run"
+    assert main(flags(tiny_model, train_file, output, "--precision", "bf16", "--epochs", "2")) == 0
+    assert max(record["step"] for record in log_of(output)) == 2 * (300 // 32)
+
+
+def test_the_default_run_in_short(tmp_path, monkeypatch, capsys):
+    """`clusterns train` with no model: the real corpus, tokenizer and small BERT, a few steps."""
+    import clusterns.train as module
+
+    corpus = module.docstring_corpus
+    monkeypatch.setattr(module, "docstring_corpus", lambda seed: corpus(4000, seed=seed, pairs=100))
+    output = tmp_path / "run"
+    short = "--max-steps 30 --batch-size 32 --num-clusters 8 --eval-steps 30 --start-cosine 0.9".split()
+    assert main(["train", "--output-dir", str(output), "--device", "cpu", *short]) == 0
+    before, after = (record["dev"]["mrr"] for record in log_of(output) if "dev" in record)
+    assert 0 < before < after
+    settings = json.loads((output / "training.json").read_text())["settings"]
+    assert (settings["pooling"], settings["learning_rate"], settings["batch_size"]) == ("mean", 1e-3, 32)
+    printed = capsys.readouterr().out
+    assert "clustering starts with 8 centroids" in printed
+    assert "bert-base-uncased" in printed
+
+
+def refused(capsys, arguments: list[str]) -> str:
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    message = lines[-1]
+    assert message.startswith("clusterns: error: ")
+    assert "Traceback" not in "\n".join(lines)
+    return message
+
+
+def test_output_folder_is_guarded(tiny_model, train_file, tmp_path, capsys):
+    from filelock import FileLock
+
+    output = tmp_path / "run"
+    run = flags(tiny_model, train_file, output, "--max-steps", "1")
+    assert main(run) == 0
+    before = (output / "model.safetensors").read_bytes()
+    assert "holds files; choose another or pass --overwrite-output-dir" in refused(capsys, run)
+    assert (output / "model.safetensors").read_bytes() == before
+    with FileLock(output / ".lock"):
+        assert "in use by a running training" in refused(capsys, [*run, "--overwrite-output-dir"])
+    assert main([*run, "--overwrite-output-dir"]) == 0
+    assert "expected a folder, got the file" in refused(capsys, flags(tiny_model, train_file, train_file))
+
+
+def test_bad_files_and_settings(tiny_model, train_file, tmp_path, capsys):
+    empty, blank, binary, few = (tmp_path / f"{name}.txt" for name in ("empty", "blank", "binary", "few"))
+    empty.write_text("")
+    blank.write_text("\n \n\t\n")
+    binary.write_bytes(b"\x00\x01\xff" * 100)
+    few.write_text("one short line\n\nanother short line\n")
+    for path, words in (
+        (tmp_path / "absent.txt", "absent"),
+        (empty, "empty"),
+        (blank, "blank"),
+        (binary, "binary"),
+    ):
+        message = refused(capsys, flags(tiny_model, path, tmp_path / f"run-{words}"))
+        assert path.name in message
+    message = refused(capsys, flags(tiny_model, few, tmp_path / "run-few"))
+    assert "32" in message
+    assert "2" in message
+    assert "absent-model" in refused(capsys, flags(tmp_path / "absent-model", train_file, tmp_path / "run-a"))
+    assert "temperature: expected a finite number above 0" in refused(
+        capsys, flags(tiny_model, train_file, tmp_path / "run-t", "--temperature", "0")
+    )
+    assert "num_clusters: expected at least 2 with hard_negatives" in refused(
+        capsys, flags(tiny_model, train_file, tmp_path / "run-k", "--num-clusters", "1")
+    )
+    assert "--device: expected a device of this machine, got 'toaster'" in refused(
+        capsys, flags(tiny_model, train_file, tmp_path / "run-d", "--device", "toaster")
+    )
+    assert "sts-dev.csv" in refused(
+        capsys, flags(tiny_model, train_file, tmp_path / "run-s", "--sts-dir", str(tmp_path))
+    )
+
+
+def test_loss_that_is_no_number_stops_the_run(tiny_model, train_file, tmp_path, capsys):
+    with_nan = tmp_path / "nan-model"
+    encoder = SentenceEncoder.from_pretrained(tiny_model)
+    with torch.no_grad():
+        next(encoder.transformer.parameters()).fill_(float("nan"))
+    encoder.save(with_nan)
+    message = refused(capsys, flags(with_nan, train_file, tmp_path / "run"))
+    assert "step 1: expected a finite loss, got nan; no model was saved" in message
+
+
+def test_evaluate_command(tmp_path, capsys):
+    model, figures = tmp_path / "model", tmp_path / "figures.json"
+    make_encoder().save(model)
+    sts = str(write_sts_folder(tmp_path / "sts"))
+    assert main(["evaluate", str(model), "--sts-dir", sts, "--json", str(figures)]) == 0
+    result = json.loads(figures.read_text())
+    values = [result[name] for name in ("STS12", "STS13", "STS14", "STS15", "STS16", "STS-B", "SICK-R")]
+    assert result["avg"] == pytest.approx(sum(values) / 7)
+    assert result["pairs"]["STS12"] == 20
+    assert f"{result['avg']:.2f}" in capsys.readouterr().out
+    assert "sts_dir" in refused(capsys, ["evaluate", str(model), "--sts-dir", str(tmp_path / "absent")])
+    (tmp_path / "sts" / "SICK" / "SICK_test_annotated.txt").unlink()
+    message = refused(capsys, ["evaluate", str(model), "--sts-dir", sts])
+    assert "SICK_test_annotated.txt" in message
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["train", "--help"], ["evaluate", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0
+    assert "--bml-weight" in capsys.readouterr().out
