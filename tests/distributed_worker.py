@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import torch
@@ -44,9 +45,8 @@ def train(model, loss_fn, step_data, wrap_negatives: bool):
     return losses
 
 
-def main(output: str) -> None:
+def run(output: str) -> None:
     """Train this rank's share; rank 0 writes what it ended with."""
-    dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(100 + rank)  # ranks draw different first picks unless rank 0's is broadcast
     result = {}
@@ -66,6 +66,19 @@ def main(output: str) -> None:
         }
     if rank == 0:
         torch.save(result, output)
+
+
+def main(output: str) -> None:
+    """Run inside a process group, and leave it cleanly.
+
+    The group's threads must end while the interpreter lives, or the process may abort as it exits. They end with
+    the last reference to the group, and DistributedDataParallel holds some in a cycle: so `run` is a function of
+    its own, whose locals are gone when the group is destroyed.
+    """
+    dist.init_process_group("gloo")
+    run(output)
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 
