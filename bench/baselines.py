@@ -36,7 +36,7 @@ def published_formulation(
     """
     batch = len(anchors)
     cosines = broadcast_cosine(anchors, positives)
-    float(cosines.mean())
+    float(cosines.detach().mean())
     points = anchors.detach()
     with torch.no_grad():
         runner_up = broadcast_cosine(points, centroids).topk(2, dim=1).indices[:, 1]
