@@ -71,9 +71,9 @@ def run(output: str) -> None:
 def main(output: str) -> None:
     """Run inside a process group, and leave it cleanly.
 
-    The group's threads must end while the interpreter lives, or the process may abort as it exits. They end with
-    the last reference to the group, and DistributedDataParallel holds some in a cycle: so `run` is a function of
-    its own, whose locals are gone when the group is destroyed.
+    The group's threads must end while the interpreter lives, or the process may abort as it exits. They
+    end with the last reference to the group, and DistributedDataParallel holds some in a cycle: so `run`
+    is a function of its own, whose locals are gone when the group is destroyed.
     """
     dist.init_process_group("gloo")
     run(output)
