@@ -66,11 +66,17 @@ class OnlineKMeans(nn.Module):
 
     @property
     def clustering_active(self) -> bool:
-        """Whether the centroids are in use. Reads the device only after `initialized` was written."""
-        if not self._flag_is_known():
-            self._active = bool(self.initialized)
-            self._flag_read = (self.initialized, self.initialized._version)
+        """Whether the centroids are in use. Reads the device only after `initialized` was written.
+
+        Under `torch.compile` it is what seeding, loading or the last eager call has left.
+        """
+        if not torch.compiler.is_compiling() and not self._flag_is_known():
+            self._read_flag()
         return self._active
+
+    def _read_flag(self) -> None:
+        self._active = bool(self.initialized)
+        self._flag_read = (self.initialized, self.initialized._version)
 
     def _flag_is_known(self) -> bool:
         """Whether `_active` still mirrors the buffer: same tensor, not written since."""
@@ -95,6 +101,7 @@ class OnlineKMeans(nn.Module):
         self._follow_precision(anchors)
         self.centroids.copy_(centroids)
         self.initialized.fill_(True)
+        self._active, self._flag_read = True, (self.initialized, self.initialized._version)
         return indices
 
     @torch.no_grad()
@@ -169,6 +176,8 @@ class OnlineKMeans(nn.Module):
         if saved is not None and saved.dtype == torch.float64:
             self._set_precision(torch.float64)
         super()._load_from_state_dict(state_dict, prefix, *arguments, **keywords)
+        if not self.initialized.is_meta:
+            self._read_flag()
 
 
 def cluster_sums(points: Tensor, nearest: Tensor, valid: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ def check_temperature(temperature: float | Tensor) -> None:
                 "temperature: expected a number or a 0-dim floating tensor, "
                 f"got shape {tuple(temperature.shape)} of {temperature.dtype}"
             )
-        if temperature.device.type == "cpu":
+        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
             check_number("temperature", float(temperature.detach()), above=0)
         return
     check_number("temperature", temperature, above=0)

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .normalization import compute_dtype, unit_rows, without_autocast
+from .options import Options
 
 # Largest |logit| for which exp and sums of 2^40 of them stay inside the dtype without a running maximum.
 _SAFE_LOGIT = {torch.float32: 40.0, torch.float64: 300.0}
@@ -44,17 +45,6 @@ _MATE_ROWS = 256
 
 # Below this batch size, copying the rows into cluster order costs more than the cells it saves.
 _SORTED_BATCH = 1024
-
-
-class Options(NamedTuple):
-    """The numbers of the objective that are not tensors."""
-
-    hard_negative_weight: float
-    false_negatives: str
-    bml_weight: float
-    bml_alpha: float
-    bml_beta: float
-    workspace_bytes: int
 
 
 class ClusterAwareInfoNCE(torch.autograd.Function):

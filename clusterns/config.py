@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .backend import BACKENDS
 from .centroids import CENTROID_UPDATES
 from .checks import check_count, check_number
-from .functional import BACKENDS, FALSE_NEGATIVES
+from .functional import FALSE_NEGATIVES
 from .loss import ClusterNSLoss
 
 

@@ -1,4 +1,4 @@
-"""Stateless operations and the choice of backend.
+"""Stateless operations.
 
 Inputs may be float16, bfloat16, float32 or float64 and need not be normalised or contiguous. Half precision
 is accumulated in float32, also under autocast; float64 inputs are computed in float64. Float32 matrix
@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import chunked, reference
+from . import chunked, fused, reference
+from .backend import choose_backend
 from .checks import (
     check_choice,
     check_count,
@@ -23,12 +24,9 @@ from .checks import (
     check_temperature,
 )
 from .normalization import compute_dtype, unit_rows, without_autocast
+from .options import WORKSPACE_BYTES, Options
 
-BACKENDS = ("auto", "triton", "torch", "reference")
 FALSE_NEGATIVES = ("bml", "exclude", "keep")
-
-# For a chunk of logits and its temporaries. Fewer rows a chunk than this allows make for slow products.
-WORKSPACE_BYTES = 256 * 2**20
 
 
 class NearestCentroids(NamedTuple):
@@ -50,21 +48,6 @@ class ObjectiveTerms(NamedTuple):
     positive_cosine: Tensor
 
 
-def choose_backend(backend: str) -> str:
-    """Turn the user's word into "torch" or "reference".
-
-    Raises `ValueError` for an unknown word and `RuntimeError` for "triton": this version ships no fused
-    Triton kernel of the objective yet, so "auto" is the torch path on every device.
-    """
-    check_choice("backend", backend, BACKENDS)
-    if backend == "triton":
-        raise RuntimeError(
-            "backend: 'triton' cannot run, this version of clusterns holds no Triton kernel of the "
-            "objective; use 'auto' or 'torch', which runs on the GPU too"
-        )
-    return "torch" if backend == "auto" else backend
-
-
 def cosine_similarity_matrix(a: Tensor, b: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """cos(a_i, b_j) / τ for all pairs, differentiable in a, b and τ.
 
@@ -80,6 +63,8 @@ def cosine_similarity_matrix(a: Tensor, b: Tensor, temperature: float | Tensor =
     check_embeddings("a", a)
     check_like("b", b, "a", a)
     check_temperature(temperature)
+    if choose_backend("auto", a, b) == "triton":
+        return fused.cosine_similarity_matrix(a, b, temperature)
     dtype = compute_dtype(a, b)
     with without_autocast(a.device):
         scaled = reference.unit(a.to(dtype)) * (1.0 / temperature)
@@ -101,6 +86,8 @@ def nearest_centroids(points: Tensor, centroids: Tensor) -> NearestCentroids:
     """
     check_embeddings("points", points)
     check_like("centroids", centroids, "points", points)
+    if points.is_cuda and fused.why_not(points, centroids) is None:
+        return NearestCentroids(*fused.nearest_centroids(points, centroids))
     dtype = compute_dtype(points, centroids)
     return assign_unit_rows(unit_rows(points, dtype)[0], centroids)[0]
 
@@ -213,7 +200,13 @@ def objective(
     check_number("bml_alpha", bml_alpha)
     check_number("bml_beta", bml_beta)
     check_count("workspace_bytes", workspace_bytes, at_least=1)
-    backend = choose_backend(backend)
+    backend = choose_backend(backend, anchors, positives, negatives, centroids, workspace_bytes)
+    options = Options(hard_negative_weight, false_negatives, bml_weight, bml_alpha, bml_beta, workspace_bytes)
+    if backend == "triton":
+        terms = fused.objective(
+            anchors, positives, negatives, temperature, centroids, cluster_ids, hard_negative_ids, options
+        )
+        return ObjectiveTerms(*terms[:5])
 
     if centroids is not None and (hard_negative_ids is None or cluster_ids is None):
         dtype = compute_dtype(anchors, positives, negatives)
@@ -240,9 +233,6 @@ def objective(
             bml_alpha=bml_alpha,
             bml_beta=bml_beta,
         )
-    options = chunked.Options(
-        hard_negative_weight, false_negatives, bml_weight, bml_alpha, bml_beta, workspace_bytes
-    )
     return ObjectiveTerms(
         *chunked.ClusterAwareInfoNCE.apply(
             anchors,
@@ -295,14 +285,16 @@ def info_nce(
         bml_alpha: α, upper margin: cos(i, j) should stay α below cos(i, i).
         bml_beta: β, lower margin: and not fall further than β below it.
         workspace_bytes: memory for logits, whatever the batch size.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "triton", "torch" or "reference", see `choose_backend`.
 
     Returns:
         0-d float32, or float64 if an embedding is float64. Gradient reaches anchors, positives, negatives and
-        τ; never the centroids. Zero rows have cosine 0 and gradient 0. Not twice differentiable on "torch".
+        τ; never the centroids. Zero rows have cosine 0 and gradient 0. Only "reference" is twice
+        differentiable.
 
     Raises:
         TypeError, ValueError: one line that names the argument, what was expected and what came.
+        RuntimeError: backend="triton" where it cannot run, with the reason.
 
     Source: method steps 5 to 8; Deng et al. 2023, section 3.
 

@@ -7,10 +7,13 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from . import fused
+from .backend import check_backend, choose_backend
 from .centroids import OnlineKMeans
 from .checks import check_choice, check_embeddings, check_like, check_number, check_temperature
 from .distributed import gather_rows, seed_together
-from .functional import FALSE_NEGATIVES, choose_backend, objective
+from .functional import FALSE_NEGATIVES, ObjectiveTerms, objective
+from .options import WORKSPACE_BYTES, Options
 
 
 class ClusterNSLoss(OnlineKMeans):
@@ -35,7 +38,7 @@ class ClusterNSLoss(OnlineKMeans):
         hard_negative_weight: w, added to the logit of a sentence's own hard negative.
         false_negatives: "bml" (margin loss), "exclude" (out of the denominator) or "keep".
         bml_weight, bml_alpha, bml_beta: λ, α, β of the margin loss.
-        backend: "auto", "torch" or "reference".
+        backend: "auto" (Triton on a GPU, torch elsewhere), "triton", "torch" or "reference".
         process_group: ranks of `torch.distributed` that share one batch. The loss is then that of the
             concatenated batch, and the gradient is such that DistributedDataParallel, which averages over
             the ranks, gives that of a single process.
@@ -79,7 +82,7 @@ class ClusterNSLoss(OnlineKMeans):
         check_number("bml_weight", bml_weight, at_least=0)
         check_number("bml_alpha", bml_alpha)
         check_number("bml_beta", bml_beta)
-        choose_backend(backend)
+        check_backend(backend)
         if hard_negatives and num_clusters < 2:
             raise ValueError(
                 "num_clusters: expected at least 2 with hard_negatives=True (a runner-up centroid), "
@@ -117,6 +120,19 @@ class ClusterNSLoss(OnlineKMeans):
         if self.process_group is not None:
             anchors, positives, negatives = gather_rows([anchors, positives, negatives], self.process_group)
         clustered = self.clustering_active
+        centroids = self.centroids if clustered else None
+        if choose_backend(self.backend, anchors, positives, negatives, centroids) == "triton":
+            terms, cosines = self._fused_step(anchors, positives, negatives, centroids)
+        else:
+            terms, cosines = self._step(anchors, positives, negatives, clustered)
+        if self.training and self.num_clusters and not clustered:
+            self._maybe_seed(anchors, positives, terms.mean_cosine)
+        self.last = {name: term.detach() for name, term in terms._asdict().items()} | cosines
+        return terms.loss
+
+    def _step(
+        self, anchors: Tensor, positives: Tensor, negatives: Tensor | None, clustered: bool
+    ) -> tuple[ObjectiveTerms, dict[str, Tensor]]:
         clusters: dict = {}
         cosines: dict[str, Tensor] = {}
         if clustered:
@@ -128,6 +144,7 @@ class ClusterNSLoss(OnlineKMeans):
                 clusters.update(centroids=self.centroids, hard_negative_ids=assigned.runner_up)
                 clusters.update(centroid_cosines=centroid_cosines)
                 cosines["hard_negative_cosine"] = assigned.runner_up_cosine.mean()
+        backend = "torch" if self.backend == "auto" else self.backend
         terms = objective(
             anchors,
             positives,
@@ -138,13 +155,49 @@ class ClusterNSLoss(OnlineKMeans):
             bml_weight=self.bml_weight,
             bml_alpha=self.bml_alpha,
             bml_beta=self.bml_beta,
-            backend=self.backend,
+            backend=backend,
             **clusters,
         )
-        if self.training and self.num_clusters and not clustered:
-            self._maybe_seed(anchors, positives, terms.mean_cosine)
-        self.last = {name: term.detach() for name, term in terms._asdict().items()} | cosines
-        return terms.loss
+        return terms, cosines
+
+    def _fused_step(
+        self, anchors: Tensor, positives: Tensor, negatives: Tensor | None, centroids: Tensor | None
+    ) -> tuple[ObjectiveTerms, dict[str, Tensor]]:
+        """Assignment, update, re-assignment and loss in four launches (more for "adamw")."""
+        update = None
+        if centroids is not None and self.training:
+            if self.centroid_update == "adamw":
+                self._move(*fused.cluster_sums(anchors, centroids))
+            else:
+                statistic = "mean" if self.centroid_update == "mean" else "sum"
+                share = 1.0 if self.centroid_update == "replace" else self.centroid_momentum
+                update = fused.Update(statistic, share)
+        options = Options(
+            self.hard_negative_weight,
+            self.false_negatives,
+            self.bml_weight,
+            self.bml_alpha,
+            self.bml_beta,
+            WORKSPACE_BYTES,
+        )
+        terms = fused.objective(
+            anchors,
+            positives,
+            negatives,
+            self.temperature,
+            centroids,
+            None,
+            None,
+            options,
+            hard_negatives=self.hard_negatives,
+            update=update,
+        )
+        cosines: dict[str, Tensor] = {}
+        if centroids is not None:
+            cosines.update(nearest_cosine=terms.nearest_cosine, with_mates=terms.with_mates)
+            if self.hard_negatives:
+                cosines["hard_negative_cosine"] = terms.hard_negative_cosine
+        return ObjectiveTerms(*terms[:5]), cosines
 
     def _check(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None) -> None:
         check_embeddings("anchors", anchors)

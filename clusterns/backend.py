@@ -1,0 +1,66 @@
+"""The choice of backend.
+
+| word | what runs |
+|---|---|
+| "auto" | "triton" for CUDA and ROCm tensors where it can, "torch" elsewhere |
+| "triton" | fused kernels; an error that says why where they cannot run |
+| "torch" | row chunks in plain torch, on any device |
+| "reference" | one formula a line, for checks |
+
+`CLUSTERNS_DISABLE_TRITON=1` in the environment turns Triton off.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import fused
+from .checks import check_choice
+from .options import WORKSPACE_BYTES
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+
+def check_backend(backend: str) -> None:
+    """Require a known word, and for "triton" that it can run on this machine at all.
+
+    Raises `ValueError` for an unknown word and `RuntimeError` for "triton" without Triton or a GPU.
+    """
+    check_choice("backend", backend, BACKENDS)
+    if backend == "triton":
+        _refuse_if(fused.why_not())
+
+
+def choose_backend(
+    backend: str,
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None = None,
+    centroids: Tensor | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> str:
+    """Turn the user's word into "triton", "torch" or "reference" for these tensors.
+
+    "auto" is Triton on CUDA and ROCm where the cosines, which that path keeps for the backward, fit the
+    workspace (B ≤ 8,192 by default), and torch elsewhere. Raises as `check_backend`.
+    """
+    check_choice("backend", backend, BACKENDS)
+    if backend not in ("auto", "triton"):
+        return backend
+    if backend == "auto" and not anchors.is_cuda:
+        return "torch"  # also while the interpreter is on: it is for tests
+    reason = fused.why_not(anchors, positives, negatives, centroids)
+    if reason is None and not fused.fits(anchors, negatives, centroids, workspace_bytes):
+        needed = fused.cosine_bytes(anchors, negatives, centroids)
+        reason = (
+            f"the cosines of a batch of {len(anchors)} take {needed} bytes and workspace_bytes is "
+            f"{workspace_bytes}; raise that, or use 'auto' or 'torch'"
+        )
+    if backend == "triton":
+        _refuse_if(reason)
+    return "triton" if reason is None else "torch"
+
+
+def _refuse_if(reason: str | None) -> None:
+    if reason is not None:
+        raise RuntimeError(f"backend: 'triton' cannot run, {reason}")

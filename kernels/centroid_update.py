@@ -1,0 +1,90 @@
+"""Members and sums of each cluster, and the step of the centroids towards them, in one launch.
+
+One program makes one (K, D) tile: a product of the 0/1 membership matrix with the raw points. No atomic
+addition of floats, so the same bits every time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import multiply_add, read_scalar
+
+BATCH_SIZES = ["num_rows", "num_centroids", "num_tiles"]
+
+# Values of the constexpr UPDATE.
+SUMS = tl.constexpr(0)  # write counts and sums, leave the centroids
+TOWARDS_SUM = tl.constexpr(1)  # the authors' code
+TOWARDS_MEAN = tl.constexpr(2)  # the paper, Eq. 7
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def centroid_update_kernel(
+    x_ptr,  # (B, D) raw points
+    x_inverse_ptr,  # (B,) 1/‖x_i‖; rows where it is not positive have no direction and are left out
+    partial_cosine_ptr,  # (tiles, B): the best cosine within each tile of centroids
+    partial_id_ptr,  # (tiles, B): its id
+    centroids_ptr,  # (K, D) float32, updated in place unless UPDATE is SUMS
+    updated_ptr,  # out (K, D) float32, a copy of the updated centroids
+    counts_ptr,  # out (K,) float32, only for SUMS
+    sums_ptr,  # out (K, D) float32, only for SUMS
+    momentum,  # γ
+    num_rows,
+    num_centroids,
+    num_tiles,
+    dim,
+    x_stride,
+    centroids_stride,
+    UPDATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid: (cluster tiles, dimension tiles)."""
+    clusters = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    count = tl.zeros((BLOCK_K,), tl.float32)
+    for start in range(0, num_rows, BLOCK_B):
+        rows = start + tl.arange(0, BLOCK_B)
+        mask = rows < num_rows
+        best_cosine = tl.load(partial_cosine_ptr + rows, mask=mask, other=0.0)
+        nearest = tl.load(partial_id_ptr + rows, mask=mask, other=0).to(tl.int32)
+        for tile in range(1, num_tiles):
+            at = rows + num_rows.to(tl.int64) * tile
+            cosine = tl.load(partial_cosine_ptr + at, mask=mask, other=0.0)
+            wins = cosine > best_cosine  # strictly: the lowest id of equals
+            best_cosine = tl.where(wins, cosine, best_cosine)
+            nearest = tl.where(wins, tl.load(partial_id_ptr + at, mask=mask, other=0).to(tl.int32), nearest)
+        valid = tl.load(x_inverse_ptr + rows, mask=mask, other=0.0) > 0  # False for NaN
+        members = ((nearest[None, :] == clusters[:, None]) & valid[None, :]).to(tl.float32)  # (K, B)
+        count += tl.sum(members, axis=1)
+        x = tl.load(
+            x_ptr + rows.to(tl.int64)[:, None] * x_stride + d[None, :],
+            mask=valid[:, None] & (d < dim)[None, :],
+            other=0.0,
+        )  # (B, D)
+        total = multiply_add(members.to(x.dtype), x, total, PRECISION, UPCAST)
+
+    inside = (clusters < num_centroids)[:, None] & (d < dim)[None, :]
+    at = clusters.to(tl.int64)[:, None] * centroids_stride + d[None, :]
+    if UPDATE == SUMS:
+        tl.store(sums_ptr + clusters.to(tl.int64)[:, None] * dim + d[None, :], total, mask=inside)
+        if tl.program_id(1) == 0:
+            tl.store(counts_ptr + clusters, count, mask=clusters < num_centroids)
+    else:
+        old = tl.load(centroids_ptr + at, mask=inside, other=0.0)
+        if UPDATE == TOWARDS_MEAN:
+            total = total / tl.maximum(count, 1.0)[:, None]
+        momentum = read_scalar(momentum, False)
+        # As torch.lerp: exact at both ends.
+        near_old = old + momentum * (total - old)
+        near_new = total - (total - old) * (1.0 - momentum)
+        new = tl.where(momentum < 0.5, near_old, near_new)
+        new = tl.where((count > 0)[:, None], new, old)
+        tl.store(centroids_ptr + at, new, mask=inside)
+        # The backward of this step needs them after the next step has moved them on.
+        tl.store(updated_ptr + clusters.to(tl.int64)[:, None] * dim + d[None, :], new, mask=inside)

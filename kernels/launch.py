@@ -1,0 +1,159 @@
+"""How a kernel is launched: tile shapes, precision of products, sweeps, a recorder to compile ahead."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .target import interpreting, target_of
+
+# Operations of one product from which trying several tile shapes pays; below, nothing is ever tried.
+SWEEP_OPERATIONS = 2 * 2048 * 2048 * 768
+# Rows from which the large tiles are used.
+LARGE_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile shape and resources of one launch."""
+
+    blocks: Mapping[str, int]
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+class Launch(NamedTuple):
+    """A kernel with everything it is called with; what `recording` collects."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    tiles: Tiles
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect launches in place of running them; the tensors may then be on the meta device."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def padded(count: int) -> int:
+    """Round up to a multiple of 16: row starts stay aligned and one compiled kernel serves every batch."""
+    return -(-count // 16) * 16
+
+
+def new_float32(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised float32 on the device of another tensor."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def cdiv(count: int, block: int) -> int:
+    """Number of blocks."""
+    return -(-count // block)
+
+
+def product_constants(x: Tensor) -> dict[str, Any]:
+    """How products are taken: constants of every kernel with one."""
+    target = target_of(x.device)
+    return {
+        "PRECISION": target.precision(),
+        "UPCAST": target.backend == "interpreter" and x.dtype.itemsize == 2,
+    }
+
+
+# Tile shapes to try for large work, per kernel, in addition to the chosen ones. The block that a sum runs
+# over stays, so that results differ at most in the last bits between them.
+_CANDIDATES = {
+    "cosine_kernel": [
+        Tiles({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
+        for m, n, warps in ((128, 128, 8), (128, 64, 4), (64, 128, 4), (128, 256, 8))
+        for stages in (3, 4)
+    ],
+    "gradient_kernel": [
+        Tiles({"BLOCK_M": m, "BLOCK_D": d}, num_warps=warps, num_stages=stages)
+        for m, d, warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4), (64, 256, 8))
+        for stages in (2, 3)
+    ],
+}
+# What the best shape depends on. Never the batch.
+SWEEP_KEYS = {
+    "cosine_kernel": ["dim", "HAS_NEGATIVES", "HAS_CENTROIDS", "PRECISION"],
+    "gradient_kernel": [
+        "dim",
+        "NEED_X",
+        "NEED_Y",
+        "NEED_NEGATIVES",
+        "HAS_HARD",
+        "FALSE_NEGATIVES",
+        "PRECISION",
+    ],
+}
+_tuned: dict[tuple, Any] = {}
+
+
+def _may_sweep() -> bool:
+    """Whether tile shapes may be timed: on a GPU, where another choice may change the last bit."""
+    return (
+        os.environ.get("CLUSTERNS_AUTOTUNE", "1") != "0"
+        and not interpreting()
+        and not torch.are_deterministic_algorithms_enabled()
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _with_sweep(kernel: Any, tiles: Tiles) -> Any:
+    """Autotuned twin of a kernel, its results kept on disk in Triton's cache."""
+    name = kernel.__name__
+    key = (name, tuple(tiles.blocks.items()))
+    if key not in _tuned:
+        candidates = [tiles, *_CANDIDATES[name]]
+        configs = [
+            triton.Config(
+                {**tiles.blocks, **each.blocks}, num_warps=each.num_warps, num_stages=each.num_stages
+            )
+            for each in candidates
+        ]
+        _tuned[key] = triton.autotune(configs=configs, key=SWEEP_KEYS[name], cache_results=True)(kernel)
+    return _tuned[key]
+
+
+def launch(
+    kernel: Any,
+    grid: Callable[[Mapping[str, int]], tuple[int, ...]],
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+    tiles: Tiles,
+    operations: int = 0,
+) -> None:
+    """Run a kernel on the device of its tensors; from `SWEEP_OPERATIONS` on with the fastest tile shape.
+
+    `grid` gives the number of programs for a tile shape. `operations` 0 never sweeps: a launch that must not
+    be repeated.
+    """
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid(tiles.blocks), arguments, constants, tiles))
+        return
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        if operations >= SWEEP_OPERATIONS and _may_sweep():
+            _with_sweep(kernel, tiles)[grid](**arguments, **constants)
+        else:
+            options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+            kernel[grid(tiles.blocks)](**arguments, **constants, **tiles.blocks, **options)

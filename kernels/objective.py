@@ -1,0 +1,259 @@
+"""The masked objective over finished cosines: InfoNCE, false negatives, margin loss, all sums, in one launch.
+
+One program owns a few whole rows of the cosines, so that every row sum is local and nothing of size B×B is
+written. It leaves four numbers a row for the gradients; the last program to arrive adds up the terms, in a
+fixed order.
+
+Notation (method.md): S_ij cosines, s_i = S_ii, G_ik cosines with the centroids, τ the temperature, n_ik how
+often centroid k stands in the denominator of row i. Logits are kept in base 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    BML,
+    EXCLUDE,
+    KEEP,
+    LN_2,
+    LOG2_E,
+    LOWEST,
+    counters,
+    is_last_to_arrive,
+    load_row,
+    padded,
+    read_scalar,
+)
+
+BATCH_SIZES = ["num_rows", "num_negatives", "num_centroids", "cosine_blocks", "centroid_blocks"]
+
+# Rows of the output `terms`.
+TERMS = (
+    "info_nce",
+    "bml",
+    "mean_cosine",
+    "positive_cosine",
+    "nearest_cosine",
+    "hard_negative_cosine",
+    "with_mates",
+    "temperature_gradient",
+)
+# Rows of `row_state`, what the backward needs of each anchor.
+ROW_STATE = ("log_total", "own_weight", "positive_cosine", "along")
+
+
+@triton.jit
+def log1p_of_unit(e):
+    """log(1 + e) for e in [0, 1], accurate also where e is tiny: 2·artanh(e / (2 + e))."""
+    t = e / (2.0 + e)
+    square = t * t
+    series = 1.0 / 15.0 + 0.0 * square
+    series = series * square + 1.0 / 13.0
+    series = series * square + 1.0 / 11.0
+    series = series * square + 1.0 / 9.0
+    series = series * square + 1.0 / 7.0
+    series = series * square + 1.0 / 5.0
+    series = series * square + 1.0 / 3.0
+    return 2.0 * t * (series * square + 1.0)
+
+
+@triton.jit
+def margin_slope(delta, alpha, beta):
+    """∂/∂Δ of relu(Δ+α) + relu(−Δ−β): −1, 0 or 1."""
+    return (delta + alpha > 0).to(tl.float32) - (-delta - beta > 0).to(tl.float32)
+
+
+@triton.jit
+def log2_uses(uses, is_own, weight):
+    """log2 n_ik for n_k `uses` of centroid k; a sentence's own one counts e^w instead of 1."""
+    shift = tl.maximum(weight, 0.0)
+    own = (uses - 1.0) * tl.exp2(-shift * LOG2_E) + tl.exp2((weight - shift) * LOG2_E)
+    return tl.where(is_own, tl.log2(own) + shift * LOG2_E, tl.log2(uses))
+
+
+@triton.jit
+def _add_up(partial_ptr, term, num_programs):
+    """Sum of one term over all programs, always in the same order."""
+    total = tl.zeros((256,), tl.float32)
+    for start in range(0, num_programs, 256):
+        at = start + tl.arange(0, 256)
+        place = partial_ptr + term * num_programs + at
+        total += tl.load(place, mask=at < num_programs, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def objective_kernel(
+    cosines_ptr,  # (B, padded(B) + N) S, then cosines with the explicit negatives
+    centroid_cosines_ptr,  # (B, K) G
+    cluster_ids_ptr,  # (B,) int: equal ids are false negatives of each other
+    hard_ids_ptr,  # (B,) int: whose centroid is sentence j's hard negative
+    counters_ptr,  # int32, see `counters`; the arrivals are zero before and after
+    nearest_ptr,  # (B,) int64, with ASSIGNED
+    nearest_cosine_ptr,  # (B,), with ASSIGNED
+    runner_up_cosine_ptr,  # (B,), with ASSIGNED
+    row_state_ptr,  # out (4, B), see ROW_STATE
+    partial_ptr,  # scratch (8, programs)
+    loss_ptr,  # out, 0-dim
+    terms_ptr,  # out (8,), see TERMS
+    temperature,  # τ, a number or a pointer
+    hard_negative_weight,  # w
+    bml_weight,  # λ
+    alpha,
+    beta,
+    num_rows,
+    num_negatives,
+    num_centroids,
+    cosine_blocks,
+    centroid_blocks,
+    FALSE_NEGATIVES: tl.constexpr,
+    HAS_NEGATIVES: tl.constexpr,
+    HAS_HARD: tl.constexpr,
+    ASSIGNED: tl.constexpr,
+    TEMPERATURE_POINTER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Grid: (row tiles,)."""
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    tau = read_scalar(temperature, TEMPERATURE_POINTER)
+    scale = LOG2_E / tau
+    alpha, beta = read_scalar(alpha, False), read_scalar(beta, False)
+    bml_weight = read_scalar(bml_weight, False)
+    hard_negative_weight = read_scalar(hard_negative_weight, False)
+    sizes_ptr, uses_ptr, arrivals_ptr, _ = counters(counters_ptr, num_centroids)
+    rows = program * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < num_rows
+    safe_rows = tl.minimum(rows, num_rows - 1)
+    starts = cosines_ptr + safe_rows.to(tl.int64)[:, None] * (cosine_blocks.to(tl.int64) * 16)  # (M, 1)
+    hard_starts = centroid_cosines_ptr
+    if HAS_HARD:
+        hard_starts += safe_rows.to(tl.int64)[:, None] * (centroid_blocks.to(tl.int64) * 16)
+        own_hard = tl.load(hard_ids_ptr + safe_rows).to(tl.int32)[:, None]
+    if FALSE_NEGATIVES != KEEP:
+        own_cluster = tl.load(cluster_ids_ptr + safe_rows)[:, None]
+    positive = tl.load(starts + safe_rows[:, None])  # (M, 1) s_i
+    negative_starts = starts + padded(num_rows)
+
+    # The largest logit of the others: the reference of every exponential, so any τ is safe.
+    largest = tl.full((BLOCK_M, BLOCK_N), LOWEST, tl.float32)
+    for start in range(0, num_rows, BLOCK_N):
+        columns = (start + tl.arange(0, BLOCK_N))[None, :]
+        cosine = load_row(starts, columns, num_rows)  # (M, N)
+        others = (columns < num_rows) & (columns != rows[:, None])
+        if FALSE_NEGATIVES == EXCLUDE:
+            cluster = tl.load(cluster_ids_ptr + columns, mask=columns < num_rows, other=0)
+            others = others & (cluster != own_cluster)
+        largest = tl.maximum(largest, tl.where(others, cosine * scale, LOWEST))
+    if HAS_NEGATIVES:
+        for start in range(0, num_negatives, BLOCK_N):
+            columns = (start + tl.arange(0, BLOCK_N))[None, :]
+            cosine = load_row(negative_starts, columns, num_negatives)
+            largest = tl.maximum(largest, tl.where(columns < num_negatives, cosine * scale, LOWEST))
+    if HAS_HARD:
+        for start in range(0, num_centroids, BLOCK_N):
+            ids = (start + tl.arange(0, BLOCK_N))[None, :]
+            cosine = load_row(hard_starts, ids, num_centroids)
+            uses = tl.load(uses_ptr + ids, mask=ids < num_centroids, other=0).to(tl.float32)
+            logit = cosine * scale + log2_uses(uses, ids == own_hard, hard_negative_weight)
+            largest = tl.maximum(largest, tl.where(uses > 0, logit, LOWEST))
+    reference = tl.max(largest, axis=1)[:, None]  # (M, 1)
+
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # Σ E_ij, the positive kept apart
+    pull = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # Σ E_ij (S_ij − s_i)
+    cosine_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    margin_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    slope_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    slope_pull = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    margin_at_zero = tl.maximum(alpha, 0.0) + tl.maximum(-beta, 0.0)  # what every other cell adds
+    for start in range(0, num_rows, BLOCK_N):
+        columns = (start + tl.arange(0, BLOCK_N))[None, :]
+        cosine = load_row(starts, columns, num_rows)
+        cosine_sum += cosine
+        delta = cosine - positive
+        others = (columns < num_rows) & (columns != rows[:, None])
+        if FALSE_NEGATIVES != KEEP:
+            cluster = tl.load(cluster_ids_ptr + columns, mask=columns < num_rows, other=0)
+        if FALSE_NEGATIVES == EXCLUDE:
+            others = others & (cluster != own_cluster)
+        if FALSE_NEGATIVES == BML:
+            mates = others & (cluster == own_cluster)
+            slope = tl.where(mates, margin_slope(delta, alpha, beta), 0.0)
+            margin = tl.maximum(delta + alpha, 0.0) + tl.maximum(-delta - beta, 0.0)
+            margin_sum += tl.where(mates, margin - margin_at_zero, 0.0)
+            slope_sum += slope
+            slope_pull += slope * delta
+        weight = tl.where(others, tl.exp2(cosine * scale - reference), 0.0)
+        total += weight
+        pull += weight * delta
+    if HAS_NEGATIVES:
+        for start in range(0, num_negatives, BLOCK_N):
+            columns = (start + tl.arange(0, BLOCK_N))[None, :]
+            cosine = load_row(negative_starts, columns, num_negatives)
+            weight = tl.where(columns < num_negatives, tl.exp2(cosine * scale - reference), 0.0)
+            total += weight
+            pull += weight * (cosine - positive)
+    if HAS_HARD:
+        for start in range(0, num_centroids, BLOCK_N):
+            ids = (start + tl.arange(0, BLOCK_N))[None, :]
+            cosine = load_row(hard_starts, ids, num_centroids)
+            uses = tl.load(uses_ptr + ids, mask=ids < num_centroids, other=0).to(tl.float32)
+            logit = cosine * scale + log2_uses(uses, ids == own_hard, hard_negative_weight)
+            weight = tl.where(uses > 0, tl.exp2(logit - reference), 0.0)
+            total += weight
+            pull += weight * (cosine - positive)
+
+    # log(1 + Σ_others / E_ii): neither the loss nor its gradient is a difference of near-equals.
+    positive = tl.reshape(positive, (BLOCK_M,))
+    reference = tl.reshape(reference, (BLOCK_M,))
+    margin = (tl.log2(tl.sum(total, axis=1)) + reference - positive * scale) * LN_2
+    info_nce = tl.maximum(margin, 0.0) + log1p_of_unit(tl.exp2(-tl.abs(margin) * LOG2_E))
+    log_total = positive * scale + info_nce * LOG2_E
+    pull_sum = tl.sum(pull, axis=1) * tl.exp2(reference - log_total)
+    others_share = 1.0 / (1.0 + tl.exp2(-margin * LOG2_E))
+    slope_unit = bml_weight * tau / num_rows  # a slope of 1, in units of 1/(Bτ)
+    own_weight = -others_share - slope_unit * tl.sum(slope_sum, axis=1)
+    along = pull_sum + slope_unit * tl.sum(slope_pull, axis=1)
+    at = row_state_ptr + rows
+    tl.store(at, log_total, mask=row_mask)
+    tl.store(at + num_rows, own_weight, mask=row_mask)
+    tl.store(at + 2 * num_rows, positive, mask=row_mask)
+    tl.store(at + 3 * num_rows, along, mask=row_mask)
+
+    partial = partial_ptr + program
+    tl.store(partial, tl.sum(tl.where(row_mask, info_nce, 0.0), axis=0))
+    margins = tl.where(row_mask, tl.sum(margin_sum, axis=1), 0.0)
+    tl.store(partial + num_programs, tl.sum(margins, axis=0))
+    cosines = tl.where(row_mask, tl.sum(cosine_sum, axis=1), 0.0)
+    tl.store(partial + 2 * num_programs, tl.sum(cosines, axis=0))
+    tl.store(partial + 3 * num_programs, tl.sum(tl.where(row_mask, positive, 0.0), axis=0))
+    tl.store(partial + 4 * num_programs, tl.sum(tl.where(row_mask, pull_sum, 0.0), axis=0))
+    if ASSIGNED:
+        nearest_cosine = tl.load(nearest_cosine_ptr + rows, mask=row_mask, other=0.0)
+        tl.store(partial + 5 * num_programs, tl.sum(nearest_cosine, axis=0))
+        hard_cosine = tl.load(runner_up_cosine_ptr + rows, mask=row_mask, other=0.0)
+        tl.store(partial + 6 * num_programs, tl.sum(hard_cosine, axis=0))
+        nearest = tl.load(nearest_ptr + rows, mask=row_mask, other=0)
+        mates = (tl.load(sizes_ptr + nearest, mask=row_mask, other=0) > 1).to(tl.float32)
+        tl.store(partial + 7 * num_programs, tl.sum(mates, axis=0))
+
+    if is_last_to_arrive(arrivals_ptr, num_programs):
+        tl.store(arrivals_ptr, 0)
+        batch = num_rows.to(tl.float32)
+        info_nce_mean = _add_up(partial_ptr, 0, num_programs) / batch
+        bml = _add_up(partial_ptr, 1, num_programs) / (batch * batch) + margin_at_zero
+        if FALSE_NEGATIVES != BML:
+            bml = bml * 0.0
+        tl.store(loss_ptr, info_nce_mean + bml_weight * bml)
+        tl.store(terms_ptr, info_nce_mean)
+        tl.store(terms_ptr + 1, bml)
+        tl.store(terms_ptr + 2, _add_up(partial_ptr, 2, num_programs) / (batch * batch))
+        tl.store(terms_ptr + 3, _add_up(partial_ptr, 3, num_programs) / batch)
+        if ASSIGNED:
+            tl.store(terms_ptr + 4, _add_up(partial_ptr, 5, num_programs) / batch)
+            tl.store(terms_ptr + 5, _add_up(partial_ptr, 6, num_programs) / batch)
+            tl.store(terms_ptr + 6, _add_up(partial_ptr, 7, num_programs) / batch)
+        # ∂loss/∂τ = −1/τ² · mean_i Σ_j (softmax_ij − [i=j]) S_ij; the margin loss does not depend on τ.
+        tl.store(terms_ptr + 7, -_add_up(partial_ptr, 4, num_programs) / (batch * tau * tau))

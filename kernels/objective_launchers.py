@@ -1,0 +1,200 @@
+"""Launchers of the objective: its value and its gradients.
+
+Arguments are checked by the callers (`clusterns.checks`). Embeddings are (rows, D) of one dtype with a
+unit column stride; every output is new unless said otherwise. No function waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .gradient import gradient_kernel
+from .launch import LARGE_BATCH, Tiles, cdiv, launch, new_float32, product_constants
+from .objective import objective_kernel
+
+FALSE_NEGATIVES = {"keep": 0, "exclude": 1, "bml": 2}
+
+
+class Numbers(NamedTuple):
+    """Numbers of the objective: τ (or a 0-dim tensor), w, λ, α, β, and "keep", "exclude" or "bml"."""
+
+    temperature: float | Tensor
+    hard_negative_weight: float
+    bml_weight: float
+    bml_alpha: float
+    bml_beta: float
+    false_negatives: str
+
+    def arguments(self) -> dict[str, Any]:
+        """Kernel arguments."""
+        return {
+            "temperature": self.temperature,
+            "hard_negative_weight": float(self.hard_negative_weight),
+            "bml_weight": float(self.bml_weight),
+            "alpha": float(self.bml_alpha),
+            "beta": float(self.bml_beta),
+        }
+
+    def constants(self) -> dict[str, Any]:
+        """Kernel constants."""
+        return {
+            "FALSE_NEGATIVES": FALSE_NEGATIVES[self.false_negatives],
+            "TEMPERATURE_POINTER": isinstance(self.temperature, Tensor),
+        }
+
+
+def evaluate(
+    cosines: Tensor,
+    num_negatives: int,
+    counters: Tensor,
+    numbers: Numbers,
+    *,
+    num_centroids: int = 0,
+    centroid_cosines: Tensor | None = None,
+    cluster_ids: Tensor | None = None,
+    hard_ids: Tensor | None = None,
+    nearest: Tensor | None = None,
+    nearest_cosine: Tensor | None = None,
+    runner_up_cosine: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, terms and row state of the objective over the cosines of `compare`.
+
+    centroid_cosines (B, padded(K)) and hard_ids (B,) put the hard negatives in; cluster_ids (B,) mark false
+    negatives; nearest and the cosines (B,) fill the terms about the clusters. Returns the 0-dim loss, the
+    terms (8,) named by `objective.TERMS`, and (4, B) that `differentiate` needs.
+    """
+    rows = len(cosines)
+    has_hard = centroid_cosines is not None
+    tiles = Tiles({"BLOCK_M": 4, "BLOCK_N": 256}, num_warps=8, num_stages=1)
+    programs = cdiv(rows, tiles.blocks["BLOCK_M"])
+    loss, terms = new_float32(cosines), new_float32(cosines, 8)
+    row_state = new_float32(cosines, 4, rows)
+    launch(
+        objective_kernel,
+        lambda block: (programs,),
+        {
+            "cosines_ptr": cosines,
+            "centroid_cosines_ptr": centroid_cosines,
+            "cluster_ids_ptr": cluster_ids,
+            "hard_ids_ptr": hard_ids,
+            "counters_ptr": counters,
+            "nearest_ptr": nearest,
+            "nearest_cosine_ptr": nearest_cosine,
+            "runner_up_cosine_ptr": runner_up_cosine,
+            "row_state_ptr": row_state,
+            "partial_ptr": new_float32(cosines, 8, programs),
+            "loss_ptr": loss,
+            "terms_ptr": terms,
+            **numbers.arguments(),
+            "num_rows": rows,
+            "num_negatives": num_negatives,
+            "num_centroids": num_centroids,
+            "cosine_blocks": cosines.shape[1] // 16,
+            "centroid_blocks": centroid_cosines.shape[1] // 16 if centroid_cosines is not None else 0,
+        },
+        {
+            "HAS_NEGATIVES": num_negatives > 0,
+            "HAS_HARD": has_hard,
+            "ASSIGNED": nearest is not None,
+            **numbers.constants(),
+        },
+        tiles,
+    )
+    return loss, terms, row_state
+
+
+def differentiate(
+    upstream: Tensor,
+    x: Tensor,
+    y: Tensor,
+    negatives: Tensor | None,
+    cosines: Tensor,
+    x_inverse: Tensor,
+    y_inverse: Tensor,
+    row_state: Tensor,
+    counters: Tensor,
+    numbers: Numbers,
+    needs: tuple[bool, bool, bool],
+    *,
+    centroids: Tensor | None = None,
+    centroid_cosines: Tensor | None = None,
+    centroid_inverse: Tensor | None = None,
+    cluster_ids: Tensor | None = None,
+    hard_ids: Tensor | None = None,
+    num_centroids: int = 0,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `evaluate`'s loss times `upstream` (0-dim), in the order of `needs`.
+
+    The other arguments are what `compare`, `assign` and `evaluate` returned. Contiguous, in x's dtype.
+    """
+    dim = x.shape[1]
+    inputs = (x, y, negatives)
+    gradients = [
+        torch.empty_like(z, memory_format=torch.contiguous_format) if need and z is not None else None
+        for need, z in zip(needs, inputs, strict=True)
+    ]
+    counts = [
+        len(z) if z is not None and out is not None else 0 for z, out in zip(inputs, gradients, strict=True)
+    ]
+    if not any(counts):
+        return None, None, None
+    has_hard = centroid_cosines is not None and needs[0]
+    tiles = _gradient_tiles(x, len(x))
+    launch(
+        gradient_kernel,
+        lambda block: (sum(cdiv(count, block["BLOCK_M"]) for count in counts) * cdiv(dim, block["BLOCK_D"]),),
+        {
+            "x_ptr": x,
+            "y_ptr": y,
+            "negatives_ptr": negatives,
+            "centroids_ptr": centroids if has_hard else None,
+            "x_gradient_ptr": gradients[0],
+            "y_gradient_ptr": gradients[1] if gradients[1] is not None else gradients[2],
+            "negatives_gradient_ptr": gradients[2],
+            "cosines_ptr": cosines,
+            "centroid_cosines_ptr": centroid_cosines if has_hard else None,
+            "x_inverse_ptr": x_inverse,
+            "y_inverse_ptr": y_inverse,
+            "centroid_inverse_ptr": centroid_inverse if has_hard else None,
+            "row_state_ptr": row_state,
+            "cluster_ids_ptr": cluster_ids,
+            "hard_ids_ptr": hard_ids if has_hard else None,
+            "counters_ptr": counters,
+            "upstream_ptr": upstream,
+            **numbers.arguments(),
+            "num_rows": len(x),
+            "num_negatives": len(negatives) if negatives is not None else 0,
+            "num_centroids": num_centroids,
+            "dim": dim,
+            "x_stride": x.stride(0),
+            "y_stride": y.stride(0),
+            "negatives_stride": negatives.stride(0) if negatives is not None else 0,
+            "centroids_stride": centroids.stride(0) if centroids is not None else 0,
+            "cosine_blocks": cosines.shape[1] // 16,
+            "centroid_blocks": centroid_cosines.shape[1] // 16 if centroid_cosines is not None else 0,
+        },
+        {
+            "NEED_X": gradients[0] is not None,
+            "NEED_Y": gradients[1] is not None,
+            "NEED_NEGATIVES": gradients[2] is not None,
+            "HAS_NEGATIVES": negatives is not None,
+            "HAS_HARD": has_hard,
+            "FLOAT16": x.dtype == torch.float16,
+            **numbers.constants(),
+            **product_constants(x),
+        },
+        tiles,
+        operations=2 * len(x) * cosines.shape[1] * dim,
+    )
+    return gradients[0], gradients[1], gradients[2]
+
+
+def _gradient_tiles(x: Tensor, rows: int) -> Tiles:
+    if x.dtype.itemsize == 2:
+        if rows < LARGE_BATCH:
+            return Tiles({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64}, num_warps=8)
+        return Tiles({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 128}, num_warps=8, num_stages=2)
+    return Tiles({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64}, num_warps=8)

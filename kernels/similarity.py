@@ -1,0 +1,204 @@
+"""Cosine tiles: the similarity matrix, and nearest and runner-up centroid, in one launch.
+
+One program makes one (M, N) tile of cos(x_i, ·). Its columns come from up to three sources, side by side in
+the grid, so that a small batch still fills the chip:
+
+    centroids   two best of the tile; with FINISH the last tile of a row block merges them
+    y           in-batch positives           → cosines (B, padded(C) + N)
+    negatives   explicit hard negatives      → the same rows, from column padded(C)
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import cosine_tile, counters, is_last_to_arrive, padded, read_scalar, two_best
+
+# Sizes that change with the batch: no specialisation, or a new batch size would compile again.
+BATCH_SIZES = [
+    "num_rows",
+    "num_columns",
+    "num_negatives",
+    "num_centroids",
+    "num_counters",
+    "cosine_blocks",
+    "centroid_blocks",
+]
+
+
+@triton.jit
+def _merge_two_best(partial_cosine_ptr, partial_id_ptr, rows, num_rows, num_tiles):
+    """Two best over all centroid tiles, in the order of the tiles: ties stay with the lowest id."""
+    mask = rows < num_rows
+    step = num_rows.to(tl.int64)
+    second_offset = step * num_tiles
+    at = rows.to(tl.int64)
+    first_cosine = tl.load(partial_cosine_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
+    first = tl.load(partial_id_ptr + at, mask=mask, other=0, cache_modifier=".cg")
+    at += second_offset
+    second_cosine = tl.load(partial_cosine_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
+    second = tl.load(partial_id_ptr + at, mask=mask, other=0, cache_modifier=".cg")
+    for tile in range(1, num_tiles):
+        at = rows + step * tile
+        cosine_1 = tl.load(partial_cosine_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
+        id_1 = tl.load(partial_id_ptr + at, mask=mask, other=0, cache_modifier=".cg")
+        at += second_offset
+        cosine_2 = tl.load(partial_cosine_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
+        id_2 = tl.load(partial_id_ptr + at, mask=mask, other=0, cache_modifier=".cg")
+        wins = cosine_1 > first_cosine
+        # The runner-up is the loser of the two firsts, or the winner's own second. On a tie the lower id,
+        # that of the earlier tile, stands.
+        loser_cosine = tl.where(wins, first_cosine, cosine_1)
+        loser = tl.where(wins, first, id_1)
+        own_cosine = tl.where(wins, cosine_2, second_cosine)
+        own = tl.where(wins, id_2, second)
+        takes_loser = (loser_cosine > own_cosine) | (wins & (loser_cosine == own_cosine))
+        first_cosine = tl.where(wins, cosine_1, first_cosine)
+        first = tl.where(wins, id_1, first)
+        second_cosine = tl.where(takes_loser, loser_cosine, own_cosine)
+        second = tl.where(takes_loser, loser, own)
+    return first_cosine, first, second_cosine, second
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def cosine_kernel(
+    x_ptr,  # (B, D) points
+    y_ptr,  # (C, D) columns
+    negatives_ptr,  # (N, D) more columns
+    centroids_ptr,  # (K, D) float32
+    cosines_ptr,  # out (B, padded(C) + N) float32, 16 · cosine_blocks numbers a row; over τ
+    centroid_cosines_ptr,  # out (B, K) float32, 16 · centroid_blocks numbers a row
+    x_inverse_ptr,  # out (B,) 1/‖x_i‖
+    y_inverse_ptr,  # out (padded(C) + N,)
+    centroid_inverse_ptr,  # out (K,)
+    partial_cosine_ptr,  # scratch (2, centroid tiles, B): best and second best of each tile
+    partial_id_ptr,  # scratch (2, centroid tiles, B) int32
+    nearest_ptr,  # out (B,) int64
+    runner_up_ptr,  # out (B,) int64, −1 if K = 1
+    nearest_cosine_ptr,  # out (B,)
+    runner_up_cosine_ptr,  # out (B,)
+    counters_ptr,  # int32, see `counters`: counted here with FINISH, set to zero with CLEAR
+    temperature,  # τ, a number or a pointer
+    num_rows,
+    num_columns,
+    num_negatives,
+    num_centroids,
+    num_counters,
+    dim,
+    x_stride,
+    y_stride,
+    negatives_stride,
+    centroids_stride,
+    cosine_blocks,
+    centroid_blocks,
+    HAS_COLUMNS: tl.constexpr,
+    HAS_NEGATIVES: tl.constexpr,
+    HAS_CENTROIDS: tl.constexpr,
+    STORE_CENTROID_COSINES: tl.constexpr,
+    FINISH: tl.constexpr,
+    COUNT_USES: tl.constexpr,
+    CLEAR: tl.constexpr,
+    TEMPERATURE_POINTER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_K_D: tl.constexpr,
+):
+    """Grid: (row tiles, centroid tiles + column tiles + negative tiles)."""
+    row_tile, tile = tl.program_id(0), tl.program_id(1)
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < num_rows
+    safe_rows = tl.minimum(rows, num_rows - 1)  # reads stay inside, what they give is not written
+    if CLEAR:
+        if (row_tile == 0) & (tile == 0):
+            for start in range(0, num_counters, 1024):
+                at = start + tl.arange(0, 1024)
+                tl.store(counters_ptr + at, tl.zeros((1024,), tl.int32), mask=at < num_counters)
+
+    centroid_tiles = 0
+    if HAS_CENTROIDS:
+        centroid_tiles = tl.cdiv(num_centroids, BLOCK_K)
+        if tile < centroid_tiles:
+            ids = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+            cosines, x_inverse, centroid_inverse = cosine_tile(
+                x_ptr,
+                x_stride,
+                safe_rows,
+                centroids_ptr,
+                centroids_stride,
+                tl.minimum(ids, num_centroids - 1),
+                dim,
+                True,  # centroids stay float32
+                PRECISION,
+                UPCAST,
+                BLOCK_K_D,
+            )
+            cosine_1, id_1, cosine_2, id_2 = two_best(cosines, ids, num_centroids)
+            at = tile.to(tl.int64) * num_rows + rows
+            tl.store(partial_cosine_ptr + at, cosine_1, mask=row_mask)
+            tl.store(partial_id_ptr + at, id_1, mask=row_mask)
+            if FINISH:
+                at += centroid_tiles.to(tl.int64) * num_rows
+                tl.store(partial_cosine_ptr + at, cosine_2, mask=row_mask)
+                tl.store(partial_id_ptr + at, id_2, mask=row_mask)
+            if not HAS_COLUMNS:
+                tl.store(x_inverse_ptr + rows, x_inverse, mask=row_mask & (tile == 0))
+            if row_tile == 0:
+                tl.store(centroid_inverse_ptr + ids, centroid_inverse, mask=ids < num_centroids)
+            if STORE_CENTROID_COSINES:
+                starts = centroid_cosines_ptr + rows.to(tl.int64) * (centroid_blocks.to(tl.int64) * 16)
+                both = row_mask[:, None] & (ids < padded(num_centroids))[None, :]  # as `load_row`
+                tl.store(starts[:, None] + ids[None, :], cosines, mask=both)
+            if FINISH:
+                sizes_ptr, uses_ptr, _, arrivals_ptr = counters(counters_ptr, num_centroids)
+                if is_last_to_arrive(arrivals_ptr + row_tile, centroid_tiles):
+                    cosine_1, id_1, cosine_2, id_2 = _merge_two_best(
+                        partial_cosine_ptr, partial_id_ptr, rows, num_rows, centroid_tiles
+                    )
+                    # Integer additions: the order in which programs arrive does not show.
+                    tl.atomic_add(sizes_ptr + id_1, 1, mask=row_mask, sem="relaxed")
+                    if COUNT_USES:
+                        tl.atomic_add(uses_ptr + id_2, 1, mask=row_mask & (num_centroids > 1), sem="relaxed")
+                    id_2 = tl.where(num_centroids > 1, id_2, -1)
+                    tl.store(nearest_ptr + rows, id_1.to(tl.int64), mask=row_mask)
+                    tl.store(nearest_cosine_ptr + rows, cosine_1, mask=row_mask)
+                    tl.store(runner_up_ptr + rows, id_2.to(tl.int64), mask=row_mask)
+                    tl.store(runner_up_cosine_ptr + rows, cosine_2, mask=row_mask)
+
+    if HAS_COLUMNS:
+        if tile >= centroid_tiles:
+            tile -= centroid_tiles
+            columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            source, stride, count, first = y_ptr, y_stride, num_columns, 0
+            if HAS_NEGATIVES:
+                column_tiles = tl.cdiv(num_columns, BLOCK_N)
+                if tile >= column_tiles:
+                    source, stride, count = negatives_ptr, negatives_stride, num_negatives
+                    first = padded(num_columns)
+                    columns -= column_tiles * BLOCK_N
+            cosines, x_inverse, y_inverse = cosine_tile(
+                x_ptr,
+                x_stride,
+                safe_rows,
+                source,
+                stride,
+                tl.minimum(columns, count - 1),
+                dim,
+                False,
+                PRECISION,
+                UPCAST,
+                BLOCK_D,
+            )
+            if tile == 0:
+                tl.store(x_inverse_ptr + rows, x_inverse, mask=row_mask)
+            column_mask = columns < count
+            if row_tile == 0:
+                tl.store(y_inverse_ptr + first + columns, y_inverse, mask=column_mask)
+            cosines = cosines * (1.0 / read_scalar(temperature, TEMPERATURE_POINTER))
+            starts = cosines_ptr + rows.to(tl.int64) * (cosine_blocks.to(tl.int64) * 16)
+            both = row_mask[:, None] & (columns < padded(count))[None, :]  # as `load_row`
+            tl.store(starts[:, None] + (first + columns)[None, :], cosines, mask=both)

@@ -1,0 +1,126 @@
+"""What the kernels run on: precision of products, tile shapes, whether they can run at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import util
+
+import torch
+
+SWITCH = "CLUSTERNS_DISABLE_TRITON"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors: `TRITON_INTERPRET=1`."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def switched_off() -> bool:
+    """Whether the user has switched Triton off in the environment."""
+    return os.environ.get(SWITCH, "0") not in ("", "0")
+
+
+def is_installed() -> bool:
+    """Whether Triton can be imported."""
+    return _INSTALLED
+
+
+def _find_triton() -> bool:
+    try:
+        return util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # a blocked module has no spec
+        return False
+
+
+_INSTALLED = _find_triton()
+
+
+@lru_cache(maxsize=64)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of an NVIDIA GPU; (0, 0) for others."""
+    return torch.cuda.get_device_capability(device) if torch.version.cuda else (0, 0)
+
+
+def why_not(device: torch.device | None, *dtypes: torch.dtype) -> str | None:
+    """Say why the kernels cannot run on such tensors and what to do; None if they can.
+
+    Without a device only what holds for every tensor is checked.
+    """
+    if switched_off():
+        return f"it is switched off by {SWITCH}={os.environ[SWITCH]}; unset that, or use 'auto' or 'torch'"
+    if not is_installed():
+        return "Triton is not installed; pip install triton (Linux), or use 'auto' or 'torch'"
+    if not interpreting():
+        if not torch.cuda.is_available():
+            return "no GPU is available; use 'auto' or 'torch'"
+        if device is not None and device.type != "cuda":
+            return f"the tensors are on {device}; move them to a GPU, or use 'auto' or 'torch'"
+        if device is not None and torch.version.cuda and capability(device) < (8, 0):
+            have = ".".join(map(str, capability(device)))
+            return f"{device} has compute capability {have}, 8.0 is needed; use 'auto' or 'torch'"
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            name = str(dtype).removeprefix("torch.")
+            return (
+                f"{name} is not supported; convert to float32, bfloat16 or float16, or use 'auto' or 'torch'"
+            )
+    return None
+
+
+# What `torch.compiler.assume_constant_result` sets; calling that would import the compiler with the package.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a launch is compiled for."""
+
+    backend: str  # "cuda", "hip" or "interpreter"
+    arch: int | str  # 90 for sm_90, "gfx942"
+
+    def precision(self) -> str:
+        """How float32 operands are multiplied, after `torch.get_float32_matmul_precision()`.
+
+        "highest" keeps float32 products: on NVIDIA as three tf32 products, whose error is that of a float32
+        sum, since float32 units would take most of the time. "high" and "medium" are tf32 where there is it.
+        """
+        exact = torch.get_float32_matmul_precision() == "highest"
+        if self.backend == "cuda":
+            return "tf32x3" if exact else "tf32"
+        if self.backend == "hip" and self.arch == "gfx942":
+            return "ieee" if exact else "tf32"
+        return "ieee"
+
+
+_override: Target | None = None
+
+
+@lru_cache(maxsize=64)
+def _target_of(device: torch.device) -> Target:
+    if interpreting():
+        return Target("interpreter", 0)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Target("hip", properties.gcnArchName.split(":")[0])
+    return Target("cuda", properties.major * 10 + properties.minor)
+
+
+def target_of(device: torch.device) -> Target:
+    """Target of a device."""
+    return _override or _target_of(device)
+
+
+@contextlib.contextmanager
+def assume(target: Target) -> Iterator[None]:
+    """Choose tiles and precision for another target, to compile for it here."""
+    global _override
+    before, _override = _override, target
+    try:
+        yield
+    finally:
+        _override = before

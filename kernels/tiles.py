@@ -1,0 +1,160 @@
+"""Device code that several kernels share: products, norms, the two best, the order of arrival.
+
+Shapes in comments: M, N rows and columns of a tile, D a block of the embedding dimension. Everything that
+is summed is float32, and so is every logarithm.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Finite, so that a row without any logit gives exp2(−inf) = 0 and not inf − inf.
+LOWEST = tl.constexpr(-3.0e38)
+# `clusterns.reference.SHORTEST_NORM`: a shorter vector has no direction.
+SHORTEST_NORM = tl.constexpr(1e-8)
+
+# What happens to false negatives: the values of the constexpr FALSE_NEGATIVES.
+KEEP = tl.constexpr(0)
+EXCLUDE = tl.constexpr(1)
+BML = tl.constexpr(2)
+
+
+@triton.jit
+def multiply_add(x, y, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """accumulator (M, N) + x (M, D) · y (D, N), in float32 sums.
+
+    UPCAST widens half operands first: the interpreter multiplies bfloat16 wrongly. On a GPU it is False.
+    """
+    if UPCAST:
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(x, y, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def inverse_norm(square):
+    """1/‖z‖ from ‖z‖²; 0 for a row without direction, NaN for NaN, 0 for an infinite norm."""
+    norm = tl.sqrt_rn(square)
+    return tl.where(norm <= SHORTEST_NORM, 0.0, tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), norm))
+
+
+@triton.jit
+def read_scalar(value, IS_POINTER: tl.constexpr):
+    """A number of the host, or a 0-dim tensor on the device, as float32."""
+    if IS_POINTER:
+        number = tl.load(value).to(tl.float32)
+    else:
+        number = tl.zeros((), tl.float32) + value  # the interpreter passes a Python float
+    return number
+
+
+@triton.jit
+def cosine_tile(
+    x_ptr,
+    x_stride,
+    rows,  # (M,) already within bounds
+    y_ptr,
+    y_stride,
+    columns,  # (N,) already within bounds
+    dim,
+    FLOAT32: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """cos(x_i, y_j) (M, N) and both inverse norms, (M,) and (N,), in one sweep over the embeddings.
+
+    The raw rows are multiplied and the norms divided out of the sum, so half precision loses nothing: its
+    products are exact in float32. FLOAT32 widens operands of different dtypes.
+    """
+    products = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    x_square = tl.zeros((rows.shape[0],), tl.float32)
+    y_square = tl.zeros((columns.shape[0],), tl.float32)
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
+    y_rows = y_ptr + columns.to(tl.int64)[:, None] * y_stride
+    for start in range(0, dim, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = (d < dim)[None, :]
+        x = tl.load(x_rows + d[None, :], mask=inside, other=0.0)  # (M, D)
+        y = tl.load(y_rows + d[None, :], mask=inside, other=0.0)  # (N, D)
+        x_wide, y_wide = x.to(tl.float32), y.to(tl.float32)
+        x_square += tl.sum(x_wide * x_wide, axis=1)
+        y_square += tl.sum(y_wide * y_wide, axis=1)
+        if FLOAT32:
+            products = multiply_add(x_wide, tl.trans(y_wide), products, PRECISION, UPCAST)
+        else:
+            products = multiply_add(x, tl.trans(y), products, PRECISION, UPCAST)
+    x_inverse, y_inverse = inverse_norm(x_square), inverse_norm(y_square)
+    return products * x_inverse[:, None] * y_inverse[None, :], x_inverse, y_inverse
+
+
+@triton.jit
+def two_best(scores, ids, num_ids):
+    """Largest and second-largest score of each row with their ids; the lowest id of equals.
+
+    scores (M, N), ids (N,). Columns with an id ≥ num_ids cannot win, whatever the sign of the others; nor
+    can NaN, so that an id is always valid.
+    """
+    usable = (ids < num_ids)[None, :] & (scores == scores)
+    scores = tl.where(usable, scores, float("-inf"))
+    first_cosine, first = tl.max(scores, axis=1, return_indices=True)  # (M,): the leftmost of equals
+    position = tl.arange(0, ids.shape[0])
+    rest = tl.where(position[None, :] == first[:, None], float("-inf"), scores)
+    second_cosine, second = tl.max(rest, axis=1, return_indices=True)
+    lowest = tl.min(ids, axis=0)
+    return first_cosine, lowest + first, second_cosine, lowest + second
+
+
+@triton.jit
+def is_last_to_arrive(counter_ptr, expected):
+    """Whether `expected` − 1 other programs have passed here, and what they wrote before can be read.
+
+    The counter must start at 0. Results stay the same from run to run as long as the last one reads the
+    others' results in a fixed order, with `.cg` loads that bypass its own first-level cache.
+    """
+    tl.debug_barrier()  # every thread has written before one of them says so
+    before = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+    tl.debug_barrier()
+    return before == expected - 1
+
+
+@triton.jit
+def padded(count):
+    """Round up to a multiple of 16, as `launch.padded`: what starts there is aligned."""
+    return tl.cdiv(count, 16) * 16
+
+
+@triton.jit
+def load_row(ptr, columns, count):
+    """Numbers of a row of `count` that starts at a multiple of 16 and is padded to one; 0 beyond `count`.
+
+    Reading into the padding keeps the mask in step with 16-byte accesses; what lies there is not used.
+    """
+    values = tl.load(ptr + columns, mask=columns < padded(count), other=0.0)
+    return tl.where(columns < count, values, 0.0)
+
+
+@triton.jit
+def counters(counters_ptr, num_centroids):
+    """Places in the one buffer of integer counters, all zero before the first launch that counts.
+
+    Sizes (K,): points whose nearest centroid is k. Uses (K,): points whose runner-up is k. Arrivals at the
+    objective (1,), at each row tile of the assignment (row tiles,).
+    """
+    step = padded(num_centroids)
+    uses_ptr = counters_ptr + step
+    return counters_ptr, uses_ptr, uses_ptr + step, uses_ptr + step + 16
+
+
+@triton.jit
+def store_through_norm(product, z_ptr, z_stride, out_ptr, rows, d, count, dim, inverse, along, factor):
+    """dz = (du − u (u·du)) / ‖z‖ for du = product, written in the dtype of z."""
+    mask = (rows < count)[:, None] & (d < dim)[None, :]
+    at = rows.to(tl.int64)[:, None]
+    z = tl.load(z_ptr + at * z_stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    unit = z * inverse[:, None]
+    gradient = (product - unit * along[:, None]) * (inverse * factor)[:, None]
+    tl.store(out_ptr + at * dim + d[None, :], gradient.to(out_ptr.dtype.element_ty), mask=mask)
