@@ -109,11 +109,14 @@ class _Objective(torch.autograd.Function):
         ctx.num_centroids = num_centroids
         ctx.tau, ctx.numbers = tau, numbers
         ctx.mark_non_differentiable(terms)
+        ctx.set_materialize_grads(False)  # else the engine fills zeros for `terms`: one more launch
         return loss, terms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss: Tensor, _grad_terms: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad_loss: Tensor | None, _grad_terms: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 11
         anchors, positives, negatives, temperature, *saved, terms = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         numbers = (ctx.tau, temperature, *ctx.numbers)

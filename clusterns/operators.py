@@ -98,7 +98,7 @@ def _(anchors, positives, negatives, centroids, assign, keep_cosines, hard_ids, 
     return (
         new(rows, _padded(columns)),
         new(rows),
-        new(columns if negatives is not None else rows),
+        new(_padded(columns)),
         new(2 * _padded(clusters) + 16 + (rows + 15) // 16, dtype=torch.int32),
         new(assigned_rows, dtype=torch.int64),
         new(assigned_rows, dtype=torch.int64),
@@ -242,7 +242,11 @@ def _similarity(x, y, temperature, temperature_tensor):
 def _(x, y, temperature, temperature_tensor):
     new = {"dtype": torch.float32}
     rows, columns = x.shape[0], y.shape[0]
-    return x.new_empty((rows, _padded(columns)), **new), x.new_empty(rows, **new), x.new_empty(columns, **new)
+    return (
+        x.new_empty((rows, _padded(columns)), **new),
+        x.new_empty(rows, **new),
+        x.new_empty(_padded(columns), **new),
+    )
 
 
 @_register(

@@ -41,12 +41,12 @@ def compare(
     """Cosines of x (B, D) with y (C, D) and negatives (N, D), over τ; also the best of each centroid tile.
 
     Sets `counters` to zero. Returns cosines (B, padded(padded(C) + N)) float32, the negatives from column
-    padded(C); 1/‖x‖ (B,); 1/‖y‖ (padded(C) + N,); and for `update` the best cosine and its id within each
+    padded(C); 1/‖x‖ (B,); 1/‖y‖ likewise, as one row; and for `update` the best cosine and its id within each
     tile of centroids, (2, tiles, B) each.
     """
     rows, columns = len(x), num_columns(len(y), len(negatives) if negatives is not None else 0)
     cosines = new_float32(x, rows, padded(columns))
-    x_inverse, y_inverse = new_float32(x, rows), new_float32(x, columns)
+    x_inverse, y_inverse = new_float32(x, rows), new_float32(x, cosines.shape[1])
     tiles = _cosine_tiles(x, rows)
     partial = _partial(x, centroids, tiles)
     _launch_cosines(

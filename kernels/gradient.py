@@ -87,7 +87,7 @@ def gradient_kernel(
     cosines_ptr,  # (B, padded(B) + N)
     centroid_cosines_ptr,  # (B, K)
     x_inverse_ptr,  # (B,)
-    y_inverse_ptr,  # (padded(B) + N,)
+    y_inverse_ptr,  # as a row of cosines
     centroid_inverse_ptr,  # (K,)
     row_state_ptr,  # (4, B)
     cluster_ids_ptr,  # (B,) int

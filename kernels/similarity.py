@@ -70,7 +70,7 @@ def cosine_kernel(
     cosines_ptr,  # out (B, padded(C) + N) float32, 16 · cosine_blocks numbers a row; over τ
     centroid_cosines_ptr,  # out (B, K) float32, 16 · centroid_blocks numbers a row
     x_inverse_ptr,  # out (B,) 1/‖x_i‖
-    y_inverse_ptr,  # out (padded(C) + N,)
+    y_inverse_ptr,  # out, as a row of cosines
     centroid_inverse_ptr,  # out (K,)
     partial_cosine_ptr,  # scratch (2, centroid tiles, B): best and second best of each tile
     partial_id_ptr,  # scratch (2, centroid tiles, B) int32
@@ -195,10 +195,10 @@ def cosine_kernel(
             )
             if tile == 0:
                 tl.store(x_inverse_ptr + rows, x_inverse, mask=row_mask)
-            column_mask = columns < count
+            column_mask = columns < padded(count)  # as `load_row`
             if row_tile == 0:
                 tl.store(y_inverse_ptr + first + columns, y_inverse, mask=column_mask)
             cosines = cosines * (1.0 / read_scalar(temperature, TEMPERATURE_POINTER))
             starts = cosines_ptr + rows.to(tl.int64) * (cosine_blocks.to(tl.int64) * 16)
-            both = row_mask[:, None] & (columns < padded(count))[None, :]  # as `load_row`
+            both = row_mask[:, None] & column_mask[None, :]
             tl.store(starts[:, None] + (first + columns)[None, :], cosines, mask=both)

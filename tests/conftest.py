@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# The kernels run where there is a GPU on it, elsewhere in Triton's interpreter, on CPU tensors. It must be
+# chosen before the kernels are imported.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Real data beside the checkout; a user's checkout has none, and the tests that need it skip.
 SHARED = Path(__file__).resolve().parents[2] / "shared"

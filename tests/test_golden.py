@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICE
 
 from clusterns import ClusterNSLoss, nearest_centroids
 from clusterns.reference import false_negative_mask
 
 CASES = range(9)
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
 def load(shared, case):
@@ -39,6 +43,7 @@ def loss_for(meta, backend):
 
 def assert_close(actual, expected, tolerance, what):
     expected = torch.as_tensor(expected)
+    actual = actual.cpu()
     error = (actual.detach().double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
     assert error <= tolerance, f"{what}: relative error {error:.1e} above {tolerance:.0e}"
 
@@ -53,12 +58,18 @@ def far_from_ties(z1, centroids):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [("reference", torch.float64), ("torch", torch.float64), ("torch", torch.float32)],
-    ids=["reference-float64", "torch-float64", "torch-float32"],
+    [
+        ("reference", torch.float64),
+        ("torch", torch.float64),
+        ("torch", torch.float32),
+        pytest.param("triton", torch.float32, marks=needs_triton),
+    ],
+    ids=["reference-float64", "torch-float64", "torch-float32", "triton-float32"],
 )
 def test_recorded_run(shared, case, backend, dtype, monkeypatch):
     arrays, meta = load(shared, case)
-    loss_fn = loss_for(meta, backend)
+    device = DEVICE if backend == "triton" else "cpu"
+    loss_fn = loss_for(meta, backend).to(device)
     double = dtype == torch.float64
     loss_tolerance, gradient_tolerance = (1e-9, 1e-9) if double else (1e-5, 1e-4)
     seed = loss_fn.seed
@@ -67,7 +78,8 @@ def test_recorded_run(shared, case, backend, dtype, monkeypatch):
     for step in range(meta["T"]):
         wide = torch.tensor(arrays[f"z1_{step}"])
         z1, z2 = (
-            torch.tensor(arrays[f"{name}_{step}"], dtype=dtype).requires_grad_() for name in ("z1", "z2")
+            torch.tensor(arrays[f"{name}_{step}"], dtype=dtype, device=device).requires_grad_()
+            for name in ("z1", "z2")
         )
         active = bool(arrays[f"active_{step}"])
         assert loss_fn.clustering_active == active
@@ -80,10 +92,10 @@ def test_recorded_run(shared, case, backend, dtype, monkeypatch):
             assigned = nearest_centroids(z1, loss_fn.centroids)
             if not double:
                 assert far_from_ties(wide, torch.tensor(arrays[f"centroids_{step}"]))
-            mask = false_negative_mask(assigned.nearest)
+            mask = false_negative_mask(assigned.nearest.cpu())
             assert torch.equal(mask, torch.tensor(arrays[f"false_negatives_{step}"]))
             if meta["hard"]:
-                assert torch.equal(assigned.runner_up, torch.tensor(arrays[f"runner_up_{step}"]))
+                assert torch.equal(assigned.runner_up.cpu(), torch.tensor(arrays[f"runner_up_{step}"]))
         assert_close(loss, arrays[f"loss_{step}"], loss_tolerance, "loss")
         assert_close(loss_fn.last["info_nce"], arrays[f"info_nce_{step}"], loss_tolerance, "InfoNCE")
         assert_close(loss_fn.last["bml"], arrays[f"bml_{step}"], loss_tolerance, "BML")

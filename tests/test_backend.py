@@ -1,0 +1,128 @@
+"""Which backend a word means, and what is said where Triton cannot run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DEVICE
+
+from clusterns import ClusterNSLoss, fused, info_nce
+from clusterns.backend import choose_backend
+from clusterns.kernels import target
+
+X = torch.randn(8, 4)
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_auto_is_torch_on_the_cpu():
+    assert choose_backend("auto", X, X) == "torch"
+    assert choose_backend("torch", X, X) == "torch"
+    assert choose_backend("reference", X, X) == "reference"
+
+
+def test_unknown_word():
+    with pytest.raises(ValueError, match=r"backend: expected one of 'auto'.*got 'cuda'"):
+        info_nce(X, X, backend="cuda")
+    with pytest.raises(ValueError, match=r"backend: expected one of 'auto'.*got 'numpy'"):
+        ClusterNSLoss(4, 2, backend="numpy")
+
+
+def refused(match, call):
+    with pytest.raises(RuntimeError, match=match) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_triton_says_why_not(no_interpreter, monkeypatch):
+    start = "backend: 'triton' cannot run, "
+    if not torch.cuda.is_available():
+        for call in (lambda: info_nce(X, X, backend="triton"), lambda: ClusterNSLoss(4, 2, backend="triton")):
+            refused(start + "no GPU is available; use 'auto' or 'torch'", call)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    refused(start + "the tensors are on cpu; move them to a GPU", lambda: info_nce(X, X, backend="triton"))
+    monkeypatch.setattr(target, "_INSTALLED", False)
+    for call in (lambda: info_nce(X, X, backend="triton"), lambda: ClusterNSLoss(4, 2, backend="triton")):
+        refused(start + r"Triton is not installed; pip install triton", call)
+    monkeypatch.setenv("CLUSTERNS_DISABLE_TRITON", "1")
+    refused(
+        start + "it is switched off by CLUSTERNS_DISABLE_TRITON=1",
+        lambda: ClusterNSLoss(4, 2, backend="triton"),
+    )
+
+
+def test_dtype_and_size_are_named():
+    x = X.to(DEVICE)
+    wide = x.double()
+    refused("float64 is not supported; convert to float32", lambda: info_nce(wide, wide, backend="triton"))
+    refused(
+        r"the cosines of a batch of 8 take 256 bytes and workspace_bytes is 255; raise that",
+        lambda: info_nce(x, x, backend="triton", workspace_bytes=255),
+    )
+
+
+def test_old_gpus_are_named(no_interpreter, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(target, "capability", lambda device: (7, 5))
+    reason = target.why_not(torch.device("cuda", 0), torch.float32)
+    assert "compute capability 7.5, 8.0 is needed" in reason
+
+
+def test_the_switch_reaches_a_new_process():
+    code = (
+        "import torch, clusterns; x = torch.randn(4, 3); print(float(clusterns.info_nce(x, x)) >= 0)\n"
+        "try: clusterns.info_nce(x, x, backend='triton')\n"
+        "except RuntimeError as error: print(error)"
+    )
+    environment = {**os.environ, "CLUSTERNS_DISABLE_TRITON": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.startswith("True\nbackend: 'triton' cannot run, it is switched off")
+
+
+def test_bad_input_meets_the_same_words():
+    """The checks stand before the choice of backend."""
+    good = torch.randn(4, 3, device=DEVICE)
+    ids = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    bad = [
+        ((good[0], good), {}),
+        ((good, good[:3]), {}),
+        ((good, good[:, :2]), {}),
+        ((good.long(), good), {}),
+        ((good, good), {"negatives": good[:, :2]}),
+        ((good, good), {"centroids": good[:, :2]}),
+        ((good, good), {"cluster_ids": ids[:3]}),
+        ((good, good), {"cluster_ids": ids.float()}),
+        ((good, good), {"hard_negative_ids": ids}),
+        ((good, good), {"temperature": 0.0}),
+        ((good, good), {"temperature": torch.ones(2, device=DEVICE)}),
+        ((good, good), {"false_negatives": "drop"}),
+        ((good, good), {"bml_weight": -1.0}),
+        ((good, good), {"hard_negative_weight": float("nan")}),
+    ]
+    for views, arguments in bad:
+        messages = set()
+        for backend in ("torch", "triton"):
+            with pytest.raises((TypeError, ValueError)) as caught:
+                info_nce(*views, backend=backend, **arguments)
+            messages.add(str(caught.value))
+        assert len(messages) == 1, messages
+
+
+def test_larger_batches_take_the_torch_path(monkeypatch):
+    """ "auto" keeps within the workspace: the Triton path holds the cosines, the torch path does not."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(fused, "why_not", lambda *tensors: None)
+    assert choose_backend("auto", X, X) == "triton"
+    assert choose_backend("auto", X, X, workspace_bytes=255) == "torch"
+    monkeypatch.undo()
+    assert choose_backend("auto", X, X) == "torch"

@@ -1,0 +1,661 @@
+"""The Triton path of the objective against the reference: values, gradients, shapes, dtypes, compilation.
+
+On a GPU where there is one, else the same kernels in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DEVICE, embeddings
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clusterns import ClusterNSLoss, info_nce, nearest_centroids
+from clusterns.functional import objective
+
+pytest.importorskip("triton")
+from clusterns.kernels import cosine_launchers, launch, objective_launchers
+
+OPTIONS = {"bml_weight": 0.3, "bml_alpha": 0.1, "bml_beta": 0.3}
+
+
+def problem(batch=33, dim=17, clusters=5, negatives=0, dtype=torch.float32, seed=0):
+    def rows(count, seed):
+        return embeddings(count, dim, dtype=torch.float64, seed=seed)
+
+    def leaf(z):
+        return z.detach().to(DEVICE, dtype).requires_grad_()
+
+    anchors, positives = map(leaf, rows(batch, seed))
+    arguments = dict(OPTIONS)
+    if clusters:
+        arguments["centroids"] = leaf(rows(clusters, seed + 1)[0]).detach()
+    if negatives:
+        arguments["negatives"] = leaf(rows(negatives, seed + 2)[0])
+    return anchors, positives, arguments
+
+
+def fix_clusters(anchors, arguments):
+    """Take the clusters from float64, so that both sides see the same where rounding would decide."""
+    if "centroids" in arguments:
+        found = nearest_centroids(anchors.detach().double().cpu(), arguments["centroids"].double().cpu())
+        arguments["cluster_ids"] = found.nearest.to(DEVICE)
+        if len(arguments["centroids"]) > 1:
+            arguments["hard_negative_ids"] = found.runner_up.to(DEVICE)
+
+
+def widen(arguments):
+    return {
+        name: value.detach().double().requires_grad_(value.requires_grad)
+        if torch.is_tensor(value) and value.is_floating_point()
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def gradients(anchors, positives, arguments, upstream=1.0, **more):
+    wanted = [anchors, positives]
+    wanted += [value for value in arguments.values() if torch.is_tensor(value) and value.requires_grad]
+    terms = objective(anchors, positives, **arguments, **more)
+    return terms, torch.autograd.grad(terms.loss * upstream, wanted)
+
+
+def exact(anchors, positives, arguments, upstream=1.0, **more):
+    """The same in float64 by the reference."""
+    views = [z.detach().double().requires_grad_() for z in (anchors, positives)]
+    return gradients(*views, widen(arguments), upstream, backend="reference", **more)
+
+
+def errors(run, truth):
+    """Relative errors: each term (absolute below 1), then each gradient by its norm."""
+    terms = [
+        (one.detach().double() - other.detach()).abs() / other.detach().abs().clamp_min(1)
+        for one, other in zip(run[0], truth[0], strict=True)
+    ]
+    grads = [
+        (one.double() - other).norm() / other.norm().clamp_min(1e-9)
+        for one, other in zip(run[1], truth[1], strict=True)
+    ]
+    return torch.stack([e.cpu() for e in (*terms, *grads)])
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 70),
+    dim=st.integers(2, 90),
+    clusters=st.integers(0, 40),
+    negatives=st.integers(0, 20),
+    false_negatives=st.sampled_from(["bml", "exclude", "keep"]),
+    temperature=st.sampled_from([0.01, 0.024, 0.025, 0.05, 0.5, 3.0]),
+    weight=st.sampled_from([0.0, 0.7, -3.0, 25.0]),
+    margins=st.sampled_from([(0.1, 0.3), (0.0, 0.2), (-0.2, 0.1), (0.25, -0.1)]),
+    assigned=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_agrees_with_the_reference(
+    batch, dim, clusters, negatives, false_negatives, temperature, weight, margins, assigned, seed
+):
+    anchors, positives, arguments = problem(batch, dim, clusters, negatives, seed=seed)
+    arguments.update(false_negatives=false_negatives, temperature=temperature, hard_negative_weight=weight)
+    arguments.update(bml_alpha=margins[0], bml_beta=margins[1])
+    if not assigned:
+        fix_clusters(anchors, arguments)
+    truth = exact(anchors, positives, arguments, upstream=-1.7)
+    run = gradients(anchors, positives, arguments, upstream=-1.7, backend="triton")
+    # A rounded logit 1/τ moves its exponential by this; the margin loss jumps where Δ meets a margin.
+    tolerance = 4 * torch.finfo(torch.float32).eps * (20 + 1 / temperature)
+    assert (errors(run, truth)[:5] <= tolerance).all(), errors(run, truth)
+    assert (errors(run, truth)[5:] <= 5 * tolerance + 1e-6).all(), errors(run, truth)
+
+
+@pytest.mark.parametrize("batch", [2, 31, 96])
+@pytest.mark.parametrize("temperature", [0.05, 0.01])
+def test_float32_is_as_exact_as_plain_torch(batch, temperature):
+    """Error against float64 at most that of plain torch in float32, plus a small tolerance."""
+    anchors, positives, arguments = problem(batch, 48, 6, 3, seed=batch)
+    arguments.update(false_negatives="bml", temperature=temperature)
+    fix_clusters(anchors, arguments)
+    truth = exact(anchors, positives, arguments)
+    ours, eager = (
+        errors(gradients(anchors, positives, arguments, backend=backend), truth)
+        for backend in ("triton", "reference")
+    )
+    tolerance = torch.finfo(torch.float32).eps / temperature
+    assert (ours <= eager + tolerance).all(), (ours, eager)
+
+
+def eager_half(anchors, positives, temperature):
+    """Plain InfoNCE the way plain torch does it in half precision."""
+    a, p = (torch.nn.functional.normalize(z, dim=1) for z in (anchors, positives))
+    return torch.nn.functional.cross_entropy(a @ p.T / temperature, torch.arange(len(a), device=a.device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.05, 0.01])
+def test_half_precision_is_more_exact_than_plain_torch(dtype, temperature):
+    anchors, positives, _ = problem(96, 40, 0, dtype=dtype)
+    truth = exact(anchors, positives, {"temperature": temperature})
+    ours = gradients(anchors, positives, {"temperature": temperature}, backend="triton")
+    loss = eager_half(anchors, positives, temperature)
+    eager = torch.autograd.grad(loss, (anchors, positives))
+    assert ours[0].loss.dtype == torch.float32
+    assert abs(ours[0].loss.double() - truth[0].loss) <= abs(loss.double() - truth[0].loss) + 1e-6
+    for mine, theirs, true in zip(ours[1], eager, truth[1], strict=True):
+        assert mine.dtype == dtype
+        assert (mine.double() - true).norm() <= (theirs.double() - true).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("false_negatives", ["bml", "exclude", "keep"])
+def test_half_precision_with_every_part(dtype, false_negatives):
+    anchors, positives, arguments = problem(70, 40, 12, 9, dtype=dtype)
+    arguments["centroids"] = arguments["centroids"].float() * 1.001  # float32 centroids stay float32
+    arguments.update(false_negatives=false_negatives, hard_negative_weight=0.4)
+    fix_clusters(anchors, arguments)
+    found = errors(
+        gradients(anchors, positives, arguments, backend="triton"), exact(anchors, positives, arguments)
+    )
+    assert (found[:5] <= 1e-5).all(), found
+    # The interpreter truncates where a GPU rounds: twice the error.
+    assert (found[5:] <= 4 * torch.finfo(dtype).eps).all(), found
+
+
+def test_float16_gradients_of_rows_of_very_different_length():
+    """Weights are folded with 1/‖z‖: neither a short nor a long row may overflow or vanish."""
+    anchors, positives, arguments = problem(64, 32, 6, 5, dtype=torch.float32)
+    with torch.no_grad():
+        for z in (anchors, positives, arguments["negatives"]):
+            z.div_(z.norm(dim=1, keepdim=True)).mul_(torch.logspace(-2, 2, len(z), device=DEVICE)[:, None])
+    anchors, positives = (z.detach().half().requires_grad_() for z in (anchors, positives))
+    arguments["negatives"] = arguments["negatives"].detach().half().requires_grad_()
+    fix_clusters(anchors, arguments)
+    arguments["false_negatives"] = "bml"
+    run = gradients(anchors, positives, arguments, 1024.0, backend="triton")
+    truth = exact(anchors, positives, arguments, 1024.0)
+    for mine, true in zip(run[1], truth[1], strict=True):
+        row_error = (mine.double() - true).norm(dim=1) / true.norm(dim=1)
+        assert row_error.max() < 0.01
+
+
+def test_loss_scale_saves_float16_gradients():
+    anchors, positives, _ = problem(64, 32, 0, dtype=torch.float16)
+    scale = 2.0**12
+    loss = info_nce(anchors, positives, temperature=1.0, backend="triton") * 1e-4 * scale
+    grad = torch.autograd.grad(loss, anchors)[0]
+    truth = exact(anchors, positives, {"temperature": 1.0}, 1e-4)[1][0]
+    torch.testing.assert_close(grad.double() / scale, truth, rtol=5e-3, atol=1e-9)
+
+
+def test_well_separated_batches_keep_their_small_gradients():
+    """Where the positive takes nearly all the weight, loss and gradient are tiny, not rounding noise."""
+    anchors = torch.eye(32, 40, device=DEVICE) + 0.01 * torch.randn(32, 40, device=DEVICE)
+    positives = anchors + 0.01 * torch.randn(32, 40, device=DEVICE)
+    views = [z.detach().clone().requires_grad_() for z in (anchors, positives)]
+    run = gradients(*views, {"temperature": 0.05}, backend="triton")
+    truth = exact(*views, {"temperature": 0.05})
+    assert truth[0].loss < 1e-6
+    torch.testing.assert_close(run[0].loss.double(), truth[0].loss, rtol=1e-4, atol=0)
+    assert (errors(run, truth)[5:] < 1e-4).all()
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2), (3,), (2, 3), (0, 1)])
+def test_partial_gradients(wanted):
+    anchors, positives, arguments = problem(20, 8, 4, 3)
+    temperature = torch.tensor(0.05, device=DEVICE)
+    arguments["false_negatives"] = "bml"
+
+    def run(required):
+        tensors = [anchors, positives, arguments["negatives"], temperature]
+        leaves = [t.detach().clone().requires_grad_(i in required) for i, t in enumerate(tensors)]
+        a, p, n, t = leaves
+        info_nce(a, p, backend="triton", **{**arguments, "negatives": n, "temperature": t}).backward()
+        return [leaf.grad for leaf in leaves]
+
+    whole, part = run((0, 1, 2, 3)), run(wanted)
+    for index in range(4):
+        if index in wanted:
+            assert torch.equal(part[index], whole[index])
+        else:
+            assert part[index] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_learned_temperature(dtype):
+    anchors, positives, arguments = problem(40, 12, 6, 4)
+    fix_clusters(anchors, arguments)
+    arguments["temperature"] = torch.tensor(0.03, dtype=dtype, device=DEVICE, requires_grad=True)
+    arguments["false_negatives"] = "bml"
+    run = gradients(anchors, positives, arguments, 2.5, backend="triton")
+    assert run[1][-1].dtype == dtype
+    found = errors(run, exact(anchors, positives, arguments, 2.5))
+    assert (found <= (2e-5 if dtype != torch.float16 else 1e-3)).all(), found
+
+
+def test_centroids_get_no_gradient():
+    anchors, positives, arguments = problem()
+    arguments["centroids"].requires_grad_()
+    info_nce(anchors, positives, false_negatives="bml", backend="triton", **arguments).backward()
+    assert arguments["centroids"].grad is None
+    assert anchors.grad is not None
+
+
+def test_no_gradient_wanted():
+    anchors, positives, arguments = problem()
+    with torch.no_grad():
+        quiet = info_nce(anchors, positives, false_negatives="bml", backend="triton", **arguments)
+    assert not quiet.requires_grad
+    assert torch.equal(
+        quiet, info_nce(anchors, positives, false_negatives="bml", backend="triton", **arguments).detach()
+    )
+
+
+def test_non_contiguous_inputs_and_int32_ids():
+    anchors, positives, arguments = problem(20, 6)
+    fix_clusters(anchors, arguments)
+    expected = gradients(anchors, positives, arguments, false_negatives="bml", backend="triton")
+    wide = torch.zeros(20, 12, device=DEVICE)
+    wide[:, ::2] = anchors.detach()
+    rows = torch.full((40, 8), float("nan"), device=DEVICE)
+    rows[::2, :6] = positives.detach()
+    for name in ("cluster_ids", "hard_negative_ids"):
+        arguments[name] = arguments[name].int()
+    arguments["centroids"] = arguments["centroids"].T.contiguous().T
+    for a, p in (
+        (wide[:, ::2], rows[::2, :6]),
+        (anchors.detach().T.contiguous().T, positives.detach().T.contiguous().T),
+    ):
+        a.requires_grad_(), p.requires_grad_()
+        terms, grads = gradients(a, p, arguments, false_negatives="bml", backend="triton")
+        assert torch.equal(terms.loss, expected[0].loss)
+        for mine, theirs in zip(grads, expected[1], strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_mixed_dtypes():
+    anchors, positives, arguments = problem(20, 6, 4, 3)
+    mixed = positives.detach().bfloat16().requires_grad_()
+    arguments["negatives"] = arguments["negatives"].detach().half().requires_grad_()
+    run = gradients(anchors, mixed, arguments, backend="triton")
+    assert [g.dtype for g in run[1]] == [torch.float32, torch.bfloat16, torch.float16]
+    assert (errors(run, exact(anchors, mixed, arguments))[:5] < 1e-5).all()
+
+
+@pytest.mark.parametrize("false_negatives", ["bml", "exclude", "keep"])
+@pytest.mark.parametrize(
+    ("batch", "dim", "clusters", "negatives"), [(45, 19, 6, 4), (1, 8, 2, 1), (64, 64, 32, 32)]
+)
+def test_every_cell_is_written(nan_filled_memory, false_negatives, batch, dim, clusters, negatives):
+    anchors, positives, arguments = problem(batch, dim, clusters, negatives)
+    terms, grads = gradients(anchors, positives, arguments, false_negatives=false_negatives, backend="triton")
+    assert all(term.isfinite() for term in terms)
+    assert all(gradient.isfinite().all() for gradient in grads)
+
+
+def test_same_bits_every_time():
+    anchors, positives, arguments = problem(100, 64, 12, 7)
+    runs = [
+        gradients(anchors, positives, arguments, false_negatives="bml", backend="triton") for _ in range(3)
+    ]
+    for terms, grads in runs[1:]:
+        assert torch.equal(terms.loss, runs[0][0].loss)
+        assert all(torch.equal(x, y) for x, y in zip(grads, runs[0][1], strict=True))
+
+
+def test_zero_rows_are_harmless():
+    anchors, positives, arguments = problem(10, 6, 3, 4)
+    with torch.no_grad():
+        anchors[2] = 0
+        positives[2] = 0
+        positives[5] = 0
+        arguments["negatives"][1] = 0
+        arguments["centroids"][0] = 0
+    run = gradients(anchors, positives, arguments, false_negatives="bml", backend="triton")
+    assert not run[1][0][2].any()
+    assert not run[1][1][5].any()
+    truth = exact(anchors, positives, arguments, false_negatives="bml")
+    assert (errors(run, truth) < 1e-5).all()
+    for dtype in (torch.float32, torch.float16):  # not even one row with a direction
+        nothing = torch.zeros(6, 4, dtype=dtype, device=DEVICE, requires_grad=True)
+        loss = info_nce(nothing, nothing * 1, centroids=torch.ones(3, 4, device=DEVICE), backend="triton")
+        loss.backward()
+        assert loss.isfinite()
+        assert not nothing.grad.any()
+
+
+def test_non_finite_rows_show_in_the_loss():
+    for bad in (float("nan"), float("inf")):
+        anchors, positives, _ = problem(8, 4, 0)
+        with torch.no_grad():
+            anchors[3, 1] = bad
+        assert not info_nce(anchors, positives, backend="triton").isfinite()
+
+
+def test_one_sentence_without_negatives_costs_nothing():
+    anchors, positives, _ = problem(1, 4, 0)
+    loss = info_nce(anchors, positives, backend="triton")
+    loss.backward()
+    assert loss == 0
+    assert not anchors.grad.any()
+
+
+def test_loss_may_be_changed_in_place():
+    anchors, positives, _ = problem(8, 4, 0)
+    loss = info_nce(anchors, positives, backend="triton")
+    loss /= 2
+    loss.backward()
+    whole = torch.autograd.grad(info_nce(anchors, positives, backend="triton"), anchors)[0]
+    torch.testing.assert_close(anchors.grad, whole / 2)
+
+
+def test_second_derivative_is_refused():
+    anchors, positives, _ = problem(6, 4, 0)
+    loss = info_nce(anchors, positives, backend="triton").square()
+    (grad,) = torch.autograd.grad(loss, anchors, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_autocast_changes_nothing():
+    anchors, positives, arguments = problem(30, 16)
+    expected = gradients(anchors, positives, arguments, false_negatives="bml", backend="triton")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        actual = gradients(anchors, positives, arguments, false_negatives="bml", backend="triton")
+    assert torch.equal(actual[0].loss, expected[0].loss)
+    assert all(torch.equal(x, y) for x, y in zip(actual[1], expected[1], strict=True))
+
+
+def test_keeps_no_more_than_the_workspace():
+    """What the backward holds on to is the cosines, as `fused.cosine_bytes` says, and vectors."""
+    from clusterns import fused
+
+    anchors, positives, arguments = problem(256, 8, 16, 40)
+    held = 0
+
+    def pack(tensor):
+        nonlocal held
+        held += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        info_nce(anchors, positives, false_negatives="bml", backend="triton", **arguments)
+    cosines = fused.cosine_bytes(anchors, arguments["negatives"], arguments["centroids"])
+    inputs = sum(z.numel() * 4 for z in (anchors, positives, arguments["negatives"], arguments["centroids"]))
+    vectors = 4 * 256 * 20
+    assert cosines < held <= cosines * 1.1 + inputs + vectors
+
+
+def started(update="sum", clusters=6, dim=12, seed=99, **arguments):
+    loss_fn = ClusterNSLoss(
+        dim, clusters, start_cosine=1.0, centroid_update=update, backend="triton", **arguments
+    ).to(DEVICE)
+    loss_fn(*(z.detach() for z in problem(40, dim, 0, seed=seed)[:2]))
+    assert loss_fn.clustering_active
+    return loss_fn
+
+
+@pytest.mark.parametrize("update", ["sum", "mean", "replace", "adamw"])
+@pytest.mark.parametrize("hard", [True, False])
+def test_module_agrees_with_the_torch_path(update, hard):
+    ours = started(update, centroid_momentum=0.1, hard_negatives=hard, hard_negative_weight=0.3)
+    theirs = ClusterNSLoss(
+        12,
+        6,
+        centroid_update=update,
+        centroid_momentum=0.1,
+        hard_negatives=hard,
+        hard_negative_weight=0.3,
+        backend="torch",
+    ).to(DEVICE)
+    theirs.load_state_dict(ours.state_dict())
+    for training in (True, True, False, True):
+        anchors, positives, arguments = problem(37, 12, 0, 5, seed=int(training))
+        results = []
+        for loss_fn in (ours.train(training), theirs.train(training)):
+            loss = loss_fn(anchors, positives, arguments["negatives"])
+            results.append((loss, *torch.autograd.grad(loss, (anchors, positives, arguments["negatives"]))))
+        for mine, other in zip(*results, strict=True):
+            torch.testing.assert_close(mine, other, rtol=2e-5, atol=1e-6)
+        torch.testing.assert_close(ours.centroids, theirs.centroids)
+        assert ours.last.keys() == theirs.last.keys()
+        for name, value in ours.last.items():
+            torch.testing.assert_close(value, theirs.last[name], rtol=1e-5, atol=1e-6)
+            assert not value.requires_grad
+
+
+def test_backward_after_the_centroids_have_moved_on():
+    """Two losses, then one backward: the first step's gradient is that of its own centroids."""
+    loss_fn = started("mean", centroid_momentum=0.9)
+    one, two = problem(30, 12, 0, seed=1), problem(30, 12, 0, seed=2)
+    state = {name: value.clone() for name, value in loss_fn.state_dict().items()}
+    expected = torch.autograd.grad(loss_fn(*one[:2]), one[0])[0]
+    loss_fn.load_state_dict(state)
+    first = loss_fn(*one[:2])
+    second = loss_fn(*two[:2])
+    assert torch.equal(torch.autograd.grad(first + second, one[0])[0], expected)
+
+
+def test_changed_centroids_are_noticed():
+    """Where no copy was made (eval), a centroid written between forward and backward is an error."""
+    loss_fn = started().eval()
+    anchors, positives, _ = problem(30, 12, 0)
+    loss = loss_fn(anchors, positives)
+    loss_fn.centroids.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_update_bumps_the_version():
+    loss_fn = started()
+    before = loss_fn.centroids._version
+    loss_fn(*problem(30, 12, 0)[:2])
+    assert loss_fn.centroids._version > before
+
+
+def test_launches():
+    """Assign, update, re-assign, loss: four launches; the backward one."""
+    loss_fn = started()
+    anchors, positives, arguments = problem(30, 12, 0, 4)
+    with launch.recording() as forward:
+        loss = loss_fn(anchors, positives, arguments["negatives"])
+    assert [each.kernel.__name__ for each in forward] == [
+        "cosine_kernel",
+        "centroid_update_kernel",
+        "cosine_kernel",
+        "objective_kernel",
+    ]
+    with launch.recording() as backward:
+        loss.backward()
+    assert [each.kernel.__name__ for each in backward] == ["gradient_kernel"]
+    with launch.recording() as plain:
+        info_nce(anchors, positives, backend="triton")
+    assert [each.kernel.__name__ for each in plain] == ["cosine_kernel", "objective_kernel"]
+
+
+def test_nothing_else_runs_on_the_device():
+    """Between the launches there are only allocations and views: nothing that starts a kernel or waits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names: set[str] = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    loss_fn = started()
+    anchors, positives, _ = problem(64, 12, 0)
+    one = torch.ones((), device=DEVICE)
+    loss_fn(anchors, positives).backward(one)
+    with launch.recording(), Seen() as seen:
+        loss = loss_fn(anchors, positives)
+        torch.autograd.grad(loss, (anchors, positives), one)
+    harmless = {
+        "aten.detach.default",
+        "aten.unbind.int",
+        "aten.empty.memory_format",
+        "aten.new_empty.default",
+    }
+    harmless |= {"aten.empty_like.default", "aten.view.default", "aten.alias.default"}
+    ours = {name for name in seen.names if name.startswith("clusterns.")}
+    assert ours == {
+        "clusterns.compare.default",
+        "clusterns.evaluate.default",
+        "clusterns.differentiate.default",
+    }
+    assert seen.names - ours <= harmless, seen.names - ours - harmless
+
+
+def operator_samples():
+    anchors, positives, arguments = problem(20, 8, 5, 3)
+    anchors, positives, negatives = (z.detach() for z in (anchors, positives, arguments["negatives"]))
+    centroids = arguments["centroids"]
+    numbers = (0.05, None, 0.2, "bml", 0.3, 0.1, 0.3)
+    compared = torch.ops.clusterns.compare(
+        anchors, positives, negatives, centroids.clone(), True, True, None, "sum", 0.1
+    )
+    cosines, a_inverse, p_inverse, counters, nearest, runner_up, near, second, g, c_inverse, updated = (
+        compared
+    )
+    evaluated = (cosines, 3, counters, 5, g, nearest, runner_up, nearest, near, second)
+    loss, _, state = torch.ops.clusterns.evaluate(*evaluated, *numbers)
+    views = (anchors, positives, negatives)
+    similar = torch.ops.clusterns.similarity(anchors, positives, 0.3, None)
+    upstream = torch.randn(20, 20, device=DEVICE)
+    alone = torch.ops.clusterns.compare(anchors, positives, negatives, None, False, False, None, "", 0.0)
+    plain = (alone[0], 3, alone[3])
+    return {
+        "compare": (anchors, positives, negatives, centroids, True, True, None, "mean", 0.1),
+        "compare plain": (anchors, positives, None, None, False, False, None, "", 0.0),
+        "compare eval": (anchors, positives, None, centroids, True, False, None, "", 0.0),
+        "compare given": (anchors, positives, None, centroids, True, True, runner_up, "", 0.0),
+        "evaluate": (*evaluated, *numbers),
+        "evaluate plain": (*plain, 0, None, None, None, None, None, None, *numbers[:3], "keep", *numbers[4:]),
+        "differentiate": (
+            loss, *views, cosines, a_inverse, p_inverse, state, counters, updated, g, c_inverse, nearest,
+            runner_up, 5, True, False, True, *numbers,
+        ),
+        "similarity": (anchors, positives, 0.3, None),
+        "similarity_backward": (upstream, anchors, positives, *similar, 0.3, None, True, True),
+        "assign": (anchors, centroids),
+        "cluster_sums": (anchors, centroids),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", operator_samples())
+def test_operators_are_well_defined(name):
+    operator = getattr(torch.ops.clusterns, name.split()[0]).default
+    torch.library.opcheck(operator, operator_samples()[name])
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("update", ["sum", "adamw"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_module_compiles_whole(update, learned):
+    tau = torch.nn.Parameter(torch.tensor(0.05, device=DEVICE)) if learned else 0.05
+    plain, whole = (started(update, temperature=tau, centroid_momentum=0.1) for _ in range(2))
+    whole.load_state_dict(plain.state_dict())
+    fast = compiled(whole)
+    for seed in range(3):
+        anchors, positives, _ = problem(40 + seed, 12, 0, seed=seed)
+        wanted = (anchors, positives, tau) if learned else (anchors, positives)
+        results = [
+            (loss, *torch.autograd.grad(loss, wanted))
+            for loss in (plain(anchors, positives), fast(anchors, positives))
+        ]
+        for mine, other in zip(*results, strict=True):
+            torch.testing.assert_close(mine, other)
+        torch.testing.assert_close(plain.centroids, whole.centroids)
+        for name, value in plain.last.items():
+            torch.testing.assert_close(value, whole.last[name])
+
+
+def test_functions_compile_whole():
+    anchors, positives, arguments = problem(24, 8, 4, 3)
+
+    def both(a, p):
+        loss = info_nce(a, p, false_negatives="bml", backend="triton", **arguments)
+        return loss * 2
+
+    expected = torch.autograd.grad(both(anchors, positives), (anchors, positives))
+    actual = torch.autograd.grad(compiled(both)(anchors, positives), (anchors, positives))
+    for mine, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_batch_sizes_are_not_specialised():
+    """A new batch size must not compile again: no kernel may see it as a constant or a divisor."""
+    from clusterns.kernels import centroid_update, gradient, objective, similarity, similarity_gradient
+
+    sizes = {"num_rows", "num_columns", "num_negatives", "num_centroids", "num_counters", "num_tiles"}
+    sizes |= {"cosine_blocks", "centroid_blocks", "upstream_row_stride", "upstream_column_stride"}
+    for module in (centroid_update, gradient, objective, similarity, similarity_gradient):
+        kernel = next(
+            value
+            for name, value in vars(module).items()
+            if name == module.__name__.split(".")[-1] + "_kernel" or name == "cosine_kernel"
+        )
+        names = set(kernel.arg_names)
+        assert names & sizes == set(module.BATCH_SIZES) | (
+            names & {"upstream_row_stride", "upstream_column_stride"}
+        )
+    assert not sizes & {key for keys in launch.SWEEP_KEYS.values() for key in keys}
+
+
+def test_tiles_change_with_the_batch_only_once():
+    shapes = set()
+    for batch in (1, 64, 255, 256, 512, 1023, 1024, 2048, 4096):
+        x = torch.empty(batch, 768, dtype=torch.bfloat16, device="meta")
+        with launch.recording() as launches:
+            cosine_launchers.compare(x, x)
+            objective_launchers.evaluate(
+                torch.empty(batch, cosine_launchers.padded(batch), device="meta"),
+                0,
+                torch.empty(64, dtype=torch.int32, device="meta"),
+                objective_launchers.Numbers(0.05, 0.0, 0.0, 0.0, 0.0, "keep"),
+            )
+        shapes.add(tuple(str(each.tiles) for each in launches))
+    assert len(shapes) == 2
+
+
+def test_large_work_is_swept_and_small_is_not(monkeypatch):
+    swept = []
+    monkeypatch.setattr(launch, "_may_sweep", lambda: True)
+    monkeypatch.setattr(
+        launch, "_with_sweep", lambda kernel, tiles: swept.append(kernel.__name__) or kernel_stub
+    )
+
+    class Stub:
+        def __getitem__(self, grid):
+            return lambda **arguments: None
+
+    kernel_stub = Stub()
+    x = torch.zeros(64, 8, device=DEVICE)
+    cosine_launchers.compare(x, x)
+    assert not swept
+    monkeypatch.setattr(launch, "SWEEP_OPERATIONS", 1)
+    cosine_launchers.compare(x, x)
+    assert swept == ["cosine_kernel"]
+    # A launch that counts must run once.
+    cosine_launchers.assign(x, x[:4].float(), torch.zeros(64, dtype=torch.int32, device=DEVICE))
+    assert swept == ["cosine_kernel"]
+
+
+def test_no_sweep_where_bits_must_not_change(monkeypatch):
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert launch._may_sweep()
+    monkeypatch.setenv("CLUSTERNS_AUTOTUNE", "0")
+    assert not launch._may_sweep()
+    monkeypatch.delenv("CLUSTERNS_AUTOTUNE")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not launch._may_sweep()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not launch._may_sweep()
