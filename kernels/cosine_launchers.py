@@ -236,7 +236,7 @@ def _launch_cosines(
 
     def grid(block: Mapping[str, int]) -> tuple[int, ...]:
         columns = cdiv(count["y"], block["BLOCK_N"]) + cdiv(count["n"], block["BLOCK_N"])
-        return cdiv(len(x), block["BLOCK_M"]), columns + cdiv(count["c"], block["BLOCK_K"])
+        return (cdiv(len(x), block["BLOCK_M"]) * (columns + cdiv(count["c"], block["BLOCK_K"])),)
 
     launch(
         cosine_kernel,

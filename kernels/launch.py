@@ -28,6 +28,11 @@ class Tiles:
     num_warps: int = 4
     num_stages: int = 3
 
+    def options(self, backend: str) -> dict[str, int]:
+        """Launch options. Left alone, ptxas trades a few spilled registers for occupancy: not here."""
+        most = {"maxnreg": min(255, 65536 // (32 * self.num_warps))} if backend == "cuda" else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **most}
+
 
 class Launch(NamedTuple):
     """A kernel with everything it is called with; what `recording` collects."""
@@ -111,23 +116,19 @@ def _may_sweep() -> bool:
     """Whether tile shapes may be timed: on a GPU, where another choice may change the last bit."""
     return (
         os.environ.get("CLUSTERNS_AUTOTUNE", "1") != "0"
-        and not interpreting()
         and not torch.are_deterministic_algorithms_enabled()
         and not torch.cuda.is_current_stream_capturing()
     )
 
 
-def _with_sweep(kernel: Any, tiles: Tiles) -> Any:
+def _with_sweep(kernel: Any, tiles: Tiles, backend: str) -> Any:
     """Autotuned twin of a kernel, its results kept on disk in Triton's cache."""
     name = kernel.__name__
-    key = (name, tuple(tiles.blocks.items()))
+    key = (name, tuple(tiles.blocks.items()), backend)
     if key not in _tuned:
-        candidates = [tiles, *_CANDIDATES[name]]
         configs = [
-            triton.Config(
-                {**tiles.blocks, **each.blocks}, num_warps=each.num_warps, num_stages=each.num_stages
-            )
-            for each in candidates
+            triton.Config({**tiles.blocks, **each.blocks}, **each.options(backend))
+            for each in (tiles, *_CANDIDATES[name])
         ]
         _tuned[key] = triton.autotune(configs=configs, key=SWEEP_KEYS[name], cache_results=True)(kernel)
     return _tuned[key]
@@ -143,17 +144,72 @@ def launch(
 ) -> None:
     """Run a kernel on the device of its tensors; from `SWEEP_OPERATIONS` on with the fastest tile shape.
 
-    `grid` gives the number of programs for a tile shape. `operations` 0 never sweeps: a launch that must not
-    be repeated.
+    `grid` gives the number of programs for a tile shape. arguments, constants and blocks stand in the order
+    of the kernel's parameters. `operations` 0 never sweeps: a launch that must not be repeated.
     """
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid(tiles.blocks), arguments, constants, tiles))
         return
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        if operations >= SWEEP_OPERATIONS and _may_sweep():
-            _with_sweep(kernel, tiles)[grid](**arguments, **constants)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, arguments, constants, tiles, operations)
+        return
+    if interpreting():
+        kernel[grid(tiles.blocks)](**arguments, **constants, **tiles.blocks)
+        return
+    sweep = operations >= SWEEP_OPERATIONS and _may_sweep()
+    key = (
+        kernel,
+        device.index,
+        sweep,
+        tiles.num_warps,
+        tiles.num_stages,
+        *tiles.blocks.values(),
+        *constants.values(),
+        *_specialization(kernel, arguments),
+    )
+    known = _compiled.get(key)
+    if known is not None:
+        compiled, blocks = known
+        programs = grid(blocks)
+        compiled[(*programs, 1, 1)[:3]](*arguments.values(), *constants.values(), *blocks.values())
+        return
+    names = [*arguments, *constants, *tiles.blocks]
+    assert names == list(kernel.arg_names), f"{kernel.__name__}: arguments out of order"
+    backend, blocks = target_of(device).backend, dict(tiles.blocks)
+    if sweep:
+        tuned = _with_sweep(kernel, tiles, backend)
+        compiled = tuned[grid](**arguments, **constants)
+        blocks = {name: tuned.best_config.kwargs[name] for name in blocks}
+    else:
+        compiled = kernel[grid(blocks)](**arguments, **constants, **blocks, **tiles.options(backend))
+    _compiled[key] = compiled, blocks
+
+
+# Compiled kernels with their tile shapes, by all that they were compiled for. Triton keeps such a cache too,
+# but looking into it takes longer than everything the GPU does for a small batch.
+_compiled: dict[tuple, tuple[Any, dict[str, int]]] = {}
+_unspecialized: dict[Any, frozenset[str]] = {}
+
+
+def _specialization(kernel: Any, arguments: dict[str, Any]) -> list[Any]:
+    """What the compiled code depends on beyond its constants: types, alignment to 16, ones.
+
+    At least as fine as Triton's own distinction, which a test checks.
+    """
+    unspecialized = _unspecialized.get(kernel)
+    if unspecialized is None:
+        names = (parameter.name for parameter in kernel.params if parameter.do_not_specialize)
+        unspecialized = _unspecialized[kernel] = frozenset(names)
+    found: list[Any] = []
+    for name, value in arguments.items():
+        kind = value.__class__
+        if kind is int:
+            wide = value >> 31
+            found.append(wide if name in unspecialized else (wide, -1 if value == 1 else value & 15 == 0))
+        elif value is None or kind is float:
+            found.append(kind)
         else:
-            options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-            kernel[grid(tiles.blocks)](**arguments, **constants, **tiles.blocks, **options)
+            found.append((value.dtype, value.data_ptr() & 15 == 0))
+    return found

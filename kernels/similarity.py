@@ -108,8 +108,15 @@ def cosine_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_K_D: tl.constexpr,
 ):
-    """Grid: (row tiles, centroid tiles + column tiles + negative tiles)."""
-    row_tile, tile = tl.program_id(0), tl.program_id(1)
+    """Grid: (row tiles · (centroid tiles + column tiles + negative tiles),)."""
+    num_tiles = 0
+    if HAS_CENTROIDS:
+        num_tiles += tl.cdiv(num_centroids, BLOCK_K)
+    if HAS_COLUMNS:
+        num_tiles += tl.cdiv(num_columns, BLOCK_N)
+    if HAS_NEGATIVES:
+        num_tiles += tl.cdiv(num_negatives, BLOCK_N)
+    row_tile, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
     safe_rows = tl.minimum(rows, num_rows - 1)  # reads stay inside, what they give is not written

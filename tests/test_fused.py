@@ -15,7 +15,7 @@ from clusterns import ClusterNSLoss, info_nce, nearest_centroids
 from clusterns.functional import objective
 
 pytest.importorskip("triton")
-from clusterns.kernels import cosine_launchers, launch, objective_launchers
+from clusterns.kernels import launch
 
 OPTIONS = {"bml_weight": 0.3, "bml_alpha": 0.1, "bml_beta": 0.3}
 
@@ -587,75 +587,3 @@ def test_functions_compile_whole():
     actual = torch.autograd.grad(compiled(both)(anchors, positives), (anchors, positives))
     for mine, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
-
-
-def test_batch_sizes_are_not_specialised():
-    """A new batch size must not compile again: no kernel may see it as a constant or a divisor."""
-    from clusterns.kernels import centroid_update, gradient, objective, similarity, similarity_gradient
-
-    sizes = {"num_rows", "num_columns", "num_negatives", "num_centroids", "num_counters", "num_tiles"}
-    sizes |= {"cosine_blocks", "centroid_blocks", "upstream_row_stride", "upstream_column_stride"}
-    for module in (centroid_update, gradient, objective, similarity, similarity_gradient):
-        kernel = next(
-            value
-            for name, value in vars(module).items()
-            if name == module.__name__.split(".")[-1] + "_kernel" or name == "cosine_kernel"
-        )
-        names = set(kernel.arg_names)
-        assert names & sizes == set(module.BATCH_SIZES) | (
-            names & {"upstream_row_stride", "upstream_column_stride"}
-        )
-    assert not sizes & {key for keys in launch.SWEEP_KEYS.values() for key in keys}
-
-
-def test_tiles_change_with_the_batch_only_once():
-    shapes = set()
-    for batch in (1, 64, 255, 256, 512, 1023, 1024, 2048, 4096):
-        x = torch.empty(batch, 768, dtype=torch.bfloat16, device="meta")
-        with launch.recording() as launches:
-            cosine_launchers.compare(x, x)
-            objective_launchers.evaluate(
-                torch.empty(batch, cosine_launchers.padded(batch), device="meta"),
-                0,
-                torch.empty(64, dtype=torch.int32, device="meta"),
-                objective_launchers.Numbers(0.05, 0.0, 0.0, 0.0, 0.0, "keep"),
-            )
-        shapes.add(tuple(str(each.tiles) for each in launches))
-    assert len(shapes) == 2
-
-
-def test_large_work_is_swept_and_small_is_not(monkeypatch):
-    swept = []
-    monkeypatch.setattr(launch, "_may_sweep", lambda: True)
-    monkeypatch.setattr(
-        launch, "_with_sweep", lambda kernel, tiles: swept.append(kernel.__name__) or kernel_stub
-    )
-
-    class Stub:
-        def __getitem__(self, grid):
-            return lambda **arguments: None
-
-    kernel_stub = Stub()
-    x = torch.zeros(64, 8, device=DEVICE)
-    cosine_launchers.compare(x, x)
-    assert not swept
-    monkeypatch.setattr(launch, "SWEEP_OPERATIONS", 1)
-    cosine_launchers.compare(x, x)
-    assert swept == ["cosine_kernel"]
-    # A launch that counts must run once.
-    cosine_launchers.assign(x, x[:4].float(), torch.zeros(64, dtype=torch.int32, device=DEVICE))
-    assert swept == ["cosine_kernel"]
-
-
-def test_no_sweep_where_bits_must_not_change(monkeypatch):
-    monkeypatch.setattr(launch, "interpreting", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert launch._may_sweep()
-    monkeypatch.setenv("CLUSTERNS_AUTOTUNE", "0")
-    assert not launch._may_sweep()
-    monkeypatch.delenv("CLUSTERNS_AUTOTUNE")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not launch._may_sweep()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert not launch._may_sweep()

@@ -1,0 +1,225 @@
+"""How kernels are launched: what is compiled anew and what is not, sweeps, the arguments' order.
+
+No GPU is needed: the launches are recorded, or a stand-in takes the compiled kernel's place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEVICE
+
+pytest.importorskip("triton")
+from clusterns.kernels import (
+    centroid_update,
+    cosine_launchers,
+    gradient,
+    launch,
+    objective,
+    objective_launchers,
+    similarity,
+    similarity_gradient,
+)
+from clusterns.kernels.target import Target, assume
+
+KERNELS = {
+    centroid_update: centroid_update.centroid_update_kernel,
+    gradient: gradient.gradient_kernel,
+    objective: objective.objective_kernel,
+    similarity: similarity.cosine_kernel,
+    similarity_gradient: similarity_gradient.similarity_gradient_kernel,
+}
+BATCH_SIZES = {"num_rows", "num_columns", "num_negatives", "num_centroids", "num_counters", "num_tiles"}
+BATCH_SIZES |= {"cosine_blocks", "centroid_blocks"}
+
+
+def record(batch, dtype=torch.float32, dim=24):
+    """The launches of a loss and its gradient on tensors without storage."""
+    x = torch.empty(batch, dim, dtype=dtype, device="meta")
+    counters = torch.empty(64, dtype=torch.int32, device="meta")
+    numbers = objective_launchers.Numbers(0.05, 0.0, 0.0, 0.0, 0.0, "keep")
+    with launch.recording() as launches:
+        cosines, x_inverse, y_inverse, _, _ = cosine_launchers.compare(x, x)
+        loss, _, state = objective_launchers.evaluate(cosines, 0, counters, numbers)
+        objective_launchers.differentiate(
+            loss, x, x, None, cosines, x_inverse, y_inverse, state, counters, numbers, (True, True, False)
+        )
+    return launches
+
+
+@pytest.mark.parametrize("module", KERNELS, ids=lambda module: module.__name__.split(".")[-1])
+def test_batch_sizes_are_not_specialised(module):
+    """A new batch size must not compile again, so no kernel may see it as a constant or its divisors."""
+    assert set(KERNELS[module].arg_names) & BATCH_SIZES == set(module.BATCH_SIZES)
+
+
+def test_nothing_is_keyed_by_the_batch():
+    assert not BATCH_SIZES & {key for keys in launch.SWEEP_KEYS.values() for key in keys}
+    for kernel in KERNELS.values():
+        assert set(launch.SWEEP_KEYS.get(kernel.__name__, [])) <= set(kernel.arg_names)
+
+
+def test_tiles_change_with_the_batch_only_once():
+    for dtype in (torch.float32, torch.bfloat16):
+        shapes = {
+            tuple(str(each.tiles) for each in record(batch, dtype))
+            for batch in (1, 64, 255, 256, 512, 1023, 1024, 2048, 4096)
+        }
+        assert len(shapes) == 2
+
+
+class Compiled:
+    """In place of what Triton compiles; remembers how it was launched."""
+
+    def __init__(self):
+        self.launched = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.launched.append((grid, arguments))
+
+
+class Kernel:
+    """In place of a kernel: compiles to `Compiled` and counts how often."""
+
+    def __init__(self, kernel):
+        self.__name__, self.arg_names = kernel.__name__, kernel.arg_names
+        batch = set(self.arg_names) & BATCH_SIZES
+        self.params = [
+            type("Parameter", (), {"name": name, "do_not_specialize": name in batch})()
+            for name in self.arg_names
+        ]
+        self.compilations = 0
+        self.compiled = Compiled()
+
+    def __getitem__(self, grid):
+        def run(**arguments):
+            assert list(arguments)[: len(self.arg_names)] == self.arg_names
+            self.compilations += 1
+            return self.compiled
+
+        return run
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Launch as on a GPU, with stand-ins for the kernels."""
+    kernel = Kernel(similarity.cosine_kernel)
+    monkeypatch.setattr(cosine_launchers, "cosine_kernel", kernel)
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_may_sweep", lambda: True)
+    with assume(Target("cuda", 90)):
+        yield kernel
+
+
+def rows(count, dim=32, dtype=torch.float32):
+    return torch.zeros(count, dim, dtype=dtype, device=DEVICE)
+
+
+def test_a_new_batch_size_compiles_nothing(stand_in):
+    for count in (64, 1, 63, 100, 512, 1023):
+        cosine_launchers.compare(rows(count), rows(count))
+    assert stand_in.compilations == 1
+    assert len(stand_in.compiled.launched) == 5
+    grid, arguments = stand_in.compiled.launched[-1]
+    assert grid == (16 * 32, 1, 1)
+    named = dict(zip(stand_in.arg_names, arguments, strict=True))
+    assert named["num_rows"] == 1023
+    assert named["dim"] == 32
+    assert named["HAS_COLUMNS"] is True
+    assert named["BLOCK_M"] == 64
+
+
+def test_what_changes_the_code_compiles_again(stand_in):
+    cosine_launchers.compare(rows(64), rows(64))
+    different = [
+        lambda: cosine_launchers.compare(rows(64, dtype=torch.bfloat16), rows(64, dtype=torch.bfloat16)),
+        lambda: cosine_launchers.compare(rows(64, 33)[:, :32], rows(64)),  # row stride
+        lambda: cosine_launchers.compare(rows(65).view(-1)[1:2049].view(64, 32), rows(64)),  # alignment
+        lambda: cosine_launchers.compare(rows(64, 30), rows(64, 30)),
+        lambda: cosine_launchers.compare(rows(64), rows(64), rows(8)),
+        lambda: cosine_launchers.compare(rows(64), rows(64), temperature=torch.ones((), device=DEVICE)),
+        lambda: cosine_launchers.compare(rows(2048), rows(2048)),  # the large tiles
+    ]
+    for number, call in enumerate(different):
+        for _ in range(2):
+            call()
+        assert stand_in.compilations == 2 + number
+    torch.set_float32_matmul_precision("high")
+    try:
+        cosine_launchers.compare(rows(64), rows(64))
+        assert stand_in.compilations == 2 + len(different)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_large_work_is_swept_once_and_small_is_not(stand_in, monkeypatch):
+    swept = []
+
+    class Tuned:
+        best_config = type("Config", (), {"kwargs": {
+            "BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 32, "BLOCK_K": 32, "BLOCK_K_D": 32
+        }})  # fmt: skip
+
+        def __getitem__(self, grid):
+            return lambda **arguments: stand_in.compiled
+
+    monkeypatch.setattr(
+        launch, "_with_sweep", lambda kernel, tiles, backend: swept.append(kernel.__name__) or Tuned()
+    )
+    cosine_launchers.compare(rows(512), rows(512))
+    assert not swept
+    monkeypatch.setattr(launch, "SWEEP_OPERATIONS", 1)
+    for _ in range(2):
+        cosine_launchers.compare(rows(512), rows(512))
+    assert swept == ["cosine_kernel"]
+    grid, arguments = stand_in.compiled.launched[-1]
+    assert grid == (4 * 8, 1, 1)  # the shape that won
+    assert dict(zip(stand_in.arg_names, arguments, strict=True))["BLOCK_M"] == 128
+    # A launch that counts must run once.
+    counters = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    cosine_launchers.assign(rows(512), rows(4), counters)
+    assert swept == ["cosine_kernel"]
+
+
+def test_no_sweep_where_bits_must_not_change(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert launch._may_sweep()
+    monkeypatch.setenv("CLUSTERNS_AUTOTUNE", "0")
+    assert not launch._may_sweep()
+    monkeypatch.delenv("CLUSTERNS_AUTOTUNE")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not launch._may_sweep()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not launch._may_sweep()
+
+
+def test_the_cache_distinguishes_all_that_triton_does():
+    """Random arguments: wherever Triton would compile other code, our key differs too."""
+    code = Path(__file__).with_name("specialization_worker.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, str(code)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    counted = json.loads(done.stdout)
+    assert counted["pairs_that_differ_for_triton"] > 1000
+    assert counted["missed"] == 0
+    assert counted["pairs_alike"] > 1000  # and it is no finer than need be for a change of batch
+    assert counted["recompiled_for_a_batch"] == 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.__name__)
+def test_sweeps_cover_only_kernels_that_may_run_twice(kernel):
+    candidates = launch._CANDIDATES.get(kernel.__name__, [])
+    assert bool(candidates) == (kernel.__name__ in ("cosine_kernel", "gradient_kernel"))
+    # The block that a sum runs over stays, whatever shape wins.
+    summed = {"cosine_kernel": "BLOCK_D", "gradient_kernel": "BLOCK_N"}.get(kernel.__name__)
+    assert all(summed not in tiles.blocks for tiles in candidates)
