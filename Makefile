@@ -4,12 +4,14 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 SETUP := setup.py pyproject.toml constraints.txt
 
-.PHONY: help train test lint bench clean
+.PHONY: help train test lint bench audit gpu clean
 
 help:
 	@echo "make train  train a small sentence encoder on this machine's own documentation, about two minutes"
 	@echo "make test   lint, type check and run the tests"
 	@echo "make bench  speed and memory of the loss against its rivals on this machine"
+	@echo "make audit  compile the GPU kernels for four chips, no GPU needed: registers, spills, shared memory"
+	@echo "make gpu    GPU tests and benchmarks with the python at hand (bench/gpu.sh)"
 
 train: $(VENV)/.ready-train
 	$(RUN)/clusterns train --output-dir runs/demo --overwrite-output-dir
@@ -24,6 +26,12 @@ lint: $(VENV)/.ready-test
 
 bench: $(VENV)/.ready-test
 	$(RUN)/python -m pytest bench --benchmark-only -s
+
+audit: $(VENV)/.ready-test
+	$(RUN)/python bench/audit.py --output bench/results/audit.csv
+
+gpu:
+	bash bench/gpu.sh
 
 $(VENV)/.ready-%: $(SETUP)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "clusterns needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; set PYTHON=...")'

@@ -1,13 +1,15 @@
-"""Triton kernels and their launchers. Knows nothing of training; `clusterns.fused` calls it.
+"""Triton kernels and their launchers. Knows nothing of training; `clusterns.operators` calls it.
 
-Importing this package needs neither Triton nor a GPU; `clusterns.kernels.launch` needs Triton.
+Importing this package needs neither Triton nor a GPU; importing any module of it but `target` needs Triton.
 
     similarity.py           cosine tiles: similarity matrix, nearest and runner-up centroid
-    similarity_gradient.py  its backward
+    similarity_gradient.py  backward of the similarity matrix
     centroid_update.py      members and sums of clusters, the step of the centroids
     objective.py            masked InfoNCE and margin loss over the cosines
     gradient.py             gradients of that
     tiles.py                device code they share
-    launch.py               grids, tile shapes, allocation: one function a kernel
-    audit.py                compiles everything ahead of time and reads the resources
+    cosine_launchers.py, objective_launchers.py
+                            one function a kernel: outputs, arguments, tile shapes
+    launch.py               how any kernel is launched: cache of compiled kernels, sweeps, recorder
+    target.py               whether kernels can run, for what chip, in what precision
 """

@@ -84,7 +84,7 @@ def test_the_switch_reaches_a_new_process():
     )
     environment = {**os.environ, "CLUSTERNS_DISABLE_TRITON": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, cwd="/"
     )
     assert done.stdout.startswith("True\nbackend: 'triton' cannot run, it is switched off")
 

@@ -219,3 +219,23 @@ def test_similarity_partial_gradients(wanted):
             torch.testing.assert_close(views[index].grad, whole[index].grad)
         else:
             assert views[index].grad is None
+
+
+def test_three_tf32_products_are_as_exact_as_float32():
+    """ "highest" takes each float32 product as three tf32 ones on NVIDIA. Emulated: the sums are float32."""
+
+    def tf32(z):  # 10 bits of mantissa, rounded to nearest
+        bits = z.view(torch.int32)
+        return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    errors = {"three": [], "float32": [], "one": []}
+    for seed in range(20):
+        a, b = (torch.nn.functional.normalize(points(64, 768, seed=seed + s).cpu()) for s in (0, 50))
+        exact = a.double() @ b.double().T
+        (a_high, a_low), (b_high, b_low) = ((tf32(z), tf32(z - tf32(z))) for z in (a, b))
+        three = a_low @ b_high.T + a_high @ b_low.T + a_high @ b_high.T
+        for name, product in (("three", three), ("float32", a @ b.T), ("one", a_high @ b_high.T)):
+            errors[name].append((product.double() - exact).abs().max())
+    worst = {name: float(torch.stack(found).max()) for name, found in errors.items()}
+    assert worst["three"] <= 2 * worst["float32"]
+    assert worst["one"] > 50 * worst["float32"]

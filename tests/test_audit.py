@@ -1,0 +1,80 @@
+"""The ahead-of-time audit: it covers every kernel, every target compiles, and it fails when it should."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = {
+    "centroid_update_kernel",
+    "cosine_kernel",
+    "gradient_kernel",
+    "objective_kernel",
+    "similarity_gradient_kernel",
+}
+
+
+def audit(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "audit.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+
+
+def read(path):
+    with path.open() as file:
+        assert file.readline().startswith("# triton ")
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kernel_on_every_target(target, tmp_path):
+    done = audit("--targets", target, "--output", str(tmp_path / "table.csv"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = read(tmp_path / "table.csv")
+    assert {row["kernel"] for row in rows} == KERNELS
+    for dtype in ("float32", "bfloat16", "float16"):
+        mine = [row for row in rows if row["dtype"] == dtype]
+        assert {row["kernel"] for row in mine} >= KERNELS - {"objective_kernel"}  # it sees float32 alone
+        assert all(row["dimensions"] == "384 768 1024" for row in mine)
+    assert all(row["verdict"] == "ok" for row in rows)
+
+
+def test_a_violation_is_named_and_fails(tmp_path):
+    done = audit("--targets", "sm_90", "--shared-limit", "70000", "--output", str(tmp_path / "table.csv"))
+    assert done.returncode == 1
+    bad = [row for row in read(tmp_path / "table.csv") if row["verdict"] != "ok"]
+    assert bad
+    assert all("bytes of shared memory, the limit is 70000" in row["verdict"] for row in bad)
+    assert f"{len(bad)} violations" in done.stdout
+
+
+def test_rules():
+    code = (
+        "import audit\n"
+        "row = dict(kernel='gradient_kernel', launch='x', target='sm_90', dtype='bfloat16', spills=0,\n"
+        "           stack_bytes=0, shared_bytes=0, matrix_instructions='HGMMA:4')\n"
+        "assert not audit.violations(row)\n"
+        "for bad in (dict(matrix_instructions='HGMMA:4 HMMA:2'), dict(matrix_instructions=''),\n"
+        "            dict(spills=2), dict(stack_bytes=8), dict(shared_bytes=10**6), dict(error='boom')):\n"
+        "    assert len(audit.violations({**row, **bad})) == 1, bad\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "bench", check=True)
+
+
+def test_unknown_target_is_refused():
+    done = audit("--targets", "sm_90,sm_12")
+    assert done.returncode == 2
+    assert "--targets: expected of sm_80, sm_90, sm_100, gfx942, got sm_12" in done.stderr

@@ -1,0 +1,258 @@
+"""What only a GPU can show: no wait in the steady state, CUDA graphs, real half-precision products.
+
+The other kernel tests run there too, on the GPU instead of the interpreter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_fused import eager_half, errors, exact, fix_clusters, gradients, problem, started
+
+from clusterns import ClusterNSLoss, info_nce, nearest_centroids
+from clusterns.backend import choose_backend
+from clusterns.kernels import launch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
+]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def active_loss(dim, clusters, **arguments):
+    loss_fn = ClusterNSLoss(dim, clusters, **arguments).cuda()
+    loss_fn.centroids.copy_(torch.randn(clusters, dim))
+    loss_fn.initialized.fill_(True)
+    assert loss_fn.clustering_active
+    return loss_fn
+
+
+def views(batch, dim, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(batch, dim, generator=generator)
+    other = z + torch.randn(batch, dim, generator=generator)
+    return [t.cuda().to(dtype).requires_grad_() for t in (z, other)]
+
+
+def test_auto_is_triton_here():
+    anchors, positives = views(64, 32)
+    assert choose_backend("auto", anchors, positives) == "triton"
+    assert choose_backend("auto", anchors.double(), positives) == "torch"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("update", ["sum", "mean", "replace", "adamw"])
+def test_the_steady_state_never_waits(dtype, update):
+    loss_fn = active_loss(96, 12, centroid_update=update)
+    anchors, positives = views(128, 96, dtype)
+    loss_fn(anchors, positives).backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            anchors.grad = positives.grad = None
+            loss_fn(anchors, positives).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss_fn.last["loss"].isfinite()
+
+
+def test_kernels_of_a_step():
+    """At most four kernels forward and two backward, counted on the device."""
+    loss_fn = active_loss(768, 128)
+    anchors, positives = views(512, 768, torch.bfloat16)
+    one = torch.ones((), device="cuda")
+
+    def kernels(run):
+        run()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run()
+            torch.cuda.synchronize()
+        return [
+            event.name
+            for event in profile.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA and "ync" not in event.name
+        ]
+
+    loss = loss_fn(anchors, positives)
+    forward = kernels(lambda: loss_fn(anchors, positives))
+    assert 0 < len(forward) <= 4, forward
+    backward = kernels(lambda: torch.autograd.grad(loss, (anchors, positives), one, retain_graph=True))
+    assert 0 < len(backward) <= 2, backward
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_graph(dtype):
+    """A captured step follows new data and moves the centroids as an eager one does."""
+    captured, eager = active_loss(64, 16), active_loss(64, 16)
+    eager.load_state_dict(captured.state_dict())
+    start = {name: value.clone() for name, value in captured.state_dict().items()}
+    anchors, positives = views(96, 64, dtype)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(captured(anchors, positives), (anchors, positives))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = captured(anchors, positives)
+        grads = torch.autograd.grad(loss, (anchors, positives))
+    captured.load_state_dict(start)
+    for seed in range(4):
+        fresh = views(96, 64, dtype, seed=seed + 1)
+        with torch.no_grad():
+            anchors.copy_(fresh[0])
+            positives.copy_(fresh[1])
+        graph.replay()
+        expected = eager(*fresh)
+        expected_grads = torch.autograd.grad(expected, fresh)
+        assert torch.equal(loss, expected)
+        assert all(torch.equal(x, y) for x, y in zip(grads, expected_grads, strict=True))
+        assert torch.equal(captured.centroids, eager.centroids)
+
+
+def test_a_new_batch_size_compiles_nothing():
+    loss_fn = active_loss(64, 16)
+    kernels = []
+    with launch.recording() as launches:
+        loss_fn(*views(64, 64)).backward()
+    kernels = {each.kernel for each in launches}
+
+    def compilations():
+        return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
+
+    loss_fn(*views(64, 64)).backward()
+    before = compilations()
+    for batch in (1, 2, 33, 100, 256, 777, 1023):
+        loss_fn(*views(batch, 64)).backward()
+    assert compilations() == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "dim"), [(256, 768), (1500, 384), (2048, 1024), (300, 4096), (512, 8)])
+def test_as_exact_as_plain_torch_at_real_sizes(dtype, batch, dim):
+    anchors, positives, arguments = problem(batch, dim, 96, 64, dtype=dtype)
+    arguments.update(false_negatives="bml", temperature=0.05)
+    arguments["centroids"] = arguments["centroids"].float()
+    fix_clusters(anchors, arguments)
+    truth = exact(anchors, positives, arguments)
+    ours = errors(gradients(anchors, positives, arguments, backend="triton"), truth)
+    if dtype == torch.float32:
+        eager = errors(gradients(anchors, positives, arguments, backend="reference"), truth)
+        assert (ours <= eager + torch.finfo(dtype).eps / 0.05).all(), (ours, eager)
+    else:
+        plain = exact(anchors, positives, {"temperature": 0.05})
+        mine = gradients(anchors, positives, {"temperature": 0.05}, backend="triton")
+        theirs = torch.autograd.grad(eager_half(anchors, positives, 0.05), (anchors, positives))
+        for x, y, true in zip(mine[1], theirs, plain[1], strict=True):
+            assert (x.double() - true).norm() <= (y.double() - true).norm()
+        assert (ours[5:] <= 2 * torch.finfo(dtype).eps).all(), ours
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_follows_the_matmul_precision(precision):
+    anchors, positives, _ = problem(512, 768, 0)
+    truth = exact(anchors, positives, {})
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        ours = errors(gradients(anchors, positives, {}, backend="triton"), truth)
+        eager = errors(gradients(anchors, positives, {}, backend="reference"), truth)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (ours <= 1.5 * eager + torch.finfo(torch.float32).eps / 0.05).all(), (ours, eager)
+    if precision != "highest":
+        assert ours[5:].max() > 1e-5  # tf32 was used
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_every_time(dtype):
+    anchors, positives, arguments = problem(1000, 768, 128, 50, dtype=dtype)
+    arguments["centroids"] = arguments["centroids"].float()
+    runs = [
+        gradients(anchors, positives, arguments, false_negatives="bml", backend="triton") for _ in range(20)
+    ]
+    for terms, grads in runs[1:]:
+        assert torch.equal(terms.loss, runs[0][0].loss)
+        assert all(torch.equal(x, y) for x, y in zip(grads, runs[0][1], strict=True))
+
+
+def test_assignment_of_many_points():
+    points, centroids = torch.randn(200_000, 64, device="cuda"), torch.randn(1000, 64, device="cuda")
+    found = nearest_centroids(points, centroids)
+    wide = (
+        torch.nn.functional.normalize(points.double()) @ torch.nn.functional.normalize(centroids.double()).T
+    )
+    best = wide.topk(2, dim=1).values.float()
+    torch.testing.assert_close(found.nearest_cosine, best[:, 0], atol=2e-6, rtol=0)
+    torch.testing.assert_close(found.runner_up_cosine, best[:, 1], atol=2e-6, rtol=0)
+
+
+def test_another_stream_and_dirty_memory():
+    """Counters and padding must not rely on memory that happens to hold zeros."""
+    loss_fn = active_loss(64, 16)
+    state = {name: value.clone() for name, value in loss_fn.state_dict().items()}
+    anchors, positives = views(200, 64)
+    expected = loss_fn(anchors, positives)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(20):
+            dirt = [torch.full((size,), float("nan"), device="cuda") for size in (64, 256, 4096, 65536)]
+            del dirt
+            loss_fn.load_state_dict(state)
+            assert torch.equal(loss_fn(anchors, positives), expected)
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def test_inductor_compiles_the_step_whole():
+    plain, whole = active_loss(64, 16), active_loss(64, 16)
+    whole.load_state_dict(plain.state_dict())
+    torch._dynamo.reset()
+    fast = torch.compile(whole, fullgraph=True)
+    for batch in (96, 97):
+        anchors, positives = views(batch, 64)
+        for mine, theirs in zip(
+            torch.autograd.grad(fast(anchors, positives), (anchors, positives)),
+            torch.autograd.grad(plain(anchors, positives), (anchors, positives)),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(plain.centroids, whole.centroids)
+
+
+def test_large_work_with_a_sweep():
+    anchors, positives, _ = problem(2048, 768, 0, dtype=torch.bfloat16)
+    truth = exact(anchors, positives, {})
+    found = errors(gradients(anchors, positives, {}, backend="triton"), truth)
+    again = errors(gradients(anchors, positives, {}, backend="triton"), truth)
+    assert torch.equal(found, again)
+    assert (found[5:] <= 2 * torch.finfo(torch.bfloat16).eps).all(), found
+
+
+def test_gradient_scaler_and_autocast():
+    layer = torch.nn.Linear(32, 64).cuda()
+    loss_fn = active_loss(64, 16)
+    scaler = torch.amp.GradScaler("cuda")
+    optimizer = torch.optim.SGD(layer.parameters(), 0.01)
+    for _ in range(3):
+        x = torch.randn(128, 32, device="cuda")
+        with torch.autocast("cuda", torch.float16):
+            loss = loss_fn(layer(x), layer(x + 0.1))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert loss.isfinite()
+    assert loss_fn.centroids.dtype == torch.float32
+
+
+def test_started_module_moves_with_the_data():
+    loss_fn = started()
+    assert loss_fn.centroids.is_cuda
+    anchors, positives, _ = problem(40, 12, 0)
+    assert torch.equal(info_nce(anchors, positives), info_nce(anchors, positives, backend="triton"))
