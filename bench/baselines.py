@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Settings:
     bml_weight: float = 1e-4
     bml_alpha: float = 0.2
     bml_beta: float = 0.5
+    centroid_momentum: float = 1e-3
 
 
 def broadcast_cosine(x: Tensor, y: Tensor) -> Tensor:
@@ -57,18 +58,69 @@ def published_formulation(
     return loss + settings.bml_weight * bml
 
 
+def published_step(anchors: Tensor, positives: Tensor, centroids: Tensor, settings: Settings) -> Tensor:
+    """A training step the published way: assign, move the centroids (K, D) in place by the sum, objective."""
+    points = anchors.detach().clone()
+    with torch.no_grad():
+        nearest = broadcast_cosine(points, centroids).argmax(dim=1)
+        members = F.one_hot(nearest, len(centroids))
+        (members.float() @ members.T.float()).fill_diagonal_(0)  # formed there too, for a result nobody uses
+        totals = members.T.to(points.dtype) @ points
+        totals = totals + centroids * members.sum(dim=0).bool().logical_not()[:, None]
+        share = settings.centroid_momentum
+        centroids.copy_(share * totals + (1 - share) * centroids)
+    return published_formulation(anchors, positives, centroids, settings)
+
+
 def eager_formula(anchors: Tensor, positives: Tensor, centroids: Tensor, settings: Settings) -> Tensor:
     """Best plain torch we know: normalise, one product, the B×K block with log-counts, autograd."""
     a, p, c = (F.normalize(z, dim=1) for z in (anchors, positives, centroids))
+    return eager_unit_formula(a, p, c, settings)
+
+
+def eager_unit_formula(a: Tensor, p: Tensor, c: Tensor, settings: Settings) -> Tensor:
+    """`eager_formula` for rows that are normalised already. Half precision: the logits widen to float32."""
     cosines, to_centroids = a @ p.T, a @ c.T
     nearest, runner_up = to_centroids.detach().topk(2, dim=1).indices.unbind(1)
-    log_counts = torch.zeros_like(c[:, 0]).index_add_(0, runner_up, torch.ones_like(a[:, 0])).log()
+    ones = torch.ones(len(a), device=a.device)
+    log_counts = torch.zeros(len(c), device=a.device).index_add_(0, runner_up, ones).log()
     logits = torch.cat([cosines / settings.temperature, to_centroids / settings.temperature + log_counts], 1)
     loss = F.cross_entropy(logits, torch.arange(len(a), device=a.device))
     mates = nearest[:, None] == nearest[None, :]  # a sentence as its own mate is neutral
     delta = (cosines - cosines.diagonal()[:, None]) * mates
     bml = (F.relu(delta + settings.bml_alpha) + F.relu(-delta - settings.bml_beta)).mean()
     return loss + settings.bml_weight * bml
+
+
+class EagerStep(nn.Module):
+    """A training step in the best plain torch we know: assign, update, assign anew, loss; no host sync.
+
+    A module, because `torch.compile` may replay a graph that writes to a buffer, not one that writes to an
+    argument.
+    """
+
+    centroids: Tensor
+
+    def __init__(self, centroids: Tensor, settings: Settings):
+        super().__init__()
+        self.register_buffer("centroids", centroids.clone())
+        self.settings = settings
+
+    def forward(self, anchors: Tensor, positives: Tensor) -> Tensor:
+        """Loss of one batch of (B, D) views; the centroids move in place by the sum of their members."""
+        a, p = F.normalize(anchors, dim=1), F.normalize(positives, dim=1)
+        with torch.no_grad():
+            nearest = (a @ self.unit_centroids(a).T).argmax(dim=1)
+            members = a.new_zeros((len(a), len(self.centroids))).scatter_(1, nearest[:, None], 1.0)
+            totals = (members.T @ anchors).float()
+            moved = torch.lerp(self.centroids, totals, self.settings.centroid_momentum)
+            occupied = members.sum(dim=0)[:, None] > 0
+            self.centroids.copy_(torch.where(occupied, moved, self.centroids))
+        return eager_unit_formula(a, p, self.unit_centroids(a), self.settings)
+
+    def unit_centroids(self, like: Tensor) -> Tensor:
+        """Normalised centroids (K, D) in the dtype of a batch."""
+        return F.normalize(self.centroids, dim=1).to(like.dtype)
 
 
 def eager_info_nce(anchors: Tensor, positives: Tensor, settings: Settings) -> Tensor:

@@ -4,41 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+from machine import machine
 
 HERE = Path(__file__).parent
 OURS = "clusterns"
-
-
-def machine() -> dict[str, object]:
-    """Where and with what a figure was measured."""
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    return {
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": revision.stdout.strip() or "unknown",
-        "command": "make bench",
-    }
-
-
-def cpu_name() -> str:
-    """Model name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} logical cores"
 
 
 @pytest.fixture
@@ -59,15 +33,16 @@ def peak_memory():
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """After pytest-benchmark's own table: the ratios, and bench/results/cpu.json."""
+    """After pytest-benchmark's own table: the ratios, and cpu.json or gpu-host.json in bench/results.
+
+    `CLUSTERNS_RESULTS` names another folder.
+    """
     session = getattr(config, "_benchmarksession", None)
     groups: dict[str, dict[str, dict]] = {}
     for bench in session.benchmarks if session else []:
         if bench.stats.rounds:
             row = {"median_ms": bench.stats.median * 1e3, "rounds": bench.stats.rounds, **bench.extra_info}
             groups.setdefault(bench.group, {})[bench.params["contender"]] = row
-    if not groups:
-        return
     for name, rows in groups.items():
         ours = rows.get(OURS)
         terminalreporter.section(name)
@@ -79,7 +54,12 @@ def pytest_terminal_summary(terminalreporter, config):
             columns += [f"{row['peak_mib']:8.0f} MiB peak"] if "peak_mib" in row else []
             columns += [f"{row['memory_ratio']:6.2f}x memory"] if "memory_ratio" in row else []
             terminalreporter.write_line("  ".join(columns))
-    results = HERE / "results" / "cpu.json"
-    results.parent.mkdir(exist_ok=True)
-    results.write_text(json.dumps({"machine": machine(), "groups": groups}, indent=1) + "\n")
-    terminalreporter.write_line(f"\nwritten to {results.relative_to(HERE.parent)}")
+    folder = Path(os.environ.get("CLUSTERNS_RESULTS", HERE / "results"))
+    for file, on_gpu in (("cpu.json", False), ("gpu-host.json", True)):
+        chosen = {name: rows for name, rows in groups.items() if name.startswith("GPU") == on_gpu}
+        if chosen:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(
+                json.dumps({"machine": machine(on_gpu), "groups": chosen}, indent=1) + "\n"
+            )
+            terminalreporter.write_line(f"\nwritten to {folder / file}")

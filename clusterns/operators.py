@@ -53,34 +53,36 @@ def _compare(
     update: str,
     momentum: float,
 ) -> tuple[Tensor, ...]:
-    clusters = len(centroids) if centroids is not None else 0
+    clusters = centroids.shape[0] if centroids is not None else 0
     counters = torch.empty(
-        cosine_launchers.num_counters(len(anchors), clusters), dtype=torch.int32, device=anchors.device
+        cosine_launchers.num_counters(anchors.shape[0], clusters), dtype=torch.int32, device=anchors.device
     )
     moving = centroids if update else None
     cosines, anchor_inverse, positive_inverse, best_cosine, best_id = cosine_launchers.compare(
         anchors, positives, negatives, moving, counters
     )
-    updated = anchors.new_empty((0, 0), dtype=torch.float32)
     if centroids is not None and update:
         _, updated = cosine_launchers.update(
             anchors, anchor_inverse, best_cosine, best_id, centroids, update, momentum
         )
         torch.autograd.graph.increment_version(centroids)
-    none = anchors.new_empty(0, dtype=torch.float32)
-    ids = anchors.new_empty(0, dtype=torch.int64)
-    assigned = cosine_launchers.Assignment(
-        ids, ids.clone(), none, none.clone(), none.new_empty((0, 0)), none.clone(), none
-    )
+    else:
+        updated = anchors.new_empty((0, 0), dtype=torch.float32)
     if centroids is not None and assign:
         assigned = cosine_launchers.assign(
             anchors, centroids, counters, keep_cosines=keep_cosines, count_uses=hard_ids is None
+        )[:6]
+    else:
+        shapes = ((0,), (0,), (0, 0), (0,))
+        assigned = (
+            *(anchors.new_empty(0, dtype=torch.int64) for _ in range(2)),
+            *(anchors.new_empty(shape, dtype=torch.float32) for shape in shapes),
         )
     if hard_ids is not None:
         first = cosine_launchers.padded(clusters)
         uses = counters[first : first + clusters]
         uses.scatter_add_(0, hard_ids.long(), torch.ones_like(hard_ids, dtype=torch.int32))
-    return (cosines, anchor_inverse, positive_inverse, counters, *assigned[:6], updated)
+    return (cosines, anchor_inverse, positive_inverse, counters, *assigned, updated)
 
 
 @torch.library.register_fake("clusterns::compare")
@@ -277,7 +279,9 @@ def _(upstream, x, y, cosines, x_inverse, y_inverse, temperature, temperature_te
 )
 def _assign(points, centroids):
     counters = torch.zeros(
-        cosine_launchers.num_counters(len(points), len(centroids)), dtype=torch.int32, device=points.device
+        cosine_launchers.num_counters(points.shape[0], centroids.shape[0]),
+        dtype=torch.int32,
+        device=points.device,
     )
     found = cosine_launchers.assign(points, centroids, counters)
     return (*found[:4], found.x_inverse)
@@ -297,7 +301,9 @@ def _(points, centroids):
 @_register("cluster_sums(Tensor points, Tensor centroids) -> (Tensor counts, Tensor sums)")
 def _cluster_sums(points, centroids):
     counters = torch.zeros(
-        cosine_launchers.num_counters(len(points), len(centroids)), dtype=torch.int32, device=points.device
+        cosine_launchers.num_counters(points.shape[0], centroids.shape[0]),
+        dtype=torch.int32,
+        device=points.device,
     )
     found = cosine_launchers.assign(points, centroids, counters, count_uses=False)
     best = found.nearest_cosine[None, None], found.nearest[None, None]

@@ -44,7 +44,7 @@ def compare(
     padded(C); 1/‖x‖ (B,); 1/‖y‖ likewise, as one row; and for `update` the best cosine and its id within each
     tile of centroids, (2, tiles, B) each.
     """
-    rows, columns = len(x), num_columns(len(y), len(negatives) if negatives is not None else 0)
+    rows, columns = x.shape[0], num_columns(y.shape[0], negatives.shape[0] if negatives is not None else 0)
     cosines = new_float32(x, rows, padded(columns))
     x_inverse, y_inverse = new_float32(x, rows), new_float32(x, cosines.shape[1])
     tiles = _cosine_tiles(x, rows)
@@ -58,7 +58,7 @@ def compare(
         cosines=cosines,
         x_inverse=x_inverse,
         y_inverse=y_inverse,
-        centroid_inverse=new_float32(x, len(centroids)) if centroids is not None else None,
+        centroid_inverse=new_float32(x, centroids.shape[0]) if centroids is not None else None,
         partial=partial,
         counters=counters,
         clear=counters is not None,
@@ -87,7 +87,7 @@ def assign(
     Adds the sizes of the clusters, and with `count_uses` how often each is a runner-up, to `counters`, which
     must hold zeros.
     """
-    rows, clusters = len(x), len(centroids)
+    rows, clusters = x.shape[0], centroids.shape[0]
     nearest, runner_up = (torch.empty(rows, dtype=torch.int64, device=x.device) for _ in range(2))
     nearest_cosine, runner_up_cosine = new_float32(x, rows), new_float32(x, rows)
     nearest_cosine, runner_up_cosine = (torch.empty(rows) for _ in range(2))
@@ -144,7 +144,7 @@ def update(
             "counts_ptr": counts if sums_only else None,
             "sums_ptr": result if sums_only else None,
             "momentum": float(momentum),
-            "num_rows": len(x),
+            "num_rows": x.shape[0],
             "num_centroids": clusters,
             "num_tiles": best_cosine.shape[1],
             "dim": dim,
@@ -173,7 +173,7 @@ def differentiate_similarity(
         torch.empty_like(z, memory_format=torch.contiguous_format) if need else None
         for need, z in zip(needs, (x, y), strict=True)
     ]
-    counts = [len(z) if out is not None else 0 for z, out in zip((x, y), gradients, strict=True)]
+    counts = [z.shape[0] if out is not None else 0 for z, out in zip((x, y), gradients, strict=True)]
     if not any(counts):
         return None, None
     launch(
@@ -189,8 +189,8 @@ def differentiate_similarity(
             "x_inverse_ptr": x_inverse,
             "y_inverse_ptr": y_inverse,
             "temperature": temperature,
-            "num_rows": len(x),
-            "num_columns": len(y),
+            "num_rows": x.shape[0],
+            "num_columns": y.shape[0],
             "dim": dim,
             "x_stride": x.stride(0),
             "y_stride": y.stride(0),
@@ -230,13 +230,13 @@ def _launch_cosines(
 ) -> None:
     has = {name: z is not None for name, z in (("y", y), ("negatives", negatives), ("centroids", centroids))}
     count = {
-        name: len(z) if z is not None else 0 for name, z in (("y", y), ("n", negatives), ("c", centroids))
+        name: z.shape[0] if z is not None else 0 for name, z in (("y", y), ("n", negatives), ("c", centroids))
     }
     nearest, runner_up, nearest_cosine, runner_up_cosine = outputs or (None,) * 4
 
     def grid(block: Mapping[str, int]) -> tuple[int, ...]:
         columns = cdiv(count["y"], block["BLOCK_N"]) + cdiv(count["n"], block["BLOCK_N"])
-        return (cdiv(len(x), block["BLOCK_M"]) * (columns + cdiv(count["c"], block["BLOCK_K"])),)
+        return (cdiv(x.shape[0], block["BLOCK_M"]) * (columns + cdiv(count["c"], block["BLOCK_K"])),)
 
     launch(
         cosine_kernel,
@@ -259,7 +259,7 @@ def _launch_cosines(
             "runner_up_cosine_ptr": runner_up_cosine,
             "counters_ptr": counters,
             "temperature": temperature,
-            "num_rows": len(x),
+            "num_rows": x.shape[0],
             "num_columns": count["y"],
             "num_negatives": count["n"],
             "num_centroids": count["c"],
@@ -285,14 +285,14 @@ def _launch_cosines(
         },
         tiles,
         # A launch that counts must not be repeated, so it is not swept.
-        operations=0 if outputs else 2 * len(x) * (count["y"] + count["n"]) * x.shape[1],
+        operations=0 if outputs else 2 * x.shape[0] * (count["y"] + count["n"]) * x.shape[1],
     )
 
 
 def _partial(x: Tensor, centroids: Tensor | None, tiles: Tiles) -> tuple[Tensor, Tensor]:
     """Best and second-best cosine and id within each tile of centroids, (2, tiles, B); empty without."""
-    count = cdiv(len(centroids), tiles.blocks["BLOCK_K"]) if centroids is not None else 0
-    shape = (2, count, len(x))
+    count = cdiv(centroids.shape[0], tiles.blocks["BLOCK_K"]) if centroids is not None else 0
+    shape = (2, count, x.shape[0])
     return (
         new_float32(x, *shape),
         torch.empty(shape, dtype=torch.int32, device=x.device),

@@ -113,11 +113,9 @@ _tuned: dict[tuple, Any] = {}
 
 
 def _may_sweep() -> bool:
-    """Whether tile shapes may be timed: on a GPU, where another choice may change the last bit."""
+    """Whether another choice of tiles, which may change the last bit, is allowed."""
     return (
-        os.environ.get("CLUSTERNS_AUTOTUNE", "1") != "0"
-        and not torch.are_deterministic_algorithms_enabled()
-        and not torch.cuda.is_current_stream_capturing()
+        os.environ.get("CLUSTERNS_AUTOTUNE", "1") != "0" and not torch.are_deterministic_algorithms_enabled()
     )
 
 
@@ -148,6 +146,8 @@ def launch(
     of the kernel's parameters. `operations` 0 never sweeps: a launch that must not be repeated.
     """
     if _recorded is not None:
+        names = [*arguments, *constants, *tiles.blocks]
+        assert names == list(kernel.arg_names), f"{kernel.__name__}: arguments out of order"
         _recorded.append(Launch(kernel, grid(tiles.blocks), arguments, constants, tiles))
         return
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
@@ -170,13 +170,14 @@ def launch(
         *_specialization(kernel, arguments),
     )
     known = _compiled.get(key)
+    if known is None and sweep and torch.cuda.is_current_stream_capturing():
+        launch(kernel, grid, arguments, constants, tiles)  # nothing can be timed now
+        return
     if known is not None:
         compiled, blocks = known
         programs = grid(blocks)
         compiled[(*programs, 1, 1)[:3]](*arguments.values(), *constants.values(), *blocks.values())
         return
-    names = [*arguments, *constants, *tiles.blocks]
-    assert names == list(kernel.arg_names), f"{kernel.__name__}: arguments out of order"
     backend, blocks = target_of(device).backend, dict(tiles.blocks)
     if sweep:
         tuned = _with_sweep(kernel, tiles, backend)

@@ -66,7 +66,7 @@ def evaluate(
     negatives; nearest and the cosines (B,) fill the terms about the clusters. Returns the 0-dim loss, the
     terms (8,) named by `objective.TERMS`, and (4, B) that `differentiate` needs.
     """
-    rows = len(cosines)
+    rows = cosines.shape[0]
     has_hard = centroid_cosines is not None
     tiles = Tiles({"BLOCK_M": 4, "BLOCK_N": 256}, num_warps=8, num_stages=1)
     programs = cdiv(rows, tiles.blocks["BLOCK_M"])
@@ -137,12 +137,13 @@ def differentiate(
         for need, z in zip(needs, inputs, strict=True)
     ]
     counts = [
-        len(z) if z is not None and out is not None else 0 for z, out in zip(inputs, gradients, strict=True)
+        z.shape[0] if z is not None and out is not None else 0
+        for z, out in zip(inputs, gradients, strict=True)
     ]
     if not any(counts):
         return None, None, None
     has_hard = centroid_cosines is not None and needs[0]
-    tiles = _gradient_tiles(x, len(x))
+    tiles = _gradient_tiles(x, x.shape[0])
     launch(
         gradient_kernel,
         lambda block: (sum(cdiv(count, block["BLOCK_M"]) for count in counts) * cdiv(dim, block["BLOCK_D"]),),
@@ -165,8 +166,8 @@ def differentiate(
             "counters_ptr": counters,
             "upstream_ptr": upstream,
             **numbers.arguments(),
-            "num_rows": len(x),
-            "num_negatives": len(negatives) if negatives is not None else 0,
+            "num_rows": x.shape[0],
+            "num_negatives": negatives.shape[0] if negatives is not None else 0,
             "num_centroids": num_centroids,
             "dim": dim,
             "x_stride": x.stride(0),
@@ -187,7 +188,7 @@ def differentiate(
             **product_constants(x),
         },
         tiles,
-        operations=2 * len(x) * cosines.shape[1] * dim,
+        operations=2 * x.shape[0] * cosines.shape[1] * dim,
     )
     return gradients[0], gradients[1], gradients[2]
 

@@ -53,6 +53,13 @@ def record(batch, dtype=torch.float32, dim=24):
     return launches
 
 
+def test_arguments_stand_in_the_order_of_the_parameters():
+    """A compiled kernel is launched by position. `recording` checks it; the audit records every launch."""
+    for each in record(8):
+        names = [*each.arguments, *each.constants, *each.tiles.blocks]
+        assert names == list(each.kernel.arg_names)
+
+
 @pytest.mark.parametrize("module", KERNELS, ids=lambda module: module.__name__.split(".")[-1])
 def test_batch_sizes_are_not_specialised(module):
     """A new batch size must not compile again, so no kernel may see it as a constant or its divisors."""
@@ -188,15 +195,39 @@ def test_large_work_is_swept_once_and_small_is_not(stand_in, monkeypatch):
     assert swept == ["cosine_kernel"]
 
 
-def test_no_sweep_where_bits_must_not_change(monkeypatch):
+def test_a_capture_uses_what_won_before_but_times_nothing(stand_in, monkeypatch):
+    swept = []
+    monkeypatch.setattr(launch, "SWEEP_OPERATIONS", 1)
+
+    class Tuned:
+        best_config = type("Config", (), {"kwargs": {
+            "BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 32, "BLOCK_K": 32, "BLOCK_K_D": 32
+        }})  # fmt: skip
+
+        def __getitem__(self, grid):
+            return lambda **arguments: swept.append(1) or stand_in.compiled
+
+    monkeypatch.setattr(launch, "_with_sweep", lambda kernel, tiles, backend: Tuned())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for _ in range(2):  # not known yet: compiled with the chosen tiles, then launched
+        cosine_launchers.compare(rows(512), rows(512))
+    assert not swept
+    assert stand_in.compilations == 1
+    assert stand_in.compiled.launched[-1][0] == (8 * 16, 1, 1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    cosine_launchers.compare(rows(512), rows(512))
+    assert len(swept) == 1
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    cosine_launchers.compare(rows(512), rows(512))
+    assert len(swept) == 1
+    assert stand_in.compiled.launched[-1][0] == (4 * 8, 1, 1)
+
+
+def test_no_sweep_where_bits_must_not_change(monkeypatch):
     assert launch._may_sweep()
     monkeypatch.setenv("CLUSTERNS_AUTOTUNE", "0")
     assert not launch._may_sweep()
     monkeypatch.delenv("CLUSTERNS_AUTOTUNE")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not launch._may_sweep()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert not launch._may_sweep()
 

@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Tests and benchmarks of the GPU path in one call, with no network: bash bench/gpu.sh
+#   OUT                     folder for logs, JSON, CSV and plot (default bench/results/gpu)
+#   CLUSTERNS_SECONDS       time for everything (default 540)
+#   CLUSTERNS_TEST_SECONDS  most of it for the tests (default a third)
+#   PYTHON                  the interpreter that has torch (default python3)
+# Wheels in .whl/ (rivals that are not installed) are used from a temporary folder.
+# A failing test does not stop the benchmarks; the exit status is non-zero then.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+began=$SECONDS
+total=${CLUSTERNS_SECONDS:-540}
+test_seconds=${CLUSTERNS_TEST_SECONDS:-$((total / 3))}
+python=${PYTHON:-python3}
+scratch=$(mktemp -d)
+path=() # options of the interpreter for pytest
+trap 'rm -rf "$scratch"' EXIT
+export PYTHONUNBUFFERED=1
+left() { echo $((total - (SECONDS - began) - ${1:-0})); }
+status=0
+
+if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    gpu=1
+    out=${OUT:-bench/results/gpu}
+else
+    gpu=0
+    out=${OUT:-runs/gpu-machinery} # not where GPU results lie
+    echo "NO GPU HERE: the tests run as on any such machine, the benchmark machinery runs on the CPU at tiny"
+    echo "sizes, and no GPU figure is written."
+fi
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+export CLUSTERNS_RESULTS="$out"
+
+echo "== machine"
+if ((gpu)); then nvidia-smi || true; fi
+"$python" - <<'PY'
+import platform
+from importlib import metadata
+print("python", platform.python_version())
+names = "torch triton transformers sentence-transformers setuptools pytest pytest-benchmark matplotlib"
+for name in names.split():
+    try:
+        print(name, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        print(name, "not installed")
+PY
+
+echo "== package"
+ours() { (cd / && "$python" -c '
+import os, sys, clusterns, clusterns.kernels
+here = [os.path.realpath(module.__file__) for module in (clusterns, clusterns.kernels)]
+sys.exit(here != [os.path.realpath(os.path.join(sys.argv[1], *p)) for p in
+                  (("clusterns", "__init__.py"), ("kernels", "__init__.py"))])' "$1" 2>/dev/null); }
+if ours "$PWD"; then
+    echo "this checkout is installed already"
+elif "$python" -m pip install --quiet --no-deps --no-build-isolation --no-index -e . && ours "$PWD"; then
+    echo "installed"
+else
+    echo "not installable here: imported from the checkout through links"
+    mkdir -p "$scratch/site/clusterns"
+    ln -s "$PWD"/clusterns/* "$scratch/site/clusterns/"
+    ln -sfn "$PWD/kernels" "$scratch/site/clusterns/kernels"
+    export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
+    path=(-P) # else `-m pytest` finds clusterns/ of this folder first, which has no clusterns.kernels
+    (cd / && "$python" -c 'import clusterns.kernels; print(clusterns.__file__)') || exit 1
+fi
+if compgen -G ".whl/*.whl" >/dev/null; then
+    "$python" -m pip install --quiet --no-index --no-deps --target "$scratch/rivals" .whl/*.whl &&
+        export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$scratch/rivals"
+fi
+
+echo "== tests, at most $test_seconds s"
+tests() { # name, seconds, arguments of pytest
+    local name=$1 seconds=$2 code
+    shift 2
+    timeout --kill-after=10 "$seconds" "$python" "${path[@]}" -m pytest -p no:cacheprovider -ra \
+        --continue-on-collection-errors "$@" >"$scratch/log" 2>&1
+    code=$?
+    { echo "== $name" && cat "$scratch/log"; } >>"$out/tests.log"
+    tail -n 25 "$scratch/log"
+    if ((code == 124 || code == 137)); then echo "$name: NOT FINISHED in $seconds s"; fi
+    if ((code != 0 && code != 5)); then status=1; fi # 5: nothing was selected
+    echo "$name: pytest ended with $code after $((SECONDS - began)) s in all"
+}
+rm -f "$out/tests.log"
+shopt -s nullglob
+kernel_tests=(tests/test_kernels*.py tests/test_fused*.py)
+first=$SECONDS
+tests tests-gpu-marker "$test_seconds" tests -m gpu
+rest=$((test_seconds - (SECONDS - first)))
+if ((rest > 5)); then
+    tests tests-kernels "$rest" "${kernel_tests[@]}" -m "not gpu" # those with the marker have run
+else
+    echo "tests-kernels: NOT RUN, no time left for them" && status=1
+fi
+
+echo "== benchmarks, $(left 20) s"
+if ((gpu)); then arguments=(--device cuda); else arguments=(--device cpu --quick); fi
+seconds=$(left 35)
+if ((seconds < 10)); then
+    echo "NOT RUN, no time left" && exit 1
+fi
+# TERM lets it write its report; the budget inside ends it before that unless one row takes long.
+timeout --kill-after=15 $((seconds + 10)) "$python" bench/gpu_step.py "${arguments[@]}" --seconds "$seconds" \
+    --output "$out" 2>"$out/benchmark-errors.log" | tee "$out/benchmark.log"
+if ((PIPESTATUS[0] != 0)); then
+    status=1
+    tail -n 15 "$out/benchmark-errors.log"
+fi
+
+if ((gpu && $(left) > 90)); then
+    echo "== host view by pytest-benchmark"
+    timeout --kill-after=5 $(($(left) - 10)) "$python" "${path[@]}" -m pytest -p no:cacheprovider \
+        bench/test_gpu_step.py --benchmark-only -s >>"$out/benchmark.log" 2>&1 || status=1
+fi
+echo "== in $out after $((SECONDS - began)) s, exit status $status"
+ls "$out"
+exit $status
