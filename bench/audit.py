@@ -107,12 +107,10 @@ def record(dtype: torch.dtype, dim: int, batch: int) -> dict[str, launch.Launch]
         )  # fmt: skip
 
         ids, hard = assigned.nearest, assigned.runner_up
-        cosines = {
-            "num_centroids": clusters, "centroid_cosines": assigned.cosines, "hard_ids": hard, "cluster_ids": ids
-        }  # fmt: skip
-        metrics = {
-            "nearest": ids, "nearest_cosine": assigned.nearest_cosine, "runner_up_cosine": assigned.runner_up_cosine
-        }  # fmt: skip
+        cosines = {"num_centroids": clusters, "centroid_cosines": assigned.cosines}
+        cosines |= {"hard_ids": hard, "cluster_ids": ids}
+        metrics = {"nearest": ids, "nearest_cosine": assigned.nearest_cosine}
+        metrics |= {"runner_up_cosine": assigned.runner_up_cosine}
         state = meta(4, batch, dtype=torch.float32)
         one = meta(dtype=torch.float32)
         for mode, explicit_count in (("bml", explicit), ("bml", 0), ("exclude", explicit), ("keep", 0)):
@@ -304,8 +302,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 COLUMNS = (
-    "kernel", "launch", "target", "dtype", "matmul_precision", "dimensions", "tiles", "warps", "stages", "registers",
-    "stack_bytes", "spills", "shared_bytes", "matrix_instructions", "verdict",
+    "kernel", "launch", "target", "dtype", "matmul_precision", "dimensions", "tiles", "warps", "stages",
+    "registers", "stack_bytes", "spills", "shared_bytes", "matrix_instructions", "verdict",
 )  # fmt: skip
 
 

@@ -121,6 +121,7 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(launch, "interpreting", lambda: False)
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(launch, "_may_sweep", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with assume(Target("cuda", 90)):
         yield kernel
 
