@@ -136,7 +136,7 @@ def record(dtype: torch.dtype, dim: int, batch: int) -> dict[str, launch.Launch]
     return found
 
 
-def source(recorded: launch.Launch) -> ASTSource:
+def source(recorded: launch.Launch, backend: str) -> ASTSource:
     """What `kernel[grid](...)` would compile for these arguments: types, constants, alignment."""
     values = {**recorded.arguments, **recorded.constants, **recorded.tiles.blocks}
     signature, constants, attributes = {}, {}, {}
@@ -149,6 +149,8 @@ def source(recorded: launch.Launch) -> ASTSource:
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             attributes[where] = [["tt.divisibility", 16]]
+            if backend == "hip":  # storages below 2 GiB
+                attributes[where].append(["tt.pointer_range", 32])
         elif is_int:
             signature[parameter.name] = "i32"
             if special and value % 16 == 0:
@@ -179,7 +181,7 @@ def compile_case(target_name: str, case: Case) -> dict[str, Any]:
             "stages": recorded.tiles.num_stages,
         }
         try:
-            built = triton.compile(source(recorded), target=gpu, options=options)
+            built = triton.compile(source(recorded, backend), target=gpu, options=options)
         except Exception as error:  # whatever the compiler throws is the finding
             return {**row, "error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"}
     read = read_cubin if backend == "cuda" else read_amd
@@ -265,7 +267,7 @@ def cases(target_name: str) -> dict[Case, list[int]]:
                 for batch in BATCHES:
                     for dim in DIMENSIONS:
                         for label, each in record(dtype, dim, batch).items():
-                            built = source(each)
+                            built = source(each, backend)
                             key = repr((each.kernel.__name__, built.signature, built.constants, built.attrs))
                             key += repr((each.tiles.num_warps, each.tiles.num_stages))
                             case = Case(name, precision, dim, batch, label)

@@ -42,7 +42,8 @@ def choose_backend(
     """Turn the user's word into "triton", "torch" or "reference" for these tensors.
 
     "auto" is Triton on CUDA and ROCm where the cosines, which that path keeps for the backward, fit the
-    workspace (B ≤ 8,192 by default), and torch elsewhere. Raises as `check_backend`.
+    workspace (by default B up to about 8,000), and torch elsewhere. "triton" keeps them whatever their size.
+    Raises as `check_backend`.
     """
     check_choice("backend", backend, BACKENDS)
     if backend not in ("auto", "triton"):
@@ -50,15 +51,11 @@ def choose_backend(
     if backend == "auto" and not anchors.is_cuda:
         return "torch"  # also while the interpreter is on: it is for tests
     reason = fused.why_not(anchors, positives, negatives, centroids)
-    if reason is None and not fused.fits(anchors, negatives, centroids, workspace_bytes):
-        needed = fused.cosine_bytes(anchors, negatives, centroids)
-        reason = (
-            f"the cosines of a batch of {len(anchors)} take {needed} bytes and workspace_bytes is "
-            f"{workspace_bytes}; raise that, or use 'auto' or 'torch'"
-        )
     if backend == "triton":
         _refuse_if(reason)
-    return "triton" if reason is None else "torch"
+        return "triton"
+    fits = fused.cosine_bytes(anchors, negatives, centroids) <= workspace_bytes
+    return "triton" if reason is None and fits else "torch"
 
 
 def _refuse_if(reason: str | None) -> None:

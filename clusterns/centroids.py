@@ -55,12 +55,13 @@ class OnlineKMeans(nn.Module):
         self.num_clusters = num_clusters
         self.centroid_momentum = centroid_momentum
         self.centroid_update = centroid_update
-        self.register_buffer("centroids", torch.zeros(num_clusters, embedding_dim))
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # never half precision
+        self.register_buffer("centroids", torch.zeros(num_clusters, embedding_dim, dtype=dtype))
         self.register_buffer("initialized", torch.tensor(False))
         if centroid_update == "adamw":
-            self.register_buffer("first_moment", torch.zeros(num_clusters, embedding_dim))
-            self.register_buffer("second_moment", torch.zeros(num_clusters, embedding_dim))
-            self.register_buffer("update_steps", torch.tensor(0.0))
+            self.register_buffer("first_moment", torch.zeros_like(self.centroids))
+            self.register_buffer("second_moment", torch.zeros_like(self.centroids))
+            self.register_buffer("update_steps", torch.zeros((), dtype=dtype))
         self._flag_read: tuple[Tensor, int] | None = None
         self._active = False
 
@@ -176,6 +177,8 @@ class OnlineKMeans(nn.Module):
         if saved is not None and saved.dtype == torch.float64:
             self._set_precision(torch.float64)
         super()._load_from_state_dict(state_dict, prefix, *arguments, **keywords)
+        if self.centroids.dtype.itemsize < 4:  # loaded with assign=True
+            self._set_precision(torch.float32)
         if not self.initialized.is_meta:
             self._read_flag()
 

@@ -284,7 +284,7 @@ def info_nce(
         bml_weight: λ ≥ 0.
         bml_alpha: α, upper margin: cos(i, j) should stay α below cos(i, i).
         bml_beta: β, lower margin: and not fall further than β below it.
-        workspace_bytes: memory for logits, whatever the batch size.
+        workspace_bytes: memory for logits, whatever the batch size ("triton" keeps all cosines).
         backend: "auto", "triton", "torch" or "reference", see `choose_backend`.
 
     Returns:

@@ -154,11 +154,13 @@ def objective(
     anchors, positives = _unit_stride(anchors.to(dtype)), _unit_stride(positives.to(dtype))
     if negatives is not None:
         negatives = _unit_stride(negatives.to(dtype))
+    state = centroids
     if centroids is not None:
         centroids = _unit_stride(centroids.detach().float())
     clusters = 0 if centroids is None else centroids.shape[0]
     needs_hard = clusters > 0 and hard_negatives and (hard_negative_ids is not None or clusters > 1)
     needs_ids = clusters > 0 and (cluster_ids is None or (needs_hard and hard_negative_ids is None))
+    keeps_graph = anchors.requires_grad and torch.is_grad_enabled()
     with torch.no_grad():
         compared = torch.ops.clusterns.compare(
             anchors.detach(),
@@ -171,8 +173,12 @@ def objective(
             "" if update is None else update.statistic,
             0.0 if update is None else update.momentum,
         )
-    if update is not None:
-        centroids = compared[-1]
+        if update is not None and state is not None and centroids is not None:
+            if state.dtype != torch.float32 or state.stride(1) != 1:  # a copy was moved
+                state.copy_(centroids)
+            centroids = compared[-1]
+        elif needs_hard and keeps_graph and centroids is not None:
+            centroids = centroids.clone()  # the state may move on before the backward
     assigned = needs_hard or needs_ids
     if cluster_ids is None and needs_ids:
         cluster_ids = compared[4]
@@ -208,11 +214,6 @@ def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def fits(anchors: Tensor, negatives: Tensor | None, centroids: Tensor | None, workspace_bytes: int) -> bool:
-    """Whether the cosines that this path keeps stay within the workspace."""
-    return cosine_bytes(anchors, negatives, centroids) <= workspace_bytes
-
-
 def cosine_bytes(anchors: Tensor, negatives: Tensor | None, centroids: Tensor | None) -> int:
     """Bytes of the cosines kept for the backward."""
     rows = anchors.shape[0]
@@ -226,8 +227,13 @@ class _Similarity(torch.autograd.Function):
         cosines, x_inverse, y_inverse = torch.ops.clusterns.similarity(x, y, tau, temperature)
         ctx.save_for_backward(x, y, temperature, cosines, x_inverse, y_inverse)
         ctx.tau = tau
-        # Rows are padded to 16 numbers; where that shows, the result is a copy without the padding.
-        return cosines if cosines.shape[1] == y.shape[0] else cosines[:, : y.shape[0]].contiguous()
+        # A copy wherever the caller must not see the padding or write into what the backward needs.
+        result = cosines[:, : y.shape[0]]
+        return (
+            result.clone(memory_format=torch.contiguous_format)
+            if any(ctx.needs_input_grad)
+            else result.contiguous()
+        )
 
     @staticmethod
     @once_differentiable

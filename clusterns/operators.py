@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from .kernels import target
+from .options import WORKSPACE_BYTES
 
 if target.is_installed() or TYPE_CHECKING:
     from .kernels import cosine_launchers, objective_launchers
 
+# The launchers rely on a unit column stride.
+_EXACT_STRIDES = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
 _library = torch.library.Library("clusterns", "DEF")
 
 
@@ -25,7 +28,7 @@ def _register(schema: str):
 
     def decorate(function):
         name = schema.split("(")[0]
-        _library.define(schema)
+        _library.define(schema, tags=(_EXACT_STRIDES,))
         _library.impl(name, function, "CompositeExplicitAutograd")
         return function
 
@@ -278,13 +281,17 @@ def _(upstream, x, y, cosines, x_inverse, y_inverse, temperature, temperature_te
     "(Tensor nearest, Tensor runner_up, Tensor nearest_cosine, Tensor runner_up_cosine, Tensor inverse)"
 )
 def _assign(points, centroids):
-    counters = torch.zeros(
-        cosine_launchers.num_counters(points.shape[0], centroids.shape[0]),
-        dtype=torch.int32,
-        device=points.device,
-    )
-    found = cosine_launchers.assign(points, centroids, counters)
-    return (*found[:4], found.x_inverse)
+    """In row chunks, so that the best of each tile of centroids stays within the workspace."""
+    clusters = centroids.shape[0]
+    rows = max(1, WORKSPACE_BYTES // (cosine_launchers.partial_bytes(clusters)))
+    found = []
+    for chunk in points.split(rows):
+        counters = torch.zeros(
+            cosine_launchers.num_counters(chunk.shape[0], clusters), dtype=torch.int32, device=points.device
+        )
+        each = cosine_launchers.assign(chunk, centroids, counters)
+        found.append((*each[:4], each.x_inverse))
+    return found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
 
 
 @torch.library.register_fake("clusterns::assign")
@@ -300,14 +307,10 @@ def _(points, centroids):
 
 @_register("cluster_sums(Tensor points, Tensor centroids) -> (Tensor counts, Tensor sums)")
 def _cluster_sums(points, centroids):
-    counters = torch.zeros(
-        cosine_launchers.num_counters(points.shape[0], centroids.shape[0]),
-        dtype=torch.int32,
-        device=points.device,
+    nearest, _, cosine, _, inverse = _assign(points, centroids)
+    return cosine_launchers.update(
+        points, inverse, cosine[None, None], nearest[None, None], centroids, "sums", 0.0
     )
-    found = cosine_launchers.assign(points, centroids, counters, count_uses=False)
-    best = found.nearest_cosine[None, None], found.nearest[None, None]
-    return cosine_launchers.update(points, found.x_inverse, *best, centroids, "sums", 0.0)
 
 
 @torch.library.register_fake("clusterns::cluster_sums")

@@ -16,6 +16,7 @@ from .centroid_update import centroid_update_kernel
 from .launch import LARGE_BATCH, Tiles, cdiv, launch, new_float32, padded, product_constants
 from .similarity import cosine_kernel
 from .similarity_gradient import similarity_gradient_kernel
+from .target import target_of
 
 UPDATES = {"sums": 0, "sum": 1, "mean": 2}
 
@@ -90,7 +91,6 @@ def assign(
     rows, clusters = x.shape[0], centroids.shape[0]
     nearest, runner_up = (torch.empty(rows, dtype=torch.int64, device=x.device) for _ in range(2))
     nearest_cosine, runner_up_cosine = new_float32(x, rows), new_float32(x, rows)
-    nearest_cosine, runner_up_cosine = (torch.empty(rows) for _ in range(2))
     cosines = new_float32(x, *((rows, padded(clusters)) if keep_cosines else (0, 0)))
     centroid_inverse, x_inverse = new_float32(x, clusters), new_float32(x, rows)
     tiles = _cosine_tiles(x, rows)
@@ -281,12 +281,22 @@ def _launch_cosines(
             "COUNT_USES": count_uses,
             "CLEAR": clear,
             "TEMPERATURE_POINTER": isinstance(temperature, Tensor),
+            "WAIT_FOR_STORES": target_of(x.device).waits_for_stores,
             **product_constants(x),
         },
         tiles,
         # A launch that counts must not be repeated, so it is not swept.
         operations=0 if outputs else 2 * x.shape[0] * (count["y"] + count["n"]) * x.shape[1],
     )
+
+
+# Centroids of one tile, whatever the batch.
+_CENTROID_TILE = 32
+
+
+def partial_bytes(num_centroids: int) -> int:
+    """Scratch memory per row of `assign`."""
+    return 2 * cdiv(num_centroids, _CENTROID_TILE) * 8
 
 
 def _partial(x: Tensor, centroids: Tensor | None, tiles: Tiles) -> tuple[Tensor, Tensor]:
@@ -303,12 +313,12 @@ def _cosine_tiles(x: Tensor, rows: int) -> Tiles:
     """Small batches get small tiles, to fill the chip. Half precision takes 64 rows, what HGMMA needs."""
     if x.dtype.itemsize == 2:
         if rows < LARGE_BATCH:
-            blocks = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_K": 32, "BLOCK_K_D": 32}
+            blocks = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_K": _CENTROID_TILE, "BLOCK_K_D": 32}
             return Tiles(blocks)
-        blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 64, "BLOCK_K": 32, "BLOCK_K_D": 32}
+        blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 64, "BLOCK_K": _CENTROID_TILE, "BLOCK_K_D": 32}
         return Tiles(blocks, num_warps=8)
     n = 32 if rows < LARGE_BATCH else 64
-    return Tiles({"BLOCK_M": 64, "BLOCK_N": n, "BLOCK_D": 32, "BLOCK_K": 32, "BLOCK_K_D": 32})
+    return Tiles({"BLOCK_M": 64, "BLOCK_N": n, "BLOCK_D": 32, "BLOCK_K": _CENTROID_TILE, "BLOCK_K_D": 32})
 
 
 def _update_tiles(x: Tensor) -> Tiles:

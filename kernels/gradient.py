@@ -203,6 +203,7 @@ def gradient_kernel(
                     at = columns.to(tl.int64)[:, None] * negatives_stride + d[None, :]
                     y = tl.load(negatives_ptr + at, mask=mask[:, None] & d_mask, other=0.0)
                     product = multiply_add(weight.to(y.dtype), y, product, PRECISION, UPCAST)
+            product = product * largest
             if HAS_HARD:
                 own_hard = tl.load(hard_ids_ptr + safe_rows).to(tl.int32)[:, None]
                 starts = centroid_cosines_ptr + safe_rows.to(tl.int64)[:, None] * (
@@ -216,14 +217,14 @@ def gradient_kernel(
                     log_uses = log2_uses(uses, ids[None, :] == own_hard, hard_negative_weight)
                     weight = tl.exp2(cosine * scale + log_uses - log_total) * headroom
                     weight = tl.where(uses > 0, weight, 0.0)
-                    inverse = tl.load(centroid_inverse_ptr + ids, mask=mask, other=0.0) / largest
+                    inverse = tl.load(centroid_inverse_ptr + ids, mask=mask, other=0.0)
                     at = ids.to(tl.int64)[:, None] * centroids_stride + d[None, :]
                     c = tl.load(centroids_ptr + at, mask=mask[:, None] & d_mask, other=0.0)  # (N, D)
                     c = (c * inverse[:, None]).to(x_ptr.dtype.element_ty)
                     product = multiply_add(weight.to(c.dtype), c, product, PRECISION, UPCAST)
             inverse = tl.load(x_inverse_ptr + safe_rows)
             along = tl.load(state + 3 * num_rows)
-            product = product * (largest / headroom)
+            product = product / headroom
             store_through_norm(
                 product, x_ptr, x_stride, x_gradient_ptr, rows, d, num_rows, dim, inverse, along, factor
             )

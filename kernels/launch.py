@@ -113,16 +113,21 @@ _tuned: dict[tuple, Any] = {}
 
 
 def _may_sweep() -> bool:
-    """Whether another choice of tiles, which may change the last bit, is allowed."""
+    """Whether another choice of tiles, which may change the last bit, is allowed.
+
+    Not with several ranks: each would choose for itself, and centroids that all of them keep would part.
+    """
     return (
-        os.environ.get("CLUSTERNS_AUTOTUNE", "1") != "0" and not torch.are_deterministic_algorithms_enabled()
+        os.environ.get("CLUSTERNS_AUTOTUNE", "1") != "0"
+        and not torch.are_deterministic_algorithms_enabled()
+        and not (torch.distributed.is_available() and torch.distributed.is_initialized())
     )
 
 
-def _with_sweep(kernel: Any, tiles: Tiles, backend: str) -> Any:
-    """Autotuned twin of a kernel, its results kept on disk in Triton's cache."""
+def _with_sweep(kernel: Any, tiles: Tiles, backend: str, device: int) -> Any:
+    """Autotuned twin of a kernel for one device, its results kept on disk in Triton's cache."""
     name = kernel.__name__
-    key = (name, tuple(tiles.blocks.items()), backend)
+    key = (name, tuple(tiles.blocks.items()), device)
     if key not in _tuned:
         configs = [
             triton.Config({**tiles.blocks, **each.blocks}, **each.options(backend))
@@ -146,8 +151,7 @@ def launch(
     of the kernel's parameters. `operations` 0 never sweeps: a launch that must not be repeated.
     """
     if _recorded is not None:
-        names = [*arguments, *constants, *tiles.blocks]
-        assert names == list(kernel.arg_names), f"{kernel.__name__}: arguments out of order"
+        _check(kernel, arguments, constants, tiles)
         _recorded.append(Launch(kernel, grid(tiles.blocks), arguments, constants, tiles))
         return
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
@@ -178,9 +182,10 @@ def launch(
         programs = grid(blocks)
         compiled[(*programs, 1, 1)[:3]](*arguments.values(), *constants.values(), *blocks.values())
         return
+    _check(kernel, arguments, constants, tiles)
     backend, blocks = target_of(device).backend, dict(tiles.blocks)
     if sweep:
-        tuned = _with_sweep(kernel, tiles, backend)
+        tuned = _with_sweep(kernel, tiles, backend, device.index)
         compiled = tuned[grid](**arguments, **constants)
         blocks = {name: tuned.best_config.kwargs[name] for name in blocks}
     else:
@@ -192,6 +197,14 @@ def launch(
 # but looking into it takes longer than everything the GPU does for a small batch.
 _compiled: dict[tuple, tuple[Any, dict[str, int]]] = {}
 _unspecialized: dict[Any, frozenset[str]] = {}
+
+
+def _check(kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], tiles: Tiles) -> None:
+    """What a launch by position relies on; looked at whenever a launch is new."""
+    names = [*arguments, *constants, *tiles.blocks]
+    assert names == list(kernel.arg_names), f"{kernel.__name__}: arguments out of order"
+    devices = {value.device for value in arguments.values() if isinstance(value, Tensor)}
+    assert len(devices) == 1, f"{kernel.__name__}: arguments on {devices}"
 
 
 def _specialization(kernel: Any, arguments: dict[str, Any]) -> list[Any]:
@@ -212,5 +225,10 @@ def _specialization(kernel: Any, arguments: dict[str, Any]) -> list[Any]:
         elif value is None or kind is float:
             found.append(kind)
         else:
-            found.append((value.dtype, value.data_ptr() & 15 == 0))
+            found.append((value.dtype, value.data_ptr() & 15 == 0, *_storage(value)))
     return found
+
+
+def _storage(value: Tensor) -> tuple[bool, ...]:
+    """On AMD Triton makes 32-bit offsets of pointers into small storages."""
+    return (value.untyped_storage().nbytes() < 2**31,) if torch.version.hip else ()

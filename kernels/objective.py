@@ -70,7 +70,8 @@ def log2_uses(uses, is_own, weight):
     """log2 n_ik for n_k `uses` of centroid k; a sentence's own one counts e^w instead of 1."""
     shift = tl.maximum(weight, 0.0)
     own = (uses - 1.0) * tl.exp2(-shift * LOG2_E) + tl.exp2((weight - shift) * LOG2_E)
-    return tl.where(is_own, tl.log2(own) + shift * LOG2_E, tl.log2(uses))
+    own = tl.where(uses == 1, weight * LOG2_E, tl.log2(own) + shift * LOG2_E)  # e^w alone may underflow
+    return tl.where(is_own, own, tl.log2(uses))
 
 
 @triton.jit
@@ -113,6 +114,7 @@ def objective_kernel(
     ASSIGNED: tl.constexpr,
     FALSE_NEGATIVES: tl.constexpr,
     TEMPERATURE_POINTER: tl.constexpr,
+    WAIT_FOR_STORES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -239,7 +241,7 @@ def objective_kernel(
         mates = (tl.load(sizes_ptr + nearest, mask=row_mask, other=0) > 1).to(tl.float32)
         tl.store(partial + 7 * num_programs, tl.sum(mates, axis=0))
 
-    if is_last_to_arrive(arrivals_ptr, num_programs):
+    if is_last_to_arrive(arrivals_ptr, num_programs, WAIT_FOR_STORES):
         tl.store(arrivals_ptr, 0)
         batch = num_rows.to(tl.float32)
         info_nce_mean = _add_up(partial_ptr, 0, num_programs) / batch
@@ -255,5 +257,8 @@ def objective_kernel(
             tl.store(terms_ptr + 4, _add_up(partial_ptr, 5, num_programs) / batch)
             tl.store(terms_ptr + 5, _add_up(partial_ptr, 6, num_programs) / batch)
             tl.store(terms_ptr + 6, _add_up(partial_ptr, 7, num_programs) / batch)
+        else:
+            for term in range(4, 7):
+                tl.store(terms_ptr + term, 0.0)
         # ∂loss/∂τ = −1/τ² · mean_i Σ_j (softmax_ij − [i=j]) S_ij; the margin loss does not depend on τ.
         tl.store(terms_ptr + 7, -_add_up(partial_ptr, 4, num_programs) / (batch * tau * tau))

@@ -14,6 +14,7 @@ from torch import Tensor
 from .gradient import gradient_kernel
 from .launch import LARGE_BATCH, Tiles, cdiv, launch, new_float32, product_constants
 from .objective import objective_kernel
+from .target import target_of
 
 FALSE_NEGATIVES = {"keep": 0, "exclude": 1, "bml": 2}
 
@@ -100,6 +101,7 @@ def evaluate(
             "HAS_HARD": has_hard,
             "ASSIGNED": nearest is not None,
             **numbers.constants(),
+            "WAIT_FOR_STORES": target_of(cosines.device).waits_for_stores,
         },
         tiles,
     )

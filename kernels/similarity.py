@@ -100,6 +100,7 @@ def cosine_kernel(
     COUNT_USES: tl.constexpr,
     CLEAR: tl.constexpr,
     TEMPERATURE_POINTER: tl.constexpr,
+    WAIT_FOR_STORES: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -162,7 +163,7 @@ def cosine_kernel(
                 tl.store(starts[:, None] + ids[None, :], cosines, mask=both)
             if FINISH:
                 sizes_ptr, uses_ptr, _, arrivals_ptr = counters(counters_ptr, num_centroids)
-                if is_last_to_arrive(arrivals_ptr + row_tile, centroid_tiles):
+                if is_last_to_arrive(arrivals_ptr + row_tile, centroid_tiles, WAIT_FOR_STORES):
                     cosine_1, id_1, cosine_2, id_2 = _merge_two_best(
                         partial_cosine_ptr, partial_id_ptr, rows, num_rows, centroid_tiles
                     )

@@ -7,11 +7,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import util
+from importlib import metadata, util
 
 import torch
 
 SWITCH = "CLUSTERNS_DISABLE_TRITON"
+OLDEST = (3, 6)  # the oldest Triton that the kernels are tested with
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,7 +38,16 @@ def _find_triton() -> bool:
         return False
 
 
+def _triton_version() -> tuple[int, ...]:
+    """Major and minor version from the metadata; importing Triton takes long."""
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows"):
+        with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
+            return tuple(int(part) for part in metadata.version(name).split(".")[:2])
+    return OLDEST  # built from source, presumably new
+
+
 _INSTALLED = _find_triton()
+_VERSION = _triton_version()
 
 
 @lru_cache(maxsize=64)
@@ -55,6 +65,9 @@ def why_not(device: torch.device | None, *dtypes: torch.dtype) -> str | None:
         return f"it is switched off by {SWITCH}={os.environ[SWITCH]}; unset that, or use 'auto' or 'torch'"
     if not is_installed():
         return "Triton is not installed; pip install triton (Linux), or use 'auto' or 'torch'"
+    if _VERSION < OLDEST:
+        have, need = (".".join(map(str, version)) for version in (_VERSION, OLDEST))
+        return f"Triton {have} is installed, {need} is needed; upgrade torch, or use 'auto' or 'torch'"
     if not interpreting():
         if not torch.cuda.is_available():
             return "no GPU is available; use 'auto' or 'torch'"
@@ -76,6 +89,13 @@ def why_not(device: torch.device | None, *dtypes: torch.dtype) -> str | None:
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _float32_is_exact() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # torch's answer where only its newer setting has been used
+        return getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee") != "tf32"
+
+
 @dataclass(frozen=True)
 class Target:
     """What a launch is compiled for."""
@@ -83,13 +103,18 @@ class Target:
     backend: str  # "cuda", "hip" or "interpreter"
     arch: int | str  # 90 for sm_90, "gfx942"
 
+    @property
+    def waits_for_stores(self) -> bool:
+        """Whether a barrier must be told to wait for stores, see `tiles.is_last_to_arrive`."""
+        return self.backend == "hip" and str(self.arch).startswith("gfx9")
+
     def precision(self) -> str:
         """How float32 operands are multiplied, after `torch.get_float32_matmul_precision()`.
 
         "highest" keeps float32 products: on NVIDIA as three tf32 products, whose error is that of a float32
         sum, since float32 units would take most of the time. "high" and "medium" are tf32 where there is it.
         """
-        exact = torch.get_float32_matmul_precision() == "highest"
+        exact = _float32_is_exact()
         if self.backend == "cuda":
             return "tf32x3" if exact else "tf32"
         if self.backend == "hip" and self.arch == "gfx942":

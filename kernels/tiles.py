@@ -109,12 +109,24 @@ def two_best(scores, ids, num_ids):
 
 
 @triton.jit
-def is_last_to_arrive(counter_ptr, expected):
+def is_last_to_arrive(counter_ptr, expected, WAIT_FOR_STORES: tl.constexpr):
     """Whether `expected` − 1 other programs have passed here, and what they wrote before can be read.
 
     The counter must start at 0. Results stay the same from run to run as long as the last one reads the
     others' results in a fixed order, with `.cg` loads that bypass its own first-level cache.
+
+    On AMD's gfx9 a barrier does not wait for the stores of other waves, and the atomic that follows waits for
+    its own wave's alone: WAIT_FOR_STORES makes every wave wait for its own.
     """
+    if WAIT_FOR_STORES:
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1",
+            "=v,v",
+            [tl.arange(0, 256)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
     tl.debug_barrier()  # every thread has written before one of them says so
     before = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
     tl.debug_barrier()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import sys
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -26,6 +27,8 @@ KERNELS = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.float64]
 BACKING = {dtype: torch.zeros(64, dtype=dtype) for dtype in DTYPES}
+HUGE = torch.empty(2**31 + 64, dtype=torch.int8)  # never touched; on AMD Triton looks at the storage's size
+TARGETS = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}
 
 
 def draw(name, generator):
@@ -34,15 +37,18 @@ def draw(name, generator):
         if generator.random() < 0.2:
             return None
         dtype = generator.choice(DTYPES)
+        if generator.random() < 0.3:
+            return HUGE.view(dtype)
         return BACKING[dtype][generator.choice([0, 0, 0, 1, 3]) :]
     if name in ("temperature", "momentum", "hard_negative_weight", "bml_weight", "alpha", "beta"):
         return generator.choice([0.0, 0.5, 1.0, 16.0])
     return generator.choice([0, 1, 2, 15, 16, 17, 32, 768, 2**31 - 1, 2**31, 2**33])
 
 
-def main():
+def main(target):
     generator = random.Random(0)
-    backend = make_backend(GPUTarget("cuda", 90, 32))
+    backend = make_backend(TARGETS[target])
+    torch.version.hip = "6.4" if target == "hip" else None
     counts = {"pairs_that_differ_for_triton": 0, "missed": 0, "pairs_alike": 0, "recompiled_for_a_batch": 0}
     for module, kernel in KERNELS:
         binder = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -73,4 +79,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -5,6 +5,8 @@ On a GPU where there is one, else the same kernels in Triton's interpreter.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import DEVICE, embeddings
@@ -423,26 +425,100 @@ def test_module_agrees_with_the_torch_path(update, hard):
             assert not value.requires_grad
 
 
-def test_backward_after_the_centroids_have_moved_on():
+@pytest.mark.parametrize("update", ["sum", "mean", "adamw"])
+@pytest.mark.parametrize("first_training", [True, False])
+def test_backward_after_the_centroids_have_moved_on(update, first_training):
     """Two losses, then one backward: the first step's gradient is that of its own centroids."""
-    loss_fn = started("mean", centroid_momentum=0.9)
+    loss_fn = started(update, centroid_momentum=0.9)
     one, two = problem(30, 12, 0, seed=1), problem(30, 12, 0, seed=2)
     state = {name: value.clone() for name, value in loss_fn.state_dict().items()}
-    expected = torch.autograd.grad(loss_fn(*one[:2]), one[0])[0]
+    expected = torch.autograd.grad(loss_fn.train(first_training)(*one[:2]), one[0])[0]
     loss_fn.load_state_dict(state)
-    first = loss_fn(*one[:2])
-    second = loss_fn(*two[:2])
+    first = loss_fn.train(first_training)(*one[:2])
+    second = loss_fn.train()(*two[:2])
     assert torch.equal(torch.autograd.grad(first + second, one[0])[0], expected)
 
 
-def test_changed_centroids_are_noticed():
-    """Where no copy was made (eval), a centroid written between forward and backward is an error."""
-    loss_fn = started().eval()
+@pytest.mark.parametrize("how", ["half checkpoint", "transposed", "half default"])
+def test_centroids_move_whatever_their_layout(how):
+    """A state that came in another dtype or layout is still the one that is updated."""
+    torch.set_default_dtype(torch.bfloat16 if how == "half default" else torch.float32)
+    try:
+        loss_fn = ClusterNSLoss(12, 6, backend="triton", centroid_momentum=0.5).to(DEVICE)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loss_fn.centroids.dtype == torch.float32
+    state = loss_fn.state_dict()
+    state["centroids"] = torch.randn(6, 12, device=DEVICE)
+    state["initialized"] = torch.tensor(True, device=DEVICE)
+    if how == "half checkpoint":
+        state["centroids"] = state["centroids"].bfloat16()
+    if how == "transposed":
+        state["centroids"] = state["centroids"].T.contiguous().T
+    loss_fn.load_state_dict(state, assign=True)
+    before = loss_fn.centroids.clone()
+    torch_fn = ClusterNSLoss(12, 6, backend="torch", centroid_momentum=0.5).to(DEVICE)
+    torch_fn.load_state_dict(loss_fn.state_dict())
     anchors, positives, _ = problem(30, 12, 0)
-    loss = loss_fn(anchors, positives)
-    loss_fn.centroids.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    loss_fn(anchors, positives)
+    torch_fn(anchors, positives)
+    assert loss_fn.centroids.dtype == torch.float32
+    assert not torch.equal(loss_fn.centroids, before)
+    torch.testing.assert_close(loss_fn.centroids, torch_fn.centroids)
+
+
+def test_one_tiny_row_does_not_spoil_float16_gradients():
+    anchors, positives, arguments = problem(40, 32, 6, dtype=torch.float16)
+    with torch.no_grad():
+        positives[3] = 1e-6
+    arguments["centroids"] = arguments["centroids"].float()
+    fix_clusters(anchors, arguments)
+    arguments["false_negatives"] = "bml"
+    mine = gradients(anchors, positives, arguments, backend="triton")[1][0]
+    true = exact(anchors, positives, arguments)[1][0]
+    assert ((mine.double() - true).norm(dim=1) / true.norm(dim=1)).median() < 2e-3
+
+
+def test_very_negative_weight_of_the_own_centroid():
+    """A centroid used once has e^w in its sentence's denominator, also where that underflows."""
+    anchors, positives, arguments = problem(8, 6, 8)
+    with torch.no_grad():
+        arguments["centroids"].copy_(anchors)
+        positives.copy_(-anchors + 0.5 * torch.randn_like(anchors))
+    arguments.update(hard_negative_weight=-95.0, temperature=0.02)
+    arguments["hard_negative_ids"] = torch.arange(8, device=DEVICE)
+    arguments["cluster_ids"] = torch.arange(8, device=DEVICE)
+    found = errors(
+        gradients(anchors, positives, arguments, backend="triton"), exact(anchors, positives, arguments)
+    )
+    assert (found < 1e-4).all(), found
+
+
+def test_newer_setting_of_tf32(monkeypatch):
+    """torch's older getter raises where only `fp32_precision` has been set."""
+    from clusterns.kernels.target import Target
+
+    def raises():
+        raise RuntimeError("mixed settings")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", raises)
+    for setting, precision in (("tf32", "tf32"), ("ieee", "tf32x3")):
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=setting))
+        assert Target("cuda", 90).precision() == precision
+
+
+def test_a_similarity_matrix_may_be_changed_in_place():
+    from clusterns import fused
+
+    for columns in (16, 20):
+        a, b, _ = problem(20, 8, 0)
+        b = b.detach()[:columns]
+        matrix = fused.cosine_similarity_matrix(a, b, 0.5)
+        assert matrix.is_contiguous()
+        matrix.mul_(2.0)
+        matrix.sum().backward()
+        expected = torch.autograd.grad(fused.cosine_similarity_matrix(a, b, 0.5).sum() * 2, a)[0]
+        torch.testing.assert_close(a.grad, expected)
 
 
 def test_the_update_bumps_the_version():

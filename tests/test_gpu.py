@@ -84,13 +84,15 @@ def test_kernels_of_a_step():
     assert 0 < len(backward) <= 2, backward
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_cuda_graph(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "batch", "dim"), [*((dtype, 96, 64) for dtype in DTYPES), (torch.bfloat16, 2048, 768)]
+)
+def test_cuda_graph(dtype, batch, dim):
     """A captured step follows new data and moves the centroids as an eager one does."""
-    captured, eager = active_loss(64, 16), active_loss(64, 16)
+    captured, eager = active_loss(dim, 16), active_loss(dim, 16)
     eager.load_state_dict(captured.state_dict())
     start = {name: value.clone() for name, value in captured.state_dict().items()}
-    anchors, positives = views(96, 64, dtype)
+    anchors, positives = views(batch, dim, dtype)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -103,7 +105,7 @@ def test_cuda_graph(dtype):
         grads = torch.autograd.grad(loss, (anchors, positives))
     captured.load_state_dict(start)
     for seed in range(4):
-        fresh = views(96, 64, dtype, seed=seed + 1)
+        fresh = views(batch, dim, dtype, seed=seed + 1)
         with torch.no_grad():
             anchors.copy_(fresh[0])
             positives.copy_(fresh[1])

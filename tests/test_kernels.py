@@ -103,6 +103,19 @@ def test_the_lowest_id_wins_a_tie_within_and_across_tiles():
         assert runner_up.tolist() == [1, 1]
 
 
+def test_assignment_in_row_chunks(monkeypatch):
+    from clusterns import operators
+
+    x, c = points(100, 8), points(40, 8, seed=1)
+    whole = fused.nearest_centroids(x, c)
+    sums = fused.cluster_sums(x, c)
+    monkeypatch.setattr(operators, "WORKSPACE_BYTES", 33 * cosine_launchers.partial_bytes(40))
+    for one, other in zip(whole, fused.nearest_centroids(x, c), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(sums, fused.cluster_sums(x, c), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("clusters", [3, 33, 40])
 def test_an_id_beyond_the_clusters_never_wins(clusters):
     """A padded column that scored 0 would win where all true cosines are negative (flash-kmeans #16)."""

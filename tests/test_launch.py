@@ -16,6 +16,7 @@ import torch
 from conftest import DEVICE
 
 pytest.importorskip("triton")
+from clusterns import operators
 from clusterns.kernels import (
     centroid_update,
     cosine_launchers,
@@ -179,7 +180,7 @@ def test_large_work_is_swept_once_and_small_is_not(stand_in, monkeypatch):
             return lambda **arguments: stand_in.compiled
 
     monkeypatch.setattr(
-        launch, "_with_sweep", lambda kernel, tiles, backend: swept.append(kernel.__name__) or Tuned()
+        launch, "_with_sweep", lambda kernel, tiles, backend, device: swept.append(kernel.__name__) or Tuned()
     )
     cosine_launchers.compare(rows(512), rows(512))
     assert not swept
@@ -208,7 +209,7 @@ def test_a_capture_uses_what_won_before_but_times_nothing(stand_in, monkeypatch)
         def __getitem__(self, grid):
             return lambda **arguments: swept.append(1) or stand_in.compiled
 
-    monkeypatch.setattr(launch, "_with_sweep", lambda kernel, tiles, backend: Tuned())
+    monkeypatch.setattr(launch, "_with_sweep", lambda kernel, tiles, backend, device: Tuned())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for _ in range(2):  # not known yet: compiled with the chosen tiles, then launched
         cosine_launchers.compare(rows(512), rows(512))
@@ -229,16 +230,21 @@ def test_no_sweep_where_bits_must_not_change(monkeypatch):
     monkeypatch.setenv("CLUSTERNS_AUTOTUNE", "0")
     assert not launch._may_sweep()
     monkeypatch.delenv("CLUSTERNS_AUTOTUNE")
+    with monkeypatch.context() as patch:  # ranks would choose for themselves
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        assert not launch._may_sweep()
+    assert launch._may_sweep()
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert not launch._may_sweep()
 
 
-def test_the_cache_distinguishes_all_that_triton_does():
+@pytest.mark.parametrize("backend", ["cuda", "hip"])
+def test_the_cache_distinguishes_all_that_triton_does(backend):
     """Random arguments: wherever Triton would compile other code, our key differs too."""
     code = Path(__file__).with_name("specialization_worker.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        [sys.executable, str(code)], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, str(code), backend], capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
     counted = json.loads(done.stdout)
@@ -246,6 +252,58 @@ def test_the_cache_distinguishes_all_that_triton_does():
     assert counted["missed"] == 0
     assert counted["pairs_alike"] > 1000  # and it is no finer than need be for a change of batch
     assert counted["recompiled_for_a_batch"] == 0
+
+
+def test_fakes_have_the_shapes_and_device_of_the_real():
+    """The operators' own code on tensors without storage against what compilation sees."""
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, y, n, c = meta(20, 8), meta(20, 8), meta(3, 8), meta(5, 8)
+    ids = meta(20, dtype=torch.int64)
+    numbers = (0.05, None, 0.2, "bml", 0.3, 0.1, 0.3)
+    compared = torch.ops.clusterns.compare(x, y, n, c, True, True, None, "sum", 0.1)
+    cosines, x_inverse, y_inverse, counters, *_, centroid_cosines, centroid_inverse, updated = compared
+    samples = [
+        (operators._compare, "compare", (x, y, n, c, True, True, None, "sum", 0.1)),
+        (operators._compare, "compare", (x, y, None, c, True, False, None, "", 0.0)),
+        (operators._compare, "compare", (x, y, None, None, False, False, None, "", 0.0)),
+        (
+            operators._evaluate,
+            "evaluate",
+            (cosines, 3, counters, 5, centroid_cosines, ids, ids, ids, x_inverse, x_inverse, *numbers),
+        ),
+        *(
+            (
+                operators._differentiate,
+                "differentiate",
+                (meta(), x, y, n, cosines, x_inverse, y_inverse, meta(4, 20), counters, updated,
+                 centroid_cosines, centroid_inverse, ids, ids, 5, *needs, *numbers),
+            )
+            for needs in ((True, True, True), (False, True, False), (True, False, True))
+        ),
+        (operators._similarity, "similarity", (x, n, 0.3, None)),
+        (
+            operators._similarity_backward,
+            "similarity_backward",
+            (meta(20, 3), x, n, meta(20, 16), x_inverse, meta(16), 0.3, None, True, False),
+        ),
+        (operators._assign, "assign", (x, c)),
+        (operators._cluster_sums, "cluster_sums", (x, c)),
+    ]  # fmt: skip
+    for real, name, arguments in samples:
+        with launch.recording() as launches:
+            found = real(*arguments)
+        assert launches
+        expected = getattr(torch.ops.clusterns, name)(*arguments)
+        for one, other in zip(found, expected, strict=True):
+            assert (one.shape, one.stride(), one.dtype, one.device) == (
+                other.shape,
+                other.stride(),
+                other.dtype,
+                other.device,
+            ), name
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.__name__)
