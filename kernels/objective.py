@@ -74,17 +74,6 @@ def log2_uses(uses, is_own, weight):
     return tl.where(is_own, own, tl.log2(uses))
 
 
-@triton.jit
-def _add_up(partial_ptr, term, num_programs):
-    """Sum of one term over all programs, always in the same order."""
-    total = tl.zeros((256,), tl.float32)
-    for start in range(0, num_programs, 256):
-        at = start + tl.arange(0, 256)
-        place = partial_ptr + term * num_programs + at
-        total += tl.load(place, mask=at < num_programs, other=0.0, cache_modifier=".cg")
-    return tl.sum(total, axis=0)
-
-
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def objective_kernel(
     cosines_ptr,  # (B, padded(B) + N) S, then cosines with the explicit negatives
@@ -96,7 +85,7 @@ def objective_kernel(
     nearest_cosine_ptr,  # (B,), with ASSIGNED
     runner_up_cosine_ptr,  # (B,), with ASSIGNED
     row_state_ptr,  # out (4, B), see ROW_STATE
-    partial_ptr,  # scratch (8, programs)
+    row_terms_ptr,  # scratch (8, B)
     loss_ptr,  # out, 0-dim
     terms_ptr,  # out (8,), see TERMS
     temperature,  # τ, a number or a pointer
@@ -224,41 +213,38 @@ def objective_kernel(
     tl.store(at + 2 * num_rows, positive, mask=row_mask)
     tl.store(at + 3 * num_rows, along, mask=row_mask)
 
-    partial = partial_ptr + program
-    tl.store(partial, tl.sum(tl.where(row_mask, info_nce, 0.0), axis=0))
-    margins = tl.where(row_mask, tl.sum(margin_sum, axis=1), 0.0)
-    tl.store(partial + num_programs, tl.sum(margins, axis=0))
-    cosines = tl.where(row_mask, tl.sum(cosine_sum, axis=1), 0.0)
-    tl.store(partial + 2 * num_programs, tl.sum(cosines, axis=0))
-    tl.store(partial + 3 * num_programs, tl.sum(tl.where(row_mask, positive, 0.0), axis=0))
-    tl.store(partial + 4 * num_programs, tl.sum(tl.where(row_mask, pull_sum, 0.0), axis=0))
+    # What the means are made of, row by row: as long as `terms`, in its order.
+    at = row_terms_ptr + rows
+    tl.store(at, info_nce, mask=row_mask)
+    tl.store(at + num_rows, tl.sum(margin_sum, axis=1), mask=row_mask)
+    tl.store(at + 2 * num_rows, tl.sum(cosine_sum, axis=1), mask=row_mask)
+    tl.store(at + 3 * num_rows, positive, mask=row_mask)
     if ASSIGNED:
-        nearest_cosine = tl.load(nearest_cosine_ptr + rows, mask=row_mask, other=0.0)
-        tl.store(partial + 5 * num_programs, tl.sum(nearest_cosine, axis=0))
-        hard_cosine = tl.load(runner_up_cosine_ptr + rows, mask=row_mask, other=0.0)
-        tl.store(partial + 6 * num_programs, tl.sum(hard_cosine, axis=0))
-        nearest = tl.load(nearest_ptr + rows, mask=row_mask, other=0)
-        mates = (tl.load(sizes_ptr + nearest, mask=row_mask, other=0) > 1).to(tl.float32)
-        tl.store(partial + 7 * num_programs, tl.sum(mates, axis=0))
+        tl.store(at + 4 * num_rows, tl.load(nearest_cosine_ptr + safe_rows), mask=row_mask)
+        tl.store(at + 5 * num_rows, tl.load(runner_up_cosine_ptr + safe_rows), mask=row_mask)
+        mates = tl.load(sizes_ptr + tl.load(nearest_ptr + safe_rows)) > 1
+        tl.store(at + 6 * num_rows, mates.to(tl.float32), mask=row_mask)
+    tl.store(at + 7 * num_rows, pull_sum, mask=row_mask)
 
     if is_last_to_arrive(arrivals_ptr, num_programs, WAIT_FOR_STORES):
         tl.store(arrivals_ptr, 0)
+        term = tl.arange(0, 8)
+        written = (term < 8)[:, None]
+        if not ASSIGNED:
+            written = ((term < 4) | (term == 7))[:, None]
+        sums = tl.zeros((8, BLOCK_N), tl.float32)
+        for start in range(0, num_rows, BLOCK_N):
+            row = start + tl.arange(0, BLOCK_N)
+            place = row_terms_ptr + term.to(tl.int64)[:, None] * num_rows + row[None, :]
+            mask = written & (row < num_rows)[None, :]
+            sums += tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
         batch = num_rows.to(tl.float32)
-        info_nce_mean = _add_up(partial_ptr, 0, num_programs) / batch
-        bml = _add_up(partial_ptr, 1, num_programs) / (batch * batch) + margin_at_zero
-        if FALSE_NEGATIVES != BML:
-            bml = bml * 0.0
-        tl.store(loss_ptr, info_nce_mean + bml_weight * bml)
-        tl.store(terms_ptr, info_nce_mean)
-        tl.store(terms_ptr + 1, bml)
-        tl.store(terms_ptr + 2, _add_up(partial_ptr, 2, num_programs) / (batch * batch))
-        tl.store(terms_ptr + 3, _add_up(partial_ptr, 3, num_programs) / batch)
-        if ASSIGNED:
-            tl.store(terms_ptr + 4, _add_up(partial_ptr, 5, num_programs) / batch)
-            tl.store(terms_ptr + 5, _add_up(partial_ptr, 6, num_programs) / batch)
-            tl.store(terms_ptr + 6, _add_up(partial_ptr, 7, num_programs) / batch)
-        else:
-            for term in range(4, 7):
-                tl.store(terms_ptr + term, 0.0)
+        means = tl.sum(sums, axis=1) / batch  # (8,)
+        means = tl.where((term == 1) | (term == 2), means / batch, means)  # over all B² cells
+        if FALSE_NEGATIVES == BML:
+            means = tl.where(term == 1, means + margin_at_zero, means)
         # ∂loss/∂τ = −1/τ² · mean_i Σ_j (softmax_ij − [i=j]) S_ij; the margin loss does not depend on τ.
-        tl.store(terms_ptr + 7, -_add_up(partial_ptr, 4, num_programs) / (batch * tau * tau))
+        means = tl.where(term == 7, -means / (tau * tau), means)
+        tl.store(terms_ptr + term, means)
+        share = tl.where(term == 0, 1.0, tl.where(term == 1, bml_weight, 0.0))
+        tl.store(loss_ptr, tl.sum(tl.where(share != 0, share * means, 0.0), axis=0))

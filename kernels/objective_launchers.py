@@ -70,12 +70,11 @@ def evaluate(
     rows = cosines.shape[0]
     has_hard = centroid_cosines is not None
     tiles = Tiles({"BLOCK_M": 4, "BLOCK_N": 256}, num_warps=8, num_stages=1)
-    programs = cdiv(rows, tiles.blocks["BLOCK_M"])
     loss, terms = new_float32(cosines), new_float32(cosines, 8)
     row_state = new_float32(cosines, 4, rows)
     launch(
         objective_kernel,
-        lambda block: (programs,),
+        lambda block: (cdiv(rows, block["BLOCK_M"]),),
         {
             "cosines_ptr": cosines,
             "centroid_cosines_ptr": centroid_cosines,
@@ -86,7 +85,7 @@ def evaluate(
             "nearest_cosine_ptr": nearest_cosine,
             "runner_up_cosine_ptr": runner_up_cosine,
             "row_state_ptr": row_state,
-            "partial_ptr": new_float32(cosines, 8, programs),
+            "row_terms_ptr": new_float32(cosines, 8, rows),
             "loss_ptr": loss,
             "terms_ptr": terms,
             **numbers.arguments(),

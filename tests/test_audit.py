@@ -22,15 +22,20 @@ KERNELS = {
 }
 
 
+def run(script, *arguments):
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(ROOT / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
 def audit(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "audit.py"), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
+    return run("bench/audit.py", *arguments)
+
+
+def test_what_is_audited_is_what_a_launch_compiles():
+    done = run("tests/warmup_worker.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "6 launches agree"
 
 
 def read(path):

@@ -9,77 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEVICE, embeddings
+from conftest import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objective_problems import eager_half, errors, exact, fix_clusters, gradients, problem
 
-from clusterns import ClusterNSLoss, info_nce, nearest_centroids
-from clusterns.functional import objective
+from clusterns import info_nce
 
 pytest.importorskip("triton")
-from clusterns.kernels import launch
-
-OPTIONS = {"bml_weight": 0.3, "bml_alpha": 0.1, "bml_beta": 0.3}
-
-
-def problem(batch=33, dim=17, clusters=5, negatives=0, dtype=torch.float32, seed=0):
-    def rows(count, seed):
-        return embeddings(count, dim, dtype=torch.float64, seed=seed)
-
-    def leaf(z):
-        return z.detach().to(DEVICE, dtype).requires_grad_()
-
-    anchors, positives = map(leaf, rows(batch, seed))
-    arguments = dict(OPTIONS)
-    if clusters:
-        arguments["centroids"] = leaf(rows(clusters, seed + 1)[0]).detach()
-    if negatives:
-        arguments["negatives"] = leaf(rows(negatives, seed + 2)[0])
-    return anchors, positives, arguments
-
-
-def fix_clusters(anchors, arguments):
-    """Take the clusters from float64, so that both sides see the same where rounding would decide."""
-    if "centroids" in arguments:
-        found = nearest_centroids(anchors.detach().double().cpu(), arguments["centroids"].double().cpu())
-        arguments["cluster_ids"] = found.nearest.to(DEVICE)
-        if len(arguments["centroids"]) > 1:
-            arguments["hard_negative_ids"] = found.runner_up.to(DEVICE)
-
-
-def widen(arguments):
-    return {
-        name: value.detach().double().requires_grad_(value.requires_grad)
-        if torch.is_tensor(value) and value.is_floating_point()
-        else value
-        for name, value in arguments.items()
-    }
-
-
-def gradients(anchors, positives, arguments, upstream=1.0, **more):
-    wanted = [anchors, positives]
-    wanted += [value for value in arguments.values() if torch.is_tensor(value) and value.requires_grad]
-    terms = objective(anchors, positives, **arguments, **more)
-    return terms, torch.autograd.grad(terms.loss * upstream, wanted)
-
-
-def exact(anchors, positives, arguments, upstream=1.0, **more):
-    """The same in float64 by the reference."""
-    views = [z.detach().double().requires_grad_() for z in (anchors, positives)]
-    return gradients(*views, widen(arguments), upstream, backend="reference", **more)
-
-
-def errors(run, truth):
-    """Relative errors: each term (absolute below 1), then each gradient by its norm."""
-    terms = [
-        (one.detach().double() - other.detach()).abs() / other.detach().abs().clamp_min(1)
-        for one, other in zip(run[0], truth[0], strict=True)
-    ]
-    grads = [
-        (one.double() - other).norm() / other.norm().clamp_min(1e-9)
-        for one, other in zip(run[1], truth[1], strict=True)
-    ]
-    return torch.stack([e.cpu() for e in (*terms, *grads)])
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -125,12 +62,6 @@ def test_float32_is_as_exact_as_plain_torch(batch, temperature):
     )
     tolerance = torch.finfo(torch.float32).eps / temperature
     assert (ours <= eager + tolerance).all(), (ours, eager)
-
-
-def eager_half(anchors, positives, temperature):
-    """Plain InfoNCE the way plain torch does it in half precision."""
-    a, p = (torch.nn.functional.normalize(z, dim=1) for z in (anchors, positives))
-    return torch.nn.functional.cross_entropy(a @ p.T / temperature, torch.arange(len(a), device=a.device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -387,86 +318,6 @@ def test_keeps_no_more_than_the_workspace():
     assert cosines < held <= cosines * 1.1 + inputs + vectors
 
 
-def started(update="sum", clusters=6, dim=12, seed=99, **arguments):
-    loss_fn = ClusterNSLoss(
-        dim, clusters, start_cosine=1.0, centroid_update=update, backend="triton", **arguments
-    ).to(DEVICE)
-    loss_fn(*(z.detach() for z in problem(40, dim, 0, seed=seed)[:2]))
-    assert loss_fn.clustering_active
-    return loss_fn
-
-
-@pytest.mark.parametrize("update", ["sum", "mean", "replace", "adamw"])
-@pytest.mark.parametrize("hard", [True, False])
-def test_module_agrees_with_the_torch_path(update, hard):
-    ours = started(update, centroid_momentum=0.1, hard_negatives=hard, hard_negative_weight=0.3)
-    theirs = ClusterNSLoss(
-        12,
-        6,
-        centroid_update=update,
-        centroid_momentum=0.1,
-        hard_negatives=hard,
-        hard_negative_weight=0.3,
-        backend="torch",
-    ).to(DEVICE)
-    theirs.load_state_dict(ours.state_dict())
-    for training in (True, True, False, True):
-        anchors, positives, arguments = problem(37, 12, 0, 5, seed=int(training))
-        results = []
-        for loss_fn in (ours.train(training), theirs.train(training)):
-            loss = loss_fn(anchors, positives, arguments["negatives"])
-            results.append((loss, *torch.autograd.grad(loss, (anchors, positives, arguments["negatives"]))))
-        for mine, other in zip(*results, strict=True):
-            torch.testing.assert_close(mine, other, rtol=2e-5, atol=1e-6)
-        torch.testing.assert_close(ours.centroids, theirs.centroids)
-        assert ours.last.keys() == theirs.last.keys()
-        for name, value in ours.last.items():
-            torch.testing.assert_close(value, theirs.last[name], rtol=1e-5, atol=1e-6)
-            assert not value.requires_grad
-
-
-@pytest.mark.parametrize("update", ["sum", "mean", "adamw"])
-@pytest.mark.parametrize("first_training", [True, False])
-def test_backward_after_the_centroids_have_moved_on(update, first_training):
-    """Two losses, then one backward: the first step's gradient is that of its own centroids."""
-    loss_fn = started(update, centroid_momentum=0.9)
-    one, two = problem(30, 12, 0, seed=1), problem(30, 12, 0, seed=2)
-    state = {name: value.clone() for name, value in loss_fn.state_dict().items()}
-    expected = torch.autograd.grad(loss_fn.train(first_training)(*one[:2]), one[0])[0]
-    loss_fn.load_state_dict(state)
-    first = loss_fn.train(first_training)(*one[:2])
-    second = loss_fn.train()(*two[:2])
-    assert torch.equal(torch.autograd.grad(first + second, one[0])[0], expected)
-
-
-@pytest.mark.parametrize("how", ["half checkpoint", "transposed", "half default"])
-def test_centroids_move_whatever_their_layout(how):
-    """A state that came in another dtype or layout is still the one that is updated."""
-    torch.set_default_dtype(torch.bfloat16 if how == "half default" else torch.float32)
-    try:
-        loss_fn = ClusterNSLoss(12, 6, backend="triton", centroid_momentum=0.5).to(DEVICE)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert loss_fn.centroids.dtype == torch.float32
-    state = loss_fn.state_dict()
-    state["centroids"] = torch.randn(6, 12, device=DEVICE)
-    state["initialized"] = torch.tensor(True, device=DEVICE)
-    if how == "half checkpoint":
-        state["centroids"] = state["centroids"].bfloat16()
-    if how == "transposed":
-        state["centroids"] = state["centroids"].T.contiguous().T
-    loss_fn.load_state_dict(state, assign=True)
-    before = loss_fn.centroids.clone()
-    torch_fn = ClusterNSLoss(12, 6, backend="torch", centroid_momentum=0.5).to(DEVICE)
-    torch_fn.load_state_dict(loss_fn.state_dict())
-    anchors, positives, _ = problem(30, 12, 0)
-    loss_fn(anchors, positives)
-    torch_fn(anchors, positives)
-    assert loss_fn.centroids.dtype == torch.float32
-    assert not torch.equal(loss_fn.centroids, before)
-    torch.testing.assert_close(loss_fn.centroids, torch_fn.centroids)
-
-
 def test_one_tiny_row_does_not_spoil_float16_gradients():
     anchors, positives, arguments = problem(40, 32, 6, dtype=torch.float16)
     with torch.no_grad():
@@ -494,19 +345,6 @@ def test_very_negative_weight_of_the_own_centroid():
     assert (found < 1e-4).all(), found
 
 
-def test_newer_setting_of_tf32(monkeypatch):
-    """torch's older getter raises where only `fp32_precision` has been set."""
-    from clusterns.kernels.target import Target
-
-    def raises():
-        raise RuntimeError("mixed settings")
-
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", raises)
-    for setting, precision in (("tf32", "tf32"), ("ieee", "tf32x3")):
-        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=setting))
-        assert Target("cuda", 90).precision() == precision
-
-
 def test_a_similarity_matrix_may_be_changed_in_place():
     from clusterns import fused
 
@@ -521,145 +359,14 @@ def test_a_similarity_matrix_may_be_changed_in_place():
         torch.testing.assert_close(a.grad, expected)
 
 
-def test_the_update_bumps_the_version():
-    loss_fn = started()
-    before = loss_fn.centroids._version
-    loss_fn(*problem(30, 12, 0)[:2])
-    assert loss_fn.centroids._version > before
+def test_newer_setting_of_tf32(monkeypatch):
+    """torch's older getter raises where only `fp32_precision` has been set."""
+    from clusterns.kernels.target import Target
 
+    def raises():
+        raise RuntimeError("mixed settings")
 
-def test_launches():
-    """Assign, update, re-assign, loss: four launches; the backward one."""
-    loss_fn = started()
-    anchors, positives, arguments = problem(30, 12, 0, 4)
-    with launch.recording() as forward:
-        loss = loss_fn(anchors, positives, arguments["negatives"])
-    assert [each.kernel.__name__ for each in forward] == [
-        "cosine_kernel",
-        "centroid_update_kernel",
-        "cosine_kernel",
-        "objective_kernel",
-    ]
-    with launch.recording() as backward:
-        loss.backward()
-    assert [each.kernel.__name__ for each in backward] == ["gradient_kernel"]
-    with launch.recording() as plain:
-        info_nce(anchors, positives, backend="triton")
-    assert [each.kernel.__name__ for each in plain] == ["cosine_kernel", "objective_kernel"]
-
-
-def test_nothing_else_runs_on_the_device():
-    """Between the launches there are only allocations and views: nothing that starts a kernel or waits."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Seen(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.names: set[str] = set()
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.names.add(str(function))
-            return function(*args, **(kwargs or {}))
-
-    loss_fn = started()
-    anchors, positives, _ = problem(64, 12, 0)
-    one = torch.ones((), device=DEVICE)
-    loss_fn(anchors, positives).backward(one)
-    with launch.recording(), Seen() as seen:
-        loss = loss_fn(anchors, positives)
-        torch.autograd.grad(loss, (anchors, positives), one)
-    harmless = {
-        "aten.detach.default",
-        "aten.unbind.int",
-        "aten.empty.memory_format",
-        "aten.new_empty.default",
-    }
-    harmless |= {"aten.empty_like.default", "aten.view.default", "aten.alias.default"}
-    ours = {name for name in seen.names if name.startswith("clusterns.")}
-    assert ours == {
-        "clusterns.compare.default",
-        "clusterns.evaluate.default",
-        "clusterns.differentiate.default",
-    }
-    assert seen.names - ours <= harmless, seen.names - ours - harmless
-
-
-def operator_samples():
-    anchors, positives, arguments = problem(20, 8, 5, 3)
-    anchors, positives, negatives = (z.detach() for z in (anchors, positives, arguments["negatives"]))
-    centroids = arguments["centroids"]
-    numbers = (0.05, None, 0.2, "bml", 0.3, 0.1, 0.3)
-    compared = torch.ops.clusterns.compare(
-        anchors, positives, negatives, centroids.clone(), True, True, None, "sum", 0.1
-    )
-    cosines, a_inverse, p_inverse, counters, nearest, runner_up, near, second, g, c_inverse, updated = (
-        compared
-    )
-    evaluated = (cosines, 3, counters, 5, g, nearest, runner_up, nearest, near, second)
-    loss, _, state = torch.ops.clusterns.evaluate(*evaluated, *numbers)
-    views = (anchors, positives, negatives)
-    similar = torch.ops.clusterns.similarity(anchors, positives, 0.3, None)
-    upstream = torch.randn(20, 20, device=DEVICE)
-    alone = torch.ops.clusterns.compare(anchors, positives, negatives, None, False, False, None, "", 0.0)
-    plain = (alone[0], 3, alone[3])
-    return {
-        "compare": (anchors, positives, negatives, centroids, True, True, None, "mean", 0.1),
-        "compare plain": (anchors, positives, None, None, False, False, None, "", 0.0),
-        "compare eval": (anchors, positives, None, centroids, True, False, None, "", 0.0),
-        "compare given": (anchors, positives, None, centroids, True, True, runner_up, "", 0.0),
-        "evaluate": (*evaluated, *numbers),
-        "evaluate plain": (*plain, 0, None, None, None, None, None, None, *numbers[:3], "keep", *numbers[4:]),
-        "differentiate": (
-            loss, *views, cosines, a_inverse, p_inverse, state, counters, updated, g, c_inverse, nearest,
-            runner_up, 5, True, False, True, *numbers,
-        ),
-        "similarity": (anchors, positives, 0.3, None),
-        "similarity_backward": (upstream, anchors, positives, *similar, 0.3, None, True, True),
-        "assign": (anchors, centroids),
-        "cluster_sums": (anchors, centroids),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", operator_samples())
-def test_operators_are_well_defined(name):
-    operator = getattr(torch.ops.clusterns, name.split()[0]).default
-    torch.library.opcheck(operator, operator_samples()[name])
-
-
-def compiled(function):
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, backend="aot_eager")
-
-
-@pytest.mark.parametrize("update", ["sum", "adamw"])
-@pytest.mark.parametrize("learned", [False, True])
-def test_module_compiles_whole(update, learned):
-    tau = torch.nn.Parameter(torch.tensor(0.05, device=DEVICE)) if learned else 0.05
-    plain, whole = (started(update, temperature=tau, centroid_momentum=0.1) for _ in range(2))
-    whole.load_state_dict(plain.state_dict())
-    fast = compiled(whole)
-    for seed in range(3):
-        anchors, positives, _ = problem(40 + seed, 12, 0, seed=seed)
-        wanted = (anchors, positives, tau) if learned else (anchors, positives)
-        results = [
-            (loss, *torch.autograd.grad(loss, wanted))
-            for loss in (plain(anchors, positives), fast(anchors, positives))
-        ]
-        for mine, other in zip(*results, strict=True):
-            torch.testing.assert_close(mine, other)
-        torch.testing.assert_close(plain.centroids, whole.centroids)
-        for name, value in plain.last.items():
-            torch.testing.assert_close(value, whole.last[name])
-
-
-def test_functions_compile_whole():
-    anchors, positives, arguments = problem(24, 8, 4, 3)
-
-    def both(a, p):
-        loss = info_nce(a, p, false_negatives="bml", backend="triton", **arguments)
-        return loss * 2
-
-    expected = torch.autograd.grad(both(anchors, positives), (anchors, positives))
-    actual = torch.autograd.grad(compiled(both)(anchors, positives), (anchors, positives))
-    for mine, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", raises)
+    for setting, precision in (("tf32", "tf32"), ("ieee", "tf32x3")):
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=setting))
+        assert Target("cuda", 90).precision() == precision

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_fused import eager_half, errors, exact, fix_clusters, gradients, problem, started
+from objective_problems import eager_half, errors, exact, fix_clusters, gradients, problem, started
 
 from clusterns import ClusterNSLoss, info_nce, nearest_centroids
 from clusterns.backend import choose_backend
