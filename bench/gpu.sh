@@ -7,11 +7,12 @@
 # Wheels in .whl/ (rivals that are not installed) are used from a temporary folder.
 # A failing test does not stop the benchmarks; the exit status is non-zero then.
 set -uo pipefail
+python=$(command -v "${PYTHON:-python3}") || { echo "PYTHON: expected an interpreter, got ${PYTHON:-python3}" >&2 && exit 2; }
+case $python in */*) python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") ;; esac # a link stays one
 cd "$(dirname "$0")/.." || exit 1
 began=$SECONDS
 total=${CLUSTERNS_SECONDS:-540}
 test_seconds=${CLUSTERNS_TEST_SECONDS:-$((total / 3))}
-python=${PYTHON:-python3}
 scratch=$(mktemp -d)
 path=() # options of the interpreter for pytest
 trap 'rm -rf "$scratch"' EXIT

@@ -2,21 +2,16 @@
 
 Each has a schema, one implementation for every device (the launchers know where they run), and a fake one
 that gives shapes alone. Optional results that were not asked for are empty tensors. Autograd is not here but
-in `clusterns.fused`: it costs less around the operators than inside them.
+in `clusterns.fused`: it costs less around the operators than inside them. The launchers are imported when
+first needed: without a GPU nobody waits for Triton.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from .kernels import target
 from .options import WORKSPACE_BYTES
-
-if target.is_installed() or TYPE_CHECKING:
-    from .kernels import cosine_launchers, objective_launchers
 
 # The launchers rely on a unit column stride.
 _EXACT_STRIDES = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
@@ -56,6 +51,8 @@ def _compare(
     update: str,
     momentum: float,
 ) -> tuple[Tensor, ...]:
+    from .kernels import cosine_launchers
+
     clusters = centroids.shape[0] if centroids is not None else 0
     counters = torch.empty(
         cosine_launchers.num_counters(anchors.shape[0], clusters), dtype=torch.int32, device=anchors.device
@@ -128,6 +125,8 @@ _NUMBERS = (
 
 
 def _numbers(temperature, temperature_tensor, weight, false_negatives, bml_weight, alpha, beta):
+    from .kernels import objective_launchers
+
     tau = temperature if temperature_tensor is None else temperature_tensor
     return objective_launchers.Numbers(tau, weight, bml_weight, alpha, beta, false_negatives)
 
@@ -151,6 +150,8 @@ def _evaluate(
     runner_up_cosine,
     *numbers,
 ):
+    from .kernels import objective_launchers
+
     return objective_launchers.evaluate(
         cosines,
         num_negatives,
@@ -199,6 +200,8 @@ def _differentiate(
     need_negatives,
     *numbers,
 ):
+    from .kernels import objective_launchers
+
     gradients = objective_launchers.differentiate(
         upstream,
         anchors,
@@ -238,6 +241,8 @@ def _(upstream, anchors, positives, negatives, *rest):
     "(Tensor cosines, Tensor x_inverse, Tensor y_inverse)"
 )
 def _similarity(x, y, temperature, temperature_tensor):
+    from .kernels import cosine_launchers
+
     tau = temperature if temperature_tensor is None else temperature_tensor
     cosines, x_inverse, y_inverse, _, _ = cosine_launchers.compare(x, y, temperature=tau)
     return cosines, x_inverse, y_inverse
@@ -262,6 +267,8 @@ def _(x, y, temperature, temperature_tensor):
 def _similarity_backward(
     upstream, x, y, cosines, x_inverse, y_inverse, temperature, temperature_tensor, need_x, need_y
 ):
+    from .kernels import cosine_launchers
+
     tau = temperature if temperature_tensor is None else temperature_tensor
     found = cosine_launchers.differentiate_similarity(
         upstream, x, y, cosines, x_inverse, y_inverse, tau, (need_x, need_y)
@@ -282,6 +289,9 @@ def _(upstream, x, y, cosines, x_inverse, y_inverse, temperature, temperature_te
 )
 def _assign(points, centroids):
     """In row chunks, so that the best of each tile of centroids stays within the workspace."""
+
+    from .kernels import cosine_launchers
+
     clusters = centroids.shape[0]
     rows = max(1, WORKSPACE_BYTES // (cosine_launchers.partial_bytes(clusters)))
     found = []
@@ -307,6 +317,8 @@ def _(points, centroids):
 
 @_register("cluster_sums(Tensor points, Tensor centroids) -> (Tensor counts, Tensor sums)")
 def _cluster_sums(points, centroids):
+    from .kernels import cosine_launchers
+
     nearest, _, cosine, _, inverse = _assign(points, centroids)
     return cosine_launchers.update(
         points, inverse, cosine[None, None], nearest[None, None], centroids, "sums", 0.0

@@ -43,6 +43,10 @@ def test_import_needs_neither_triton_nor_what_training_needs():
     assert run(code) == "True"
 
 
+def test_import_does_not_load_triton():
+    assert run("import sys, clusterns; print('triton' in sys.modules)") == "False"
+
+
 def test_version_is_stated_once():
     assert clusterns.__version__ == metadata.version("clusterns")
     assert f"version: {clusterns.__version__}" in (ROOT / "CITATION.cff").read_text()
