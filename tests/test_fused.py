@@ -214,6 +214,33 @@ def test_mixed_dtypes():
     assert (errors(run, exact(anchors, mixed, arguments))[:5] < 1e-5).all()
 
 
+def surrounded(z, poison):
+    """The same numbers inside a larger storage whose other cells are poison."""
+    around = torch.full((z.numel() + 8192,), poison, dtype=z.dtype, device=z.device)
+    inside = around[4096 : 4096 + z.numel()].view(z.shape)
+    inside.copy_(z.detach())
+    return inside.requires_grad_(z.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("batch", "dim", "clusters", "negatives"), [(45, 19, 6, 4), (1, 3, 1, 1), (70, 80, 33, 40)]
+)
+def test_reads_stay_inside_the_inputs(batch, dim, clusters, negatives):
+    anchors, positives, arguments = problem(batch, dim, clusters, negatives)
+    fix_clusters(anchors, arguments)
+    plain = gradients(anchors, positives, arguments, false_negatives="bml", backend="triton")
+    guarded = {
+        name: surrounded(value, float("nan") if value.is_floating_point() else 10**6)
+        if torch.is_tensor(value)
+        else value
+        for name, value in arguments.items()
+    }
+    views = [surrounded(z, float("nan")) for z in (anchors, positives)]
+    run = gradients(*views, guarded, false_negatives="bml", backend="triton")
+    assert torch.equal(run[0].loss, plain[0].loss)
+    assert all(torch.equal(x, y) for x, y in zip(run[1], plain[1], strict=True))
+
+
 @pytest.mark.parametrize("false_negatives", ["bml", "exclude", "keep"])
 @pytest.mark.parametrize(
     ("batch", "dim", "clusters", "negatives"), [(45, 19, 6, 4), (1, 8, 2, 1), (64, 64, 32, 32)]
