@@ -87,13 +87,11 @@ def product_constants(x: Tensor) -> dict[str, Any]:
 _CANDIDATES = {
     "cosine_kernel": [
         Tiles({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
-        for m, n, warps in ((128, 128, 8), (128, 64, 4), (64, 128, 4), (128, 256, 8))
-        for stages in (3, 4)
+        for m, n, warps, stages in ((128, 128, 8, 4), (128, 64, 4, 3), (64, 128, 4, 4), (128, 256, 8, 3))
     ],
     "gradient_kernel": [
         Tiles({"BLOCK_M": m, "BLOCK_D": d}, num_warps=warps, num_stages=stages)
-        for m, d, warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4), (64, 256, 8))
-        for stages in (2, 3)
+        for m, d, warps, stages in ((128, 128, 8, 2), (64, 128, 4, 3), (128, 64, 4, 3), (64, 256, 8, 2))
     ],
 }
 # What the best shape depends on. Never the batch.
@@ -154,7 +152,7 @@ def launch(
         _check(kernel, arguments, constants, tiles)
         _recorded.append(Launch(kernel, grid(tiles.blocks), arguments, constants, tiles))
         return
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    device = next(iter(arguments.values())).device  # the first argument is a tensor, all are on its device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(kernel, grid, arguments, constants, tiles, operations)
@@ -216,6 +214,8 @@ def _specialization(kernel: Any, arguments: dict[str, Any]) -> list[Any]:
     if unspecialized is None:
         names = (parameter.name for parameter in kernel.params if parameter.do_not_specialize)
         unspecialized = _unspecialized[kernel] = frozenset(names)
+    # On AMD Triton makes 32-bit offsets of pointers into small storages.
+    on_amd = torch.version.hip is not None
     found: list[Any] = []
     for name, value in arguments.items():
         kind = value.__class__
@@ -225,10 +225,8 @@ def _specialization(kernel: Any, arguments: dict[str, Any]) -> list[Any]:
         elif value is None or kind is float:
             found.append(kind)
         else:
-            found.append((value.dtype, value.data_ptr() & 15 == 0, *_storage(value)))
+            found.append(value.dtype)
+            found.append(value.data_ptr() & 15 == 0)
+            if on_amd:
+                found.append(value.untyped_storage().nbytes() < 2**31)
     return found
-
-
-def _storage(value: Tensor) -> tuple[bool, ...]:
-    """On AMD Triton makes 32-bit offsets of pointers into small storages."""
-    return (value.untyped_storage().nbytes() < 2**31,) if torch.version.hip else ()

@@ -21,6 +21,12 @@ pytestmark = [
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.fixture(autouse=True)
+def no_sweep(monkeypatch):
+    """Sweeps compile every tile shape for every kind of launch; the tests of sweeps ask for them."""
+    monkeypatch.setenv("CLUSTERNS_AUTOTUNE", "0")
+
+
 def active_loss(dim, clusters, **arguments):
     loss_fn = ClusterNSLoss(dim, clusters, **arguments).cuda()
     loss_fn.centroids.copy_(torch.randn(clusters, dim))
@@ -87,8 +93,9 @@ def test_kernels_of_a_step():
 @pytest.mark.parametrize(
     ("dtype", "batch", "dim"), [*((dtype, 96, 64) for dtype in DTYPES), (torch.bfloat16, 2048, 768)]
 )
-def test_cuda_graph(dtype, batch, dim):
+def test_cuda_graph(dtype, batch, dim, monkeypatch):
     """A captured step follows new data and moves the centroids as an eager one does."""
+    monkeypatch.delenv("CLUSTERNS_AUTOTUNE")  # the large one is captured with the shape that won
     captured, eager = active_loss(dim, 16), active_loss(dim, 16)
     eager.load_state_dict(captured.state_dict())
     start = {name: value.clone() for name, value in captured.state_dict().items()}
@@ -227,7 +234,8 @@ def test_inductor_compiles_the_step_whole():
         torch.testing.assert_close(plain.centroids, whole.centroids)
 
 
-def test_large_work_with_a_sweep():
+def test_large_work_with_a_sweep(monkeypatch):
+    monkeypatch.delenv("CLUSTERNS_AUTOTUNE")
     anchors, positives, _ = problem(2048, 768, 0, dtype=torch.bfloat16)
     truth = exact(anchors, positives, {})
     found = errors(gradients(anchors, positives, {}, backend="triton"), truth)
