@@ -26,11 +26,12 @@ os.environ["TRITON_INTERPRET"] = "0"  # before the kernels are imported: interpr
 
 import torch
 import triton
+from audit_launches import record
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clusterns.kernels import cosine_launchers, launch, objective_launchers
+from clusterns.kernels import launch
 from clusterns.kernels.target import Target, assume
 
 HERE = Path(__file__).parent
@@ -39,6 +40,8 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory that one program may take. The smaller chips of a generation (sm_86, sm_89, sm_120) have
 # 99 KiB, and they run the same tiles, so that is the limit for all of NVIDIA.
 SHARED_LIMITS = {"cuda": 99 * 1024, "hip": 64 * 1024}
+# A tile shape of a sweep that is too large for a chip is left out there.
+SWEEP_SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 TARGETS = {"sm_80": ("cuda", 80), "sm_90": ("cuda", 90), "sm_100": ("cuda", 100), "gfx942": ("hip", "gfx942")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DIMENSIONS = (384, 768, 1024)
@@ -61,79 +64,7 @@ class Case(NamedTuple):
     dim: int
     batch: int
     label: str  # in `record`
-
-
-def record(dtype: torch.dtype, dim: int, batch: int) -> dict[str, launch.Launch]:
-    """Every launch that the library makes at this size, by a label."""
-
-    def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    clusters, explicit = 128, 96
-    x, y, n = meta(batch, dim), meta(batch, dim), meta(explicit, dim)
-    c, tau = meta(clusters, dim, dtype=torch.float32), meta(dtype=torch.float32)
-    counters = meta(cosine_launchers.num_counters(batch, clusters), dtype=torch.int32)
-    found: dict[str, launch.Launch] = {}
-
-    def keep(label: str, launches: list[launch.Launch]) -> None:
-        assert len(launches) == 1, label
-        found[label] = launches[0]
-
-    with launch.recording() as recorded:
-
-        def run(label: str, function: Any, *arguments: Any, **more: Any) -> Any:
-            recorded.clear()
-            result = function(*arguments, **more)
-            keep(label, recorded)
-            return result
-
-        plain = run("cosines, plain", cosine_launchers.compare, x, y, counters=counters)
-        full = run("cosines, negatives, clusters", cosine_launchers.compare, x, y, n, c, counters)
-        run("cosines, clusters", cosine_launchers.compare, x, y, None, c, counters)
-        run("similarity, learned temperature", cosine_launchers.compare, x, y, temperature=tau)
-        for statistic in ("sum", "mean", "sums"):
-            best = (
-                full[3:]
-                if statistic != "sums"
-                else (meta(1, 1, batch, dtype=torch.float32), meta(1, 1, batch, dtype=torch.int64))
-            )
-            run(f"update, {statistic}", cosine_launchers.update, x, full[1], *best, c, statistic, 0.5)
-        assigned = run("assignment", cosine_launchers.assign, x, c, counters, keep_cosines=True)
-        run("assignment, ids alone", cosine_launchers.assign, x, c, counters, count_uses=False)
-        upstream = meta(batch, batch, dtype=torch.float32)
-        run(
-            "similarity, backward", cosine_launchers.differentiate_similarity,
-            upstream, x, y, *plain[:3], 0.05, (True, True),
-        )  # fmt: skip
-
-        ids, hard = assigned.nearest, assigned.runner_up
-        cosines = {"num_centroids": clusters, "centroid_cosines": assigned.cosines}
-        cosines |= {"hard_ids": hard, "cluster_ids": ids}
-        metrics = {"nearest": ids, "nearest_cosine": assigned.nearest_cosine}
-        metrics |= {"runner_up_cosine": assigned.runner_up_cosine}
-        state = meta(4, batch, dtype=torch.float32)
-        one = meta(dtype=torch.float32)
-        for mode, explicit_count in (("bml", explicit), ("bml", 0), ("exclude", explicit), ("keep", 0)):
-            temperature = tau if explicit_count else 0.05
-            numbers = objective_launchers.Numbers(temperature, 0.0, 1e-4, 0.2, 0.5, mode)
-            s, x_inverse, y_inverse = (full if explicit_count else plain)[:3]
-            label = f"{mode}{', negatives, learned temperature' if explicit_count else ''}"
-            run(
-                f"objective, {label}", objective_launchers.evaluate,
-                s, explicit_count, counters, numbers, **cosines, **metrics,
-            )  # fmt: skip
-            run(
-                f"gradients, {label}", objective_launchers.differentiate,
-                one, x, y, n if explicit_count else None, s, x_inverse, y_inverse, state, counters, numbers,
-                (True, True, True), centroids=c, centroid_inverse=assigned.centroid_inverse, **cosines,
-            )  # fmt: skip
-        numbers = objective_launchers.Numbers(0.05, 0.0, 0.0, 0.0, 0.0, "keep")
-        run("objective, plain", objective_launchers.evaluate, plain[0], 0, counters, numbers)
-        run(
-            "gradients, plain", objective_launchers.differentiate,
-            one, x, y, None, *plain[:3], state, counters, numbers, (True, True, False),
-        )  # fmt: skip
-    return found
+    candidate: int = -1  # tile shape of a sweep, −1 for the chosen one
 
 
 def source(recorded: launch.Launch, backend: str) -> ASTSource:
@@ -166,11 +97,14 @@ def compile_case(target_name: str, case: Case) -> dict[str, Any]:
     torch.set_float32_matmul_precision(case.precision)
     with assume(Target(backend, arch)):
         recorded = record(DTYPES[case.dtype], case.dim, case.batch)[case.label]
+        if case.candidate >= 0:
+            shape = launch.CANDIDATES[recorded.kernel.__name__][case.candidate]
+            recorded = recorded._replace(tiles=launch.with_candidate(recorded.tiles, shape))
         gpu = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
         options = recorded.tiles.options(backend)
         row = {
             "kernel": recorded.kernel.__name__,
-            "launch": case.label,
+            "launch": case.label + (" (sweep)" if case.candidate >= 0 else ""),
             "target": target_name,
             "dtype": case.dtype,
             "matmul_precision": case.precision,
@@ -234,8 +168,11 @@ def violations(row: dict[str, Any], shared_limit: int | None = None) -> list[str
     if "error" in row:
         return [row["error"]]
     backend = TARGETS[row["target"]][0]
-    limit = shared_limit or SHARED_LIMITS[backend]
+    limits = SWEEP_SHARED_LIMITS if "(sweep)" in row["launch"] else {}
+    limit = shared_limit or limits.get(row["target"], SHARED_LIMITS[backend])
     wrong = []
+    if row["kernel"] != "objective_kernel" and not row["matrix_instructions"]:
+        wrong.append("no matrix instructions: the compiler gave up on the products")
     if row["shared_bytes"] > limit:
         wrong.append(f"{row['shared_bytes']} bytes of shared memory, the limit is {limit}")
     if backend == "cuda" and (row["spills"] or row["stack_bytes"]):
@@ -251,6 +188,10 @@ def violations(row: dict[str, Any], shared_limit: int | None = None) -> list[str
 # Kernels whose products are in half precision for half inputs. Assignment is not: its centroids are float32.
 # Nor is the backward of the similarity matrix, whose upstream gradient is float32.
 HALF_PRODUCTS = ("cosine_kernel", "centroid_update_kernel", "gradient_kernel")
+
+
+# Launches with the most code among those that sweep.
+SWEPT = ("cosines, negatives, clusters", "gradients, bml, negatives, learned temperature")
 
 
 def cases(target_name: str) -> dict[Case, list[int]]:
@@ -274,6 +215,12 @@ def cases(target_name: str) -> dict[Case, list[int]]:
                             served = distinct.setdefault(key, (case, []))[1]
                             if dim not in served:
                                 served.append(dim)
+                if backend == "cuda" and dtype != torch.float32:
+                    for label in SWEPT:
+                        kernel = record(dtype, DIMENSIONS[0], BATCHES[1])[label].kernel.__name__
+                        for number in range(len(launch.CANDIDATES[kernel])):
+                            case = Case(name, precision, DIMENSIONS[0], BATCHES[1], label, number)
+                            distinct[repr(case)] = (case, list(DIMENSIONS))
     torch.set_float32_matmul_precision("highest")
     return dict(distinct.values())
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .centroid_update import centroid_update_kernel
-from .launch import LARGE_BATCH, Tiles, cdiv, launch, new_float32, padded, product_constants
+from .launch import LARGE_BATCH, Tiles, cdiv, launch, new_float32, operations, padded, product_constants
 from .similarity import cosine_kernel
 from .similarity_gradient import similarity_gradient_kernel
 from .target import target_of
@@ -286,7 +286,7 @@ def _launch_cosines(
         },
         tiles,
         # A launch that counts must not be repeated, so it is not swept.
-        operations=0 if outputs else 2 * x.shape[0] * (count["y"] + count["n"]) * x.shape[1],
+        work=0 if outputs else operations(x, count["y"] + count["n"]),
     )
 
 

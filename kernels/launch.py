@@ -73,6 +73,11 @@ def cdiv(count: int, block: int) -> int:
     return -(-count // block)
 
 
+def operations(x: Tensor, columns: int) -> int:
+    """Operations of one product of x (B, D), as far as they count for a sweep: in half precision."""
+    return 2 * x.shape[0] * columns * x.shape[1] if x.dtype.itemsize == 2 else 0
+
+
 def product_constants(x: Tensor) -> dict[str, Any]:
     """How products are taken: constants of every kernel with one."""
     target = target_of(x.device)
@@ -82,16 +87,17 @@ def product_constants(x: Tensor) -> dict[str, Any]:
     }
 
 
-# Tile shapes to try for large work, per kernel, in addition to the chosen ones. The block that a sum runs
-# over stays, so that results differ at most in the last bits between them.
-_CANDIDATES = {
+# Tile shapes to try for large work in half precision, per kernel, in addition to the chosen ones: those that
+# compile without spills, which bench/audit.py checks. The block that a sum runs over stays, so that results
+# differ at most in the last bits between them.
+CANDIDATES = {
     "cosine_kernel": [
         Tiles({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
-        for m, n, warps, stages in ((128, 128, 8, 4), (128, 64, 4, 3), (64, 128, 4, 4), (128, 256, 8, 3))
+        for m, n, warps, stages in ((128, 128, 8, 4), (128, 64, 4, 3), (64, 128, 4, 4))
     ],
     "gradient_kernel": [
-        Tiles({"BLOCK_M": m, "BLOCK_D": d}, num_warps=warps, num_stages=stages)
-        for m, d, warps, stages in ((128, 128, 8, 2), (64, 128, 4, 3), (128, 64, 4, 3), (64, 256, 8, 2))
+        Tiles({"BLOCK_M": 64, "BLOCK_D": d}, num_warps=8, num_stages=stages)
+        for d, stages in ((256, 2), (64, 3))
     ],
 }
 # What the best shape depends on. Never the batch.
@@ -128,11 +134,16 @@ def _with_sweep(kernel: Any, tiles: Tiles, backend: str, device: int) -> Any:
     key = (name, tuple(tiles.blocks.items()), device)
     if key not in _tuned:
         configs = [
-            triton.Config({**tiles.blocks, **each.blocks}, **each.options(backend))
-            for each in (tiles, *_CANDIDATES[name])
+            triton.Config(dict(each.blocks), **each.options(backend))
+            for each in (tiles, *(with_candidate(tiles, candidate) for candidate in CANDIDATES[name]))
         ]
         _tuned[key] = triton.autotune(configs=configs, key=SWEEP_KEYS[name], cache_results=True)(kernel)
     return _tuned[key]
+
+
+def with_candidate(tiles: Tiles, candidate: Tiles) -> Tiles:
+    """A tile shape of a sweep: the candidate's blocks in place of the chosen ones."""
+    return Tiles({**tiles.blocks, **candidate.blocks}, candidate.num_warps, candidate.num_stages)
 
 
 def launch(
@@ -141,12 +152,12 @@ def launch(
     arguments: dict[str, Any],
     constants: dict[str, Any],
     tiles: Tiles,
-    operations: int = 0,
+    work: int = 0,
 ) -> None:
     """Run a kernel on the device of its tensors; from `SWEEP_OPERATIONS` on with the fastest tile shape.
 
     `grid` gives the number of programs for a tile shape. arguments, constants and blocks stand in the order
-    of the kernel's parameters. `operations` 0 never sweeps: a launch that must not be repeated.
+    of the kernel's parameters. `work`, its operations, of 0 never sweeps: a launch that must not be repeated.
     """
     if _recorded is not None:
         _check(kernel, arguments, constants, tiles)
@@ -155,12 +166,12 @@ def launch(
     device = next(iter(arguments.values())).device  # the first argument is a tensor, all are on its device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, grid, arguments, constants, tiles, operations)
+            launch(kernel, grid, arguments, constants, tiles, work)
         return
     if interpreting():
         kernel[grid(tiles.blocks)](**arguments, **constants, **tiles.blocks)
         return
-    sweep = operations >= SWEEP_OPERATIONS and _may_sweep()
+    sweep = work >= SWEEP_OPERATIONS and _may_sweep()
     key = (
         kernel,
         device.index,

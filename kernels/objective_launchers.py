@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .gradient import gradient_kernel
-from .launch import LARGE_BATCH, Tiles, cdiv, launch, new_float32, product_constants
+from .launch import LARGE_BATCH, Tiles, cdiv, launch, new_float32, operations, product_constants
 from .objective import objective_kernel
 from .target import target_of
 
@@ -189,7 +189,7 @@ def differentiate(
             **product_constants(x),
         },
         tiles,
-        operations=2 * x.shape[0] * cosines.shape[1] * dim,
+        work=operations(x, cosines.shape[1]),
     )
     return gradients[0], gradients[1], gradients[2]
 

@@ -74,7 +74,7 @@ def test_rules():
         "assert not audit.violations(row)\n"
         "for bad in (dict(matrix_instructions='HGMMA:4 HMMA:2'), dict(matrix_instructions=''),\n"
         "            dict(spills=2), dict(stack_bytes=8), dict(shared_bytes=10**6), dict(error='boom')):\n"
-        "    assert len(audit.violations({**row, **bad})) == 1, bad\n"
+        "    assert audit.violations({**row, **bad}), bad\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT / "bench", check=True)
 
