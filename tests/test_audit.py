@@ -79,6 +79,32 @@ def test_rules():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT / "bench", check=True)
 
 
+def test_amd_waits_for_stores_before_it_counts_arrivals():
+    """On gfx9 a barrier does not wait for other waves' stores, so our own wait stands before it."""
+    code = (
+        "import audit, triton\n"
+        "from triton.backends.compiler import GPUTarget\n"
+        "with audit.assume(audit.Target('hip', 'gfx942')):\n"
+        "    launches = audit.record(audit.torch.float32, 768, 512)\n"
+        "    for label in ('assignment', 'objective, plain'):\n"
+        "        each = launches[label]\n"
+        "        built = triton.compile(audit.source(each, 'hip'), target=GPUTarget('hip', 'gfx942', 64),\n"
+        "                               options=each.tiles.options('hip'))\n"
+        "        code = built.asm['amdgcn']\n"
+        "        ours = code.index('ASMSTART')\n"
+        "        lines = [line.split()[0] for line in code[ours:].splitlines() if line.split()]\n"
+        "        barrier = lines.index('s_barrier')\n"
+        "        assert 's_waitcnt' in lines[:barrier], label\n"
+        "        stores = [line for line in lines[:barrier] if 'store' in line]\n"
+        "        assert not stores, (label, stores)\n"
+        "        assert 'global_atomic_add' in lines[barrier:], label\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "bench", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_unknown_target_is_refused():
     done = audit("--targets", "sm_90,sm_12")
     assert done.returncode == 2
