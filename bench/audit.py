@@ -27,6 +27,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # before the kernels are imported: interpr
 import torch
 import triton
 from audit_launches import record
+from machine import machine
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -283,7 +284,11 @@ def report(rows: list[dict[str, Any]], output: Path | None, shared_limit: int | 
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("w", newline="") as file:
-            file.write(f"# triton {triton.__version__}, torch {torch.__version__}: python bench/audit.py\n")
+            found = machine()
+            file.write(
+                f"# make audit: triton {triton.__version__}, torch {torch.__version__}, "
+                f"python {found['python']}, commit {found['commit']}, {found['cpu']}\n"
+            )
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

@@ -89,6 +89,7 @@ class _Objective(torch.autograd.Function):
             temperature,
             *numbers,
         )
+        needs_centroids = has_hard and ctx.needs_input_grad[0]  # they pull on the anchors alone
         ctx.save_for_backward(
             anchors,
             positives,
@@ -99,9 +100,9 @@ class _Objective(torch.autograd.Function):
             positive_inverse,
             row_state,
             counters,
-            centroids if has_hard else None,
-            centroid_cosines if has_hard else None,
-            centroid_inverse if has_hard else None,
+            centroids if needs_centroids else None,
+            centroid_cosines if needs_centroids else None,
+            centroid_inverse if needs_centroids else None,
             cluster_ids,
             hard_ids,
             terms,

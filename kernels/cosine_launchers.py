@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .centroid_update import centroid_update_kernel
+from .centroid_update import SUMS, TOWARDS_MEAN, TOWARDS_SUM, centroid_update_kernel
 from .launch import LARGE_BATCH, Tiles, cdiv, launch, new_float32, operations, padded, product_constants
 from .similarity import cosine_kernel
 from .similarity_gradient import similarity_gradient_kernel
 from .target import target_of
 
-UPDATES = {"sums": 0, "sum": 1, "mean": 2}
+UPDATES = {"sums": SUMS.value, "sum": TOWARDS_SUM.value, "mean": TOWARDS_MEAN.value}
 
 
 def num_columns(num_positives: int, num_negatives: int) -> int:

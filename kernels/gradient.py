@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .objective import log2_uses, margin_slope
+from .objective import hard_logits, margin_slope
 from .tiles import (
     BML,
     EXCLUDE,
@@ -212,11 +212,10 @@ def gradient_kernel(
                 for start in range(0, num_centroids, BLOCK_N):
                     ids = start + tl.arange(0, BLOCK_N)
                     mask = ids < num_centroids
-                    cosine = load_row(starts, ids[None, :], num_centroids)  # (M, N)
-                    uses = tl.load(uses_ptr + ids, mask=mask, other=0).to(tl.float32)[None, :]
-                    log_uses = log2_uses(uses, ids[None, :] == own_hard, hard_negative_weight)
-                    weight = tl.exp2(cosine * scale + log_uses - log_total) * headroom
-                    weight = tl.where(uses > 0, weight, 0.0)
+                    _, logit = hard_logits(
+                        starts, ids[None, :], num_centroids, uses_ptr, own_hard, hard_negative_weight, scale
+                    )  # (M, N)
+                    weight = tl.exp2(logit - log_total) * headroom
                     inverse = tl.load(centroid_inverse_ptr + ids, mask=mask, other=0.0)
                     at = ids.to(tl.int64)[:, None] * centroids_stride + d[None, :]
                     c = tl.load(centroids_ptr + at, mask=mask[:, None] & d_mask, other=0.0)  # (N, D)

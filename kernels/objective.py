@@ -74,6 +74,18 @@ def log2_uses(uses, is_own, weight):
     return tl.where(is_own, own, tl.log2(uses))
 
 
+@triton.jit
+def hard_logits(starts, ids, num_centroids, uses_ptr, own_hard, weight, scale):
+    """G_ik and its logit, log2(n_ik · exp(G_ik/τ)), −inf where k is nobody's hard negative; (M, N) each.
+
+    starts (M, 1): where the rows of G begin. ids (1, N). own_hard (M, 1): the hard negative of sentence i.
+    """
+    cosine = load_row(starts, ids, num_centroids)
+    uses = tl.load(uses_ptr + ids, mask=ids < num_centroids, other=0).to(tl.float32)
+    logit = cosine * scale + log2_uses(uses, ids == own_hard, weight)
+    return cosine, tl.where(uses > 0, logit, float("-inf"))
+
+
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def objective_kernel(
     cosines_ptr,  # (B, padded(B) + N) S, then cosines with the explicit negatives
@@ -146,10 +158,10 @@ def objective_kernel(
     if HAS_HARD:
         for start in range(0, num_centroids, BLOCK_N):
             ids = (start + tl.arange(0, BLOCK_N))[None, :]
-            cosine = load_row(hard_starts, ids, num_centroids)
-            uses = tl.load(uses_ptr + ids, mask=ids < num_centroids, other=0).to(tl.float32)
-            logit = cosine * scale + log2_uses(uses, ids == own_hard, hard_negative_weight)
-            largest = tl.maximum(largest, tl.where(uses > 0, logit, LOWEST))
+            cosine, logit = hard_logits(
+                hard_starts, ids, num_centroids, uses_ptr, own_hard, hard_negative_weight, scale
+            )
+            largest = tl.maximum(largest, logit)
     reference = tl.max(largest, axis=1)[:, None]  # (M, 1)
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # Σ E_ij, the positive kept apart
@@ -189,10 +201,10 @@ def objective_kernel(
     if HAS_HARD:
         for start in range(0, num_centroids, BLOCK_N):
             ids = (start + tl.arange(0, BLOCK_N))[None, :]
-            cosine = load_row(hard_starts, ids, num_centroids)
-            uses = tl.load(uses_ptr + ids, mask=ids < num_centroids, other=0).to(tl.float32)
-            logit = cosine * scale + log2_uses(uses, ids == own_hard, hard_negative_weight)
-            weight = tl.where(uses > 0, tl.exp2(logit - reference), 0.0)
+            cosine, logit = hard_logits(
+                hard_starts, ids, num_centroids, uses_ptr, own_hard, hard_negative_weight, scale
+            )
+            weight = tl.exp2(logit - reference)
             total += weight
             pull += weight * (cosine - positive)
 

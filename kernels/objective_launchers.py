@@ -15,8 +15,9 @@ from .gradient import gradient_kernel
 from .launch import LARGE_BATCH, Tiles, cdiv, launch, new_float32, operations, product_constants
 from .objective import objective_kernel
 from .target import target_of
+from .tiles import BML, EXCLUDE, KEEP
 
-FALSE_NEGATIVES = {"keep": 0, "exclude": 1, "bml": 2}
+FALSE_NEGATIVES = {"keep": KEEP.value, "exclude": EXCLUDE.value, "bml": BML.value}
 
 
 class Numbers(NamedTuple):

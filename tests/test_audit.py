@@ -40,7 +40,7 @@ def test_what_is_audited_is_what_a_launch_compiles():
 
 def read(path):
     with path.open() as file:
-        assert file.readline().startswith("# triton ")
+        assert file.readline().startswith("# make audit: triton ")
         return list(csv.DictReader(file))
 
 

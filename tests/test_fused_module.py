@@ -84,6 +84,15 @@ def test_centroids_move_whatever_their_layout(how):
     torch.testing.assert_close(loss_fn.centroids, torch_fn.centroids)
 
 
+def test_centroids_may_move_on_where_only_positives_learn():
+    loss_fn = started().eval()
+    anchors, positives, _ = problem(30, 12, 0)
+    loss = loss_fn(anchors.detach(), positives)
+    loss_fn.centroids.add_(1)
+    loss.backward()
+    assert positives.grad is not None
+
+
 def test_the_update_bumps_the_version():
     loss_fn = started()
     before = loss_fn.centroids._version
@@ -183,7 +192,28 @@ def operator_samples():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", operator_samples())
+OPERATORS = (
+    "compare",
+    "compare plain",
+    "compare eval",
+    "compare given",
+    "evaluate",
+    "evaluate plain",
+    "differentiate",
+    "similarity",
+    "similarity_backward",
+    "assign",
+    "cluster_sums",
+)
+
+
+def test_every_operator_has_a_sample():
+    defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "clusterns::" in name}
+    assert {name.split()[0] for name in OPERATORS} == defined
+    assert set(operator_samples()) == set(OPERATORS)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_operators_are_well_defined(name):
     operator = getattr(torch.ops.clusterns, name.split()[0]).default
     torch.library.opcheck(operator, operator_samples()[name])

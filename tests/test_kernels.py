@@ -128,6 +128,15 @@ def test_an_id_beyond_the_clusters_never_wins(clusters):
     assert (second < 0).all()
 
 
+def test_what_stands_twice_agrees():
+    """Device code cannot import the reference, nor the torch side the kernels before Triton is there."""
+    from clusterns.kernels import objective, tiles
+
+    assert tiles.SHORTEST_NORM.value == reference.SHORTEST_NORM
+    assert fused.Terms._fields[1:] == objective.TERMS[:7]
+    assert objective.TERMS[7:] == ("temperature_gradient",)
+
+
 def test_rows_without_a_direction_get_valid_ids():
     x = points(20, 6)
     x[3], x[5, 2], x[7, 1] = 0, float("nan"), float("inf")
