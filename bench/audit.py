@@ -283,8 +283,8 @@ def report(rows: list[dict[str, Any]], output: Path | None, shared_limit: int | 
         print(line.rstrip() + ("" if row["verdict"] == "ok" else f"  <- {row['verdict']}"))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
+        found = machine()  # before the file changes: the commit would read as dirty
         with output.open("w", newline="") as file:
-            found = machine()
             file.write(
                 f"# make audit: triton {triton.__version__}, torch {torch.__version__}, "
                 f"python {found['python']}, commit {found['commit']}, {found['cpu']}\n"

@@ -212,7 +212,7 @@ def gradient_kernel(
                 for start in range(0, num_centroids, BLOCK_N):
                     ids = start + tl.arange(0, BLOCK_N)
                     mask = ids < num_centroids
-                    _, logit = hard_logits(
+                    cosine, logit = hard_logits(
                         starts, ids[None, :], num_centroids, uses_ptr, own_hard, hard_negative_weight, scale
                     )  # (M, N)
                     weight = tl.exp2(logit - log_total) * headroom
