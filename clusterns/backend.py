@@ -7,6 +7,9 @@
 | "torch" | row chunks in plain torch, on any device |
 | "reference" | one formula a line, for checks |
 
+Triton has two regimes, chosen by size: "triton" keeps all cosines for the backward where they fit the
+workspace; "triton-chunked" sweeps over larger batches, and those that ranks share, in row chunks.
+
 `CLUSTERNS_DISABLE_TRITON=1` in the environment turns Triton off.
 """
 
@@ -38,11 +41,13 @@ def choose_backend(
     negatives: Tensor | None = None,
     centroids: Tensor | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
+    shared: bool = False,
 ) -> str:
-    """Turn the user's word into "triton", "torch" or "reference" for these tensors.
+    """Turn the user's word into "triton", "triton-chunked", "torch" or "reference" for these tensors.
 
-    "auto" is Triton on CUDA and ROCm where the cosines, which that path keeps for the backward, fit the
-    workspace (by default B up to about 8,000), and torch elsewhere. "triton" keeps them whatever their size.
+    "auto" is Triton on CUDA and ROCm where it can, and torch elsewhere. A batch whose cosines fit the
+    workspace (by default B up to about 8,000) is "triton"; a larger one, or one that ranks share,
+    "triton-chunked".
     Raises as `check_backend`.
     """
     check_choice("backend", backend, BACKENDS)
@@ -53,9 +58,10 @@ def choose_backend(
     reason = fused.why_not(anchors, positives, negatives, centroids)
     if backend == "triton":
         _refuse_if(reason)
-        return "triton"
+    elif reason is not None:
+        return "torch"
     fits = fused.cosine_bytes(anchors, negatives, centroids) <= workspace_bytes
-    return "triton" if reason is None and fits else "torch"
+    return "triton" if fits and not shared else "triton-chunked"
 
 
 def _refuse_if(reason: str | None) -> None:

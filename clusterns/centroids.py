@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
+from . import fused
 from .checks import check_choice, check_count, check_number
 from .functional import NearestCentroids, assign_unit_rows, seed_centroids
 from .normalization import unit_rows, without_autocast
+
+if TYPE_CHECKING:
+    from .distributed import Ranks
 
 CENTROID_UPDATES = ("sum", "mean", "replace", "adamw")
 
@@ -99,30 +105,47 @@ class OnlineKMeans(nn.Module):
         centroids, indices = seed_centroids(
             anchors, positives, self.num_clusters, first=first, generator=generator
         )
-        self._follow_precision(anchors)
-        self.centroids.copy_(centroids)
-        self.initialized.fill_(True)
-        self._active, self._flag_read = True, (self.initialized, self.initialized._version)
+        self.start_from(centroids)
         return indices
 
     @torch.no_grad()
-    def assign(self, points: Tensor, *, update: bool) -> tuple[NearestCentroids, Tensor | None]:
+    def start_from(self, centroids: Tensor) -> None:
+        """Begin clustering with these centroids (K, D)."""
+        self._follow_precision(centroids)
+        self.centroids.copy_(centroids)
+        self.initialized.fill_(True)
+        self._active, self._flag_read = True, (self.initialized, self.initialized._version)
+
+    @torch.no_grad()
+    def assign(
+        self, points: Tensor, *, update: bool, ranks: Ranks | None = None, on_triton: bool = False
+    ) -> tuple[NearestCentroids, Tensor | None]:
         """Nearest and runner-up centroid of points (B, D), after an update by them if wanted.
 
         With them come the cosines (B, K), where these are small enough to keep.
 
         The update assigns the points to the old centroids and moves those (method steps 3 and 4). It leaves
         out rows without a direction: zero rows and those with a non-finite value, as mixed precision makes.
+        With `ranks`, points are this rank's share and the update is by those of all ranks.
         """
         self._follow_precision(points)
+        if on_triton:
+            if update:
+                self._move_together(*fused.cluster_sums(points, self.centroids), ranks)
+            return NearestCentroids(*fused.nearest_centroids(points, self.centroids)), None
         points = points.detach().to(self.centroids.dtype)
         a, scale = unit_rows(points, points.dtype)
         if update:
             valid = scale > 0  # false for NaN, and 0 is the inverse of an infinite norm
             nearest = assign_unit_rows(a, self.centroids)[0].nearest
             points = points.masked_fill(~valid[:, None], 0.0)
-            self._move(*cluster_sums(points, nearest, valid, self.num_clusters))
+            self._move_together(*cluster_sums(points, nearest, valid, self.num_clusters), ranks)
         return assign_unit_rows(a, self.centroids)
+
+    def _move_together(self, count: Tensor, total: Tensor, ranks: Ranks | None) -> None:
+        if ranks is not None:
+            count, total = ranks.sum(count), ranks.sum(total)
+        self._move(count, total)
 
     def _move(self, count: Tensor, total: Tensor) -> None:
         """Move the centroids towards clusters of `count` (K,) members that add up to `total` (K, D)."""

@@ -1,41 +1,21 @@
-"""The torch path of the objective: three matrix products in row chunks, no B×B tensor.
+"""The torch path of the objective: row chunks of the logits, on any device, in float32 or float64.
 
-One `autograd.Function` computes the loss and, where a gradient is wanted, the gradients in the same
-sweep over the rows; its backward only scales them. Per chunk of R rows (a, p, n, c: unit rows of
-anchors, positives, explicit negatives, centroids; columns X = [p; n; c]):
-
-    product 1   E = exp(a Xᵀ/τ + bias)           bias: log n_k on the centroid columns
-                Z = row sums of E                loss_i = log(Z_i / E_ii)
-                E ← Z ⊙ ∂(B·loss)/∂(logits)      only the diagonal and the cluster-mates' cells change
-    product 2   ∂loss/∂a = (E X) · 1/(BτZ)
-    product 3   ∂loss/∂X += Eᵀ (a · 1/(BτZ))
-
-Exact identities used (each stands in `reference.py` in its plain form):
-
-* Σ_j exp(cos(a_i, c_runner_up(j))/τ) = Σ_k n_k exp(a_i·c_k/τ): the hard-negative block is B×K.
-* Cosines are ≤ 1, so for τ ≥ 0.025 exp(·/τ) can neither overflow nor vanish in float32, and no running
-  maximum is needed; below that (or for a temperature on the device) each row subtracts its maximum.
-* False negatives live on cluster-mates only. Sorted by cluster id they are contiguous columns, so the
-  margin loss touches about B²/K cells instead of B².
-* d z = (da − a (a·da)) / ‖z‖ for a = z/‖z‖.
-
-Memory above inputs and gradients: O((B+N+K)·D) for the unit rows plus one chunk of the workspace.
+`Sweeper` has the rows that a process owns and meets them with blocks of columns; see `clusterns.sweep` for
+the products and the identities.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .normalization import compute_dtype, unit_rows, without_autocast
-from .options import Options
+from .normalization import compute_dtype, through_norm, unit_rows
+from .sweep import Block, Phase, Rows, is_safe, margin_at_zero, own_bonus
 
-# Largest |logit| for which exp and sums of 2^40 of them stay inside the dtype without a running maximum.
+# Largest |logit| for which exp and sums of 2^40 of them stay inside the dtype without a row maximum.
 _SAFE_LOGIT = {torch.float32: 40.0, torch.float64: 300.0}
 
 _SAFE_WEIGHT = 20.0  # likewise for |w|
@@ -47,46 +27,6 @@ _MATE_ROWS = 256
 _SORTED_BATCH = 1024
 
 
-class ClusterAwareInfoNCE(torch.autograd.Function):
-    """The objective for given clusters; gradients are computed in the forward."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        anchors: Tensor,
-        positives: Tensor,
-        negatives: Tensor | None,
-        temperature: float | Tensor,
-        centroids: Tensor | None,
-        hard_negative_ids: Tensor | None,
-        centroid_cosines: Tensor | None,
-        cluster_ids: Tensor | None,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return loss, InfoNCE, BML, mean cosine over all B² cells and over the diagonal, each 0-d."""
-        inputs = (anchors, positives, negatives, temperature)
-        with torch.no_grad(), without_autocast(anchors.device):
-            sweep = _Sweep(*inputs, centroids, hard_negative_ids, centroid_cosines, cluster_ids, options)
-            values = sweep.run(ctx.needs_input_grad[:4])
-        ctx.save_for_backward(*sweep.gradients)
-        ctx.dtypes = [value.dtype if isinstance(value, Tensor) else None for value in inputs]
-        ctx.mark_non_differentiable(*values[1:])
-        return values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradients of the forward by the gradient of the loss.
-
-        They stay in the compute dtype until scaled: a loss scale exists to keep float16 from underflowing.
-        """
-        scaled = [
-            None if gradient is None else (gradient * grad_loss).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, None, None, None, None, None)
-
-
 class _MateBlock(NamedTuple):
     """Cells of S that hold every cluster-mate of a few consecutive rows."""
 
@@ -95,248 +35,319 @@ class _MateBlock(NamedTuple):
     mates: Tensor  # (rows, width) bool: same cluster; the sentence itself counts
 
 
-class _Sweep:
-    """One pass over the rows. `run` fills `gradients`: anchors, positives, negatives, temperature."""
+class _Columns:
+    """Unit rows X of a block, the positives in cluster order where that pays, and their gradient."""
 
-    def __init__(
-        self,
-        anchors: Tensor,
-        positives: Tensor,
-        negatives: Tensor | None,
-        temperature: float | Tensor,
-        centroids: Tensor | None,
-        hard_negative_ids: Tensor | None,
-        centroid_cosines: Tensor | None,
-        cluster_ids: Tensor | None,
-        options: Options,
-    ):
-        self.options = options
-        self.dtype = compute_dtype(anchors, positives, negatives)
-        self.batch = len(anchors)
-        self.temperature = (
-            temperature.detach().to(self.dtype) if isinstance(temperature, Tensor) else temperature
+    def __init__(self, sweeper: Sweeper, block: Block):
+        rows, dtype = sweeper.rows, sweeper.dtype
+        positives, negatives = block.positives, block.negatives
+        self.num_positives = len(positives)
+        self.known = self.num_positives + (len(negatives) if negatives is not None else 0)
+        self.order: Tensor | None = None
+        self.cluster_ids = block.cluster_ids
+        self.own: Tensor | None = None
+        if block.first is not None:  # where each row's own positive stands
+            self.own = torch.arange(block.first, block.first + len(sweeper.a), device=positives.device)
+        if sweeper.order is not None:
+            assert block.cluster_ids is not None
+            assert sweeper.cluster_ids is not None
+            same = block.cluster_ids is rows.clusters.ids
+            self.order = sweeper.order if same else block.cluster_ids.argsort(stable=True)
+            self.cluster_ids = ids = block.cluster_ids[self.order]
+            self.border_low = torch.searchsorted(ids, sweeper.cluster_ids).tolist()
+            self.border_high = torch.searchsorted(ids, sweeper.cluster_ids, right=True).tolist()
+            positives = positives.detach()[self.order]
+            if self.own is not None and not same:
+                places = torch.empty_like(self.order)
+                places[self.order] = torch.arange(len(places))
+                self.own = places[self.own[sweeper.order]]
+        # Centroids come with the own positives: every row meets them once.
+        centroids = rows.clusters.centroids if rows.hard_counts is not None and self.own is not None else None
+        width = self.known + (len(centroids) if centroids is not None else 0)
+        self.has_centroids = centroids is not None
+        self.units = positives.new_empty((width, positives.shape[1]), dtype=dtype)
+        scales = [unit_rows(positives, dtype, self.units[: self.num_positives])[1]]
+        if negatives is not None:
+            scales.append(unit_rows(negatives, dtype, self.units[self.num_positives : self.known])[1])
+        if centroids is not None:
+            unit_rows(centroids, dtype, self.units[self.known :])
+        self.scale = torch.cat(scales)  # (n+N,)
+        _, self.need_positives, self.need_negatives, _ = rows.needs
+        self.need_negatives &= negatives is not None
+        # The columns that want a gradient are one range: positives, explicit negatives, or both.
+        start, stop = (0 if self.need_positives else self.num_positives), self.num_positives
+        self.wanted = slice(start, self.known if self.need_negatives else stop)
+        self.gradient: Tensor | None = None  # of the unit rows `wanted`
+
+    def make_gradient(self) -> None:
+        if self.wanted.stop > self.wanted.start:
+            self.gradient = torch.empty_like(self.units[self.wanted])
+
+    def unit_gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the unit rows of positives (n, D) and negatives (N, D), where wanted."""
+        if self.gradient is None:
+            return None, None
+        split = self.num_positives - self.wanted.start
+        return (
+            unsorted(self.gradient[:split], self.order) if self.need_positives else None,
+            self.gradient[split:] if self.need_negatives else None,
         )
-        self.false_negatives = options.false_negatives if cluster_ids is not None else "keep"
-        self.gradients: list[Tensor | None] = [None] * 4
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of positives and negatives themselves."""
+        if self.gradient is not None:
+            units = self.units[self.wanted]
+            along = (units * self.gradient).sum(dim=1)
+            through_norm(self.gradient, units, along, self.scale[self.wanted])
+        return self.unit_gradients()
+
+
+class Sweeper:
+    """Rows that meet blocks of columns; keeps what the rows have found so far."""
+
+    def __init__(self, rows: Rows, negatives: Tensor | None):
+        self.rows, self.options = rows, rows.options
+        self.dtype = compute_dtype(rows.anchors, rows.positives, negatives)
+        tau = rows.temperature
+        self.temperature = tau.to(self.dtype) if isinstance(tau, Tensor) else tau
+        ids = rows.clusters.ids
+        self.false_negatives = self.options.false_negatives if ids is not None else "keep"
 
         # Sorted by cluster, mates are neighbours. Not where reading the borders would wait for the device.
         self.order: Tensor | None = None
-        self.cluster_ids = cluster_ids
-        sortable = anchors.device.type == "cpu" and self.batch >= _SORTED_BATCH
-        if cluster_ids is not None and self.false_negatives != "keep" and sortable:
-            self.order = cluster_ids.argsort(stable=True)
-            self.cluster_ids = ids = cluster_ids[self.order]
-            self.border_low = torch.searchsorted(ids, ids).tolist()
-            self.border_high = torch.searchsorted(ids, ids, right=True).tolist()
-            anchors, positives = anchors.detach()[self.order], positives.detach()[self.order]
-            hard_negative_ids = hard_negative_ids[self.order] if hard_negative_ids is not None else None
-            centroid_cosines = centroid_cosines[self.order] if centroid_cosines is not None else None
+        self.cluster_ids = ids
+        anchors, hard_ids, cosines = rows.anchors, rows.clusters.hard_ids, rows.clusters.cosines
+        sortable = anchors.device.type == "cpu" and rows.batch >= _SORTED_BATCH
+        if ids is not None and self.false_negatives != "keep" and sortable:
+            self.order = ids.argsort(stable=True)
+            self.cluster_ids = ids[self.order]
+            anchors = anchors.detach()[self.order]
+            hard_ids = hard_ids[self.order] if hard_ids is not None else None
+            cosines = cosines[self.order] if cosines is not None else None
+        self.centroid_cosines = cosines
 
-        num_negatives = len(negatives) if negatives is not None else 0
-        num_centroids = len(centroids) if centroids is not None and hard_negative_ids is not None else 0
-        # Columns of the chunk: positives, then explicit negatives, then centroids.
-        self.first_centroid = self.batch + num_negatives
-        self.columns = anchors.new_empty(
-            (self.first_centroid + num_centroids, anchors.shape[1]), dtype=self.dtype
-        )
         self.a, self.anchor_scale = unit_rows(anchors, self.dtype)
-        _, positive_scale = unit_rows(positives, self.dtype, self.columns[: self.batch])
-        scales = [positive_scale]
-        if negatives is not None:
-            scales.append(unit_rows(negatives, self.dtype, self.columns[self.batch : self.first_centroid])[1])
-        self.column_scale = torch.cat(scales)  # (B+N,)
-        self.centroid_cosines = centroid_cosines
         self.own_bonus: Tensor | None = None
-        if num_centroids:
-            assert centroids is not None
-            assert hard_negative_ids is not None
-            unit_rows(centroids, self.dtype, self.columns[self.first_centroid :])
-            self._count_hard_negatives(hard_negative_ids, num_centroids)
-
-    def _count_hard_negatives(self, ids: Tensor, num_centroids: int) -> None:
-        """log n_k for the centroid columns, and what w adds to it in an anchor's own column."""
-        counts = self.a.new_zeros(num_centroids).scatter_add_(0, ids, self.a.new_ones(len(ids)))
-        self.log_counts = counts.log()  # −inf where k is nobody's hard negative: the column drops out
-        weight = self.options.hard_negative_weight
-        if weight != 0.0:
-            own, shift = counts[ids], max(weight, 0.0)
-            # log(n_k − 1 + e^w) − log n_k
-            replaced = (own - 1) * math.exp(-shift) + math.exp(weight - shift)
-            self.own_ids, self.own_bonus = ids, replaced.log() + shift - own.log()
-
-    def run(self, needs_grad: tuple[bool, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        need_anchor, need_positive, need_negative, need_temperature = needs_grad
-        batch, options = self.batch, self.options
-        grad_a = torch.empty_like(self.a) if need_anchor or need_temperature else None
-        # The columns that want a gradient are one range: positives, explicit negatives, or both.
-        wanted = slice(0 if need_positive else batch, self.first_centroid if need_negative else batch)
-        grad_columns = torch.empty_like(self.columns[wanted]) if wanted.stop > wanted.start else None
-        want_gradients = grad_a is not None or grad_columns is not None
-        safe = (
-            not isinstance(self.temperature, Tensor)
-            and 1.0 / self.temperature <= _SAFE_LOGIT[self.dtype]
-            and abs(options.hard_negative_weight) <= _SAFE_WEIGHT
+        if rows.hard_counts is not None:
+            counts = rows.hard_counts.to(self.dtype)
+            self.log_counts = counts.log()  # −inf where k is nobody's hard negative: the column drops out
+            if self.options.hard_negative_weight != 0.0:
+                assert hard_ids is not None
+                self.own_hard = hard_ids
+                self.own_bonus = own_bonus(counts[hard_ids], self.options.hard_negative_weight)
+        self.safe = not isinstance(self.temperature, Tensor) and is_safe(
+            self.temperature, self.options, _SAFE_LOGIT[self.dtype], _SAFE_WEIGHT
         )
-        self.positive_logit = self.a.new_empty(batch)
+        count = len(self.a)
+        self.positive_logit = self.a.new_empty(count)
+        self.log_others: Tensor | None = None  # (M,) log Σ E without the positive, over the blocks so far
+        self.slope_sum = self.a.new_zeros(count)  # row sums of the slopes of the margin loss
         self.margin_sum = self.a.new_zeros(())
         self.slope_times_delta = self.a.new_zeros(())
-        log_others, self.row_scale = self.a.new_empty(batch), self.a.new_empty(batch)
-        row_bytes = len(self.columns) * self.dtype.itemsize
-        rows = min(batch, max(1, options.workspace_bytes // (3 * row_bytes)))
-        buffer = self.a.new_empty((rows, len(self.columns)))
+        self.gradient: Tensor | None = None  # (M, D), of the unit rows
+        self.positive_sum: Tensor | None = None
 
-        for start in range(0, batch, rows):
-            chunk = slice(start, min(start + rows, batch))
-            logits = self._logits(chunk, buffer[: chunk.stop - start])  # product 1
-            diagonal = logits.diagonal(start)
-            self.positive_logit[chunk] = diagonal
-            slopes = self._false_negatives(logits, chunk, want_gradients)
-            self._bias_hard_negatives(logits, chunk)
-            shift = None if safe else logits.amax(dim=1)
+    def sweep(self, block: Block, phase: Phase) -> _Columns:
+        """Meet a block of columns; what was found for them is in the result."""
+        columns = _Columns(self, block)
+        if block.first is not None and phase is not Phase.GRADIENTS:
+            own = slice(columns.num_positives) if len(self.a) == columns.num_positives else columns.own
+            self.positive_sum = columns.units[own].sum(dim=0)
+        need_anchor, _, _, need_temperature = self.rows.needs
+        first_gradient = False
+        if phase is not Phase.TOTALS:
+            columns.make_gradient()
+            if self.gradient is None and (need_anchor or need_temperature):
+                self.gradient, first_gradient = torch.empty_like(self.a), True
+        want_rows = phase is not Phase.TOTALS and (need_anchor or need_temperature)
+        want_columns = columns.gradient is not None
+        log_others = self.a.new_empty(len(self.a))
+
+        row_bytes = len(columns.units) * self.dtype.itemsize
+        count = min(len(self.a), max(1, self.options.workspace_bytes // (3 * row_bytes)))
+        buffer = self.a.new_empty((count, len(columns.units)))
+        for start in range(0, len(self.a), count):
+            chunk = slice(start, min(start + count, len(self.a)))
+            logits = self._logits(columns, chunk, buffer[: chunk.stop - start])  # product 1
+            own = columns.own[chunk, None] if columns.own is not None else None
+            if own is not None and phase is not Phase.GRADIENTS:
+                self.positive_logit[chunk] = logits.gather(1, own)[:, 0]
+            slopes = self._false_negatives(columns, logits, chunk, phase)
+            self._bias_hard_negatives(columns, logits, chunk)
+            shift = self._shift(logits, chunk, phase)
             weights = logits.exp_() if shift is None else logits.sub_(shift[:, None]).exp_()  # E
-            # With the positive kept apart neither the loss nor its gradient is a difference of near-equals.
-            own = diagonal.clone()
-            diagonal.zero_()
-            others = weights.sum(dim=1)
-            total = others + own  # Z
-            log_others[chunk] = others.log() if shift is None else others.log() + shift
-            if not want_gradients:
+            if own is not None:  # kept apart: then neither loss nor gradient is a difference of near-equals
+                weights.scatter_(1, own, 0.0)
+            if phase is not Phase.GRADIENTS:
+                others = weights.sum(dim=1)
+                log_others[chunk] = others.log() if shift is None else others.log() + shift
+            if not (want_rows or want_columns):
                 continue
+            if phase is Phase.BOTH:
+                positive = self.positive_logit[chunk]
+                total = others + (positive if shift is None else positive - shift).exp()  # Z
+            else:
+                others, total = self._known_totals(chunk, shift)
             # ∂loss/∂S = 1/(Bτ) · (E/Z − I + W − diag(row sums of W)), here times BτZ. W: slopes of the BML.
-            diagonal -= others
+            unit = total * (self.options.bml_weight * self.temperature / self.rows.batch)
             for (cells, local, _), slope in slopes:
-                slope *= (total[local] * (options.bml_weight * self.temperature / batch))[:, None]
-                cells += slope
-                diagonal[local] -= slope.sum(dim=1)
-            row_scale = self.row_scale[chunk] = (1.0 / (batch * self.temperature)) / total
-            if grad_a is not None:
-                torch.mm(weights, self.columns, out=grad_a[chunk])  # product 2
-            if grad_columns is not None:
+                cells += slope.mul_(unit[local, None])
+            if own is not None:
+                weights.scatter_add_(1, own, -(others + self.slope_sum[chunk] * unit)[:, None])
+            row_scale = (1.0 / (self.rows.batch * self.temperature)) / total
+            if want_rows:
+                self._add_to_rows(weights, columns.units, chunk, row_scale, first_gradient)  # product 2
+            if columns.gradient is not None:
                 share = self.a[chunk] * row_scale[:, None]
-                grad_columns.addmm_(weights[:, wanted].T, share, beta=1 if start else 0)  # product 3
+                wanted = weights[:, columns.wanted]
+                columns.gradient.addmm_(wanted.T, share, beta=1 if start else 0)  # product 3
+        if phase is not Phase.GRADIENTS:
+            seen = self.log_others
+            self.log_others = log_others if seen is None else torch.logaddexp(seen, log_others)
+        return columns
 
-        margin = log_others - self.positive_logit
-        info_nce = torch.logaddexp(margin, torch.zeros_like(margin)).mean()  # log(1 + Σ_others / E_ii)
-        bml = torch.zeros_like(info_nce)
-        if self.false_negatives == "bml":
-            bml = self.margin_sum * self.temperature / batch**2 + self._margin_at_zero()
-        if want_gradients:
-            self._finish(needs_grad, grad_a, grad_columns, wanted)
-        mean_cosine = self.a.sum(dim=0) @ self.columns[:batch].sum(dim=0) / batch**2
-        positive_cosine = self.positive_logit.mean() * self.temperature
-        return info_nce + options.bml_weight * bml, info_nce, bml, mean_cosine, positive_cosine
+    def sums(self) -> Tensor:
+        """Sums over the rows, (3,): InfoNCE, margins beyond Δ = 0, positive cosines."""
+        assert self.log_others is not None
+        margin = self.log_others - self.positive_logit
+        info_nce = torch.logaddexp(margin, torch.zeros_like(margin)).sum()  # log(1 + Σ_others / E_ii)
+        return torch.stack(
+            [info_nce, self.margin_sum * self.temperature, self.positive_logit.sum() * self.temperature]
+        )
 
-    def _logits(self, chunk: slice, out: Tensor) -> Tensor:
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """Sums of the unit rows of anchors and of their positives, (D,) each."""
+        assert self.positive_sum is not None
+        return self.a.sum(dim=0), self.positive_sum
+
+    def temperature_gradient(self) -> Tensor | None:
+        """−1/τ · Σ_ij S_ij ∂InfoNCE/∂S_ij over the rows; 0-d. Before `anchor_gradient`."""
+        if not self.rows.needs[3]:
+            return None
+        assert self.gradient is not None
+        along = (self.a * self.gradient).sum()  # with the margin loss, which does not depend on τ
+        share = self.temperature * (self.options.bml_weight / self.rows.batch**2)
+        return (self.slope_times_delta * share - along) / self.temperature
+
+    def anchor_gradient(self) -> Tensor | None:
+        """Gradient of the anchors (M, D), through the normalisation, in the caller's order; once."""
+        if not self.rows.needs[0]:
+            return None
+        assert self.gradient is not None
+        along = (self.a * self.gradient).sum(dim=1)
+        return unsorted(through_norm(self.gradient, self.a, along, self.anchor_scale), self.order)
+
+    def _add_to_rows(
+        self, weights: Tensor, units: Tensor, chunk: slice, row_scale: Tensor, first: bool
+    ) -> None:
+        assert self.gradient is not None
+        rows = self.gradient[chunk]
+        if first:
+            torch.mm(weights, units, out=rows).mul_(row_scale[:, None])
+        else:
+            rows.addcmul_(weights @ units, row_scale[:, None])
+
+    def _shift(self, logits: Tensor, chunk: slice, phase: Phase) -> Tensor | None:
+        """What is subtracted from each row of logits, (R,); None where nothing needs to be."""
+        if self.safe:
+            return None
+        positive = self.positive_logit[chunk]
+        if phase is Phase.GRADIENTS:
+            assert self.log_others is not None
+            return torch.logaddexp(self.log_others[chunk], positive)
+        return torch.maximum(logits.amax(dim=1), positive)
+
+    def _known_totals(self, chunk: slice, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Σ E without and with the positive over all blocks, in units of exp(shift)."""
+        assert self.log_others is not None
+        others, positive = self.log_others[chunk], self.positive_logit[chunk]
+        if shift is None:
+            return others.exp(), others.exp() + positive.exp()
+        return (others - shift).exp(), torch.ones_like(others)
+
+    def _logits(self, columns: _Columns, chunk: slice, out: Tensor) -> Tensor:
         """a Xᵀ/τ for the rows of a chunk."""
+        a, units = self.a[chunk], columns.units
         if isinstance(self.temperature, Tensor):
-            return torch.mm(self.a[chunk], self.columns.T, out=out).div_(self.temperature)
+            return torch.mm(a, units.T, out=out).div_(self.temperature)
         scale = 1 / self.temperature
-        if self.centroid_cosines is None:
-            return torch.addmm(out, self.a[chunk], self.columns.T, beta=0, alpha=scale, out=out)
-        known = self.first_centroid  # the assignment has multiplied a with the centroids already
-        others, columns = out[:, :known], self.columns[:known]
-        torch.addmm(others, self.a[chunk], columns.T, beta=0, alpha=scale, out=others)
+        if self.centroid_cosines is None or not columns.has_centroids:
+            return torch.addmm(out, a, units.T, beta=0, alpha=scale, out=out)
+        known = columns.known  # the assignment has multiplied a with the centroids already
+        others = out[:, :known]
+        torch.addmm(others, a, units[:known].T, beta=0, alpha=scale, out=others)
         torch.mul(self.centroid_cosines[chunk], scale, out=out[:, known:])
         return out
 
     def _false_negatives(
-        self, logits: Tensor, chunk: slice, want_slopes: bool
+        self, columns: _Columns, logits: Tensor, chunk: slice, phase: Phase
     ) -> list[tuple[_MateBlock, Tensor]]:
         """Treat the chunk's cluster-mates: drop them, or sum their margins and return the slopes."""
         if self.false_negatives == "keep":
             return []
         slopes = []
-        for block in self._mate_blocks(logits, chunk):
+        for block in self._mate_blocks(columns, logits, chunk):
             if self.false_negatives == "exclude":
                 block.cells.masked_fill_(block.mates, -torch.inf)
             else:
-                slope = self._margin(block, chunk.start)
-                if want_slopes and self.options.bml_weight != 0.0:
+                slope = self._margin(block, chunk.start, phase)
+                if phase is not Phase.TOTALS and any(self.rows.needs) and self.options.bml_weight != 0.0:
                     slopes.append((block, slope))
-        if self.false_negatives == "exclude":
-            logits.diagonal(chunk.start).copy_(self.positive_logit[chunk])
         return slopes
 
-    def _mate_blocks(self, logits: Tensor, chunk: slice) -> Iterator[_MateBlock]:
+    def _mate_blocks(self, columns: _Columns, logits: Tensor, chunk: slice) -> Iterator[_MateBlock]:
         """Split the chunk's rows so that a block and its temporaries stay within the workspace."""
         assert self.cluster_ids is not None
-        step = max(1, self.options.workspace_bytes // (12 * self.batch * self.dtype.itemsize))
+        assert columns.cluster_ids is not None
+        width = columns.num_positives
+        step = max(1, self.options.workspace_bytes // (12 * width * self.dtype.itemsize))
         if self.order is not None:
             step = min(step, _MATE_ROWS)
         for first in range(chunk.start, chunk.stop, step):
             last = min(first + step, chunk.stop)
-            low, high = 0, self.batch
+            low, high = 0, width
             if self.order is not None:
-                low, high = self.border_low[first], self.border_high[last - 1]
+                low, high = columns.border_low[first], columns.border_high[last - 1]
             local = slice(first - chunk.start, last - chunk.start)
-            mates = self.cluster_ids[first:last, None] == self.cluster_ids[None, low:high]
+            mates = self.cluster_ids[first:last, None] == columns.cluster_ids[None, low:high]
             yield _MateBlock(logits[local, low:high], local, mates)
 
-    def _margin(self, block: _MateBlock, start: int) -> Tensor:
-        """Add the block's margins, beyond what Δ = 0 adds, to the sum; return slopes in {−1, 0, 1}.
+    def _margin(self, block: _MateBlock, start: int, phase: Phase) -> Tensor:
+        """Slopes in {−1, 0, 1}; adds the block's margins, beyond what Δ = 0 adds, to the sums.
 
         Per cell and in units of logits, relu(Δ+α) + relu(−Δ−β) = slope · Δ + α[Δ > −α] − β[Δ < −β] with
         slope = [Δ > −α] − [Δ < −β]. Counting i = j as a mate is harmless: Δ_ii = 0 is what the cell would
         add anyway, and its slope on S_ii cancels against its slope on s_i.
         """
         cells, local, mates = block
-        positive = self.positive_logit[start + local.start : start + local.stop, None]
+        rows = slice(start + local.start, start + local.stop)
         alpha, beta = self.options.bml_alpha / self.temperature, self.options.bml_beta / self.temperature
-        delta = cells - positive
+        delta = cells - self.positive_logit[rows, None]
         above, below = (delta > -alpha).logical_and_(mates), (delta < -beta).logical_and_(mates)
         slope = above.to(self.dtype) - below.to(self.dtype)
+        if phase is Phase.GRADIENTS:  # counted in an earlier sweep
+            return slope
+        self.slope_sum[rows] += slope.sum(dim=1)
         slope_times_delta = torch.dot(slope.view(-1), delta.view(-1))
         self.slope_times_delta += slope_times_delta
         self.margin_sum += slope_times_delta
-        at_zero = self._margin_at_zero() / self.temperature
+        at_zero = margin_at_zero(self.options) / self.temperature
         for constant, cells_counted in ((alpha, above), (-beta, below), (-at_zero, mates)):
             self.margin_sum += constant * cells_counted.count_nonzero().to(self.dtype)
         return slope
 
-    def _margin_at_zero(self) -> float:
-        """What a cell with Δ = 0 adds, and so every cell but the mates': relu(α) + relu(−β)."""
-        return max(self.options.bml_alpha, 0.0) + max(-self.options.bml_beta, 0.0)
-
-    def _bias_hard_negatives(self, logits: Tensor, chunk: slice) -> None:
+    def _bias_hard_negatives(self, columns: _Columns, logits: Tensor, chunk: slice) -> None:
         """Turn the centroid columns into log(n_k · exp(a·c_k/τ))."""
-        if self.first_centroid == len(self.columns):
+        if not columns.has_centroids:
             return
-        hard = logits[:, self.first_centroid :]
+        hard = logits[:, columns.known :]
         hard += self.log_counts
         if self.own_bonus is not None:
-            hard.scatter_add_(1, self.own_ids[chunk, None], self.own_bonus[chunk, None])
-
-    def _finish(
-        self, needs_grad: tuple[bool, ...], grad_a: Tensor | None, grad_columns: Tensor | None, wanted: slice
-    ) -> None:
-        """Carry the gradients through τ and the normalisation, back into the caller's order of rows."""
-        need_anchor, need_positive, need_negative, need_temperature = needs_grad
-        if grad_a is not None:
-            along = (self.a * grad_a).sum(dim=1)
-            if need_temperature:  # −1/τ · Σ_ij S_ij ∂InfoNCE/∂S_ij
-                margins = (
-                    self.slope_times_delta * self.temperature * (self.options.bml_weight / self.batch**2)
-                )
-                self.gradients[3] = (margins - along @ self.row_scale) / self.temperature
-            if need_anchor:
-                scale = self.row_scale * self.anchor_scale
-                self.gradients[0] = self._unsort(_through_norm(grad_a, self.a, along, scale))
-        if grad_columns is not None:
-            units = self.columns[wanted]
-            along = (units * grad_columns).sum(dim=1)
-            gradient = _through_norm(grad_columns, units, along, self.column_scale[wanted])
-            split = self.batch - wanted.start
-            if need_positive:
-                self.gradients[1] = self._unsort(gradient[:split])
-            if need_negative:
-                self.gradients[2] = gradient[split:]
-
-    def _unsort(self, rows: Tensor) -> Tensor:
-        if self.order is None:
-            return rows
-        return torch.empty_like(rows).index_copy_(0, self.order, rows)
+            hard.scatter_add_(1, self.own_hard[chunk, None], self.own_bonus[chunk, None])
 
 
-def _through_norm(gradient: Tensor, unit: Tensor, along: Tensor, scale: Tensor) -> Tensor:
-    """dz = (du − u (u·du)) / ‖z‖, in place on `gradient`."""
-    return gradient.addcmul_(unit, along[:, None], value=-1).mul_(scale[:, None])
+def unsorted(rows: Tensor, order: Tensor | None) -> Tensor:
+    """Rows in the order they had before `rows[order]`."""
+    if order is None:
+        return rows
+    return torch.empty_like(rows).index_copy_(0, order, rows)

@@ -7,12 +7,12 @@ products follow `torch.get_float32_matmul_precision()`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import chunked, fused, reference
+from . import fused, reference
 from .backend import choose_backend
 from .checks import (
     check_choice,
@@ -25,6 +25,10 @@ from .checks import (
 )
 from .normalization import compute_dtype, unit_rows, without_autocast
 from .options import WORKSPACE_BYTES, Options
+from .sweep import ClusterAwareInfoNCE, Clusters
+
+if TYPE_CHECKING:
+    from .distributed import Ranks
 
 FALSE_NEGATIVES = ("bml", "exclude", "keep")
 
@@ -187,10 +191,12 @@ def objective(
     bml_beta: float = 0.5,
     workspace_bytes: int = WORKSPACE_BYTES,
     backend: str = "auto",
+    ranks: Ranks | None = None,
 ) -> ObjectiveTerms:
     """Loss and parts of the objective; see `info_nce`, which returns the loss alone, for the arguments.
 
     `centroid_cosines`: (B, K) cosines of anchors and centroids, if the caller has them from an assignment.
+    `ranks`: the embeddings and ids are this rank's rows of a batch that several ranks share.
     """
     _check_objective(anchors, positives, negatives, centroids, hard_negative_ids, cluster_ids)
     check_temperature(temperature)
@@ -200,7 +206,9 @@ def objective(
     check_number("bml_alpha", bml_alpha)
     check_number("bml_beta", bml_beta)
     check_count("workspace_bytes", workspace_bytes, at_least=1)
-    backend = choose_backend(backend, anchors, positives, negatives, centroids, workspace_bytes)
+    backend = choose_backend(
+        backend, anchors, positives, negatives, centroids, workspace_bytes, shared=ranks is not None
+    )
     options = Options(hard_negative_weight, false_negatives, bml_weight, bml_alpha, bml_beta, workspace_bytes)
     if backend == "triton":
         terms = fused.objective(
@@ -209,9 +217,12 @@ def objective(
         return ObjectiveTerms(*terms[:5])
 
     if centroids is not None and (hard_negative_ids is None or cluster_ids is None):
-        dtype = compute_dtype(anchors, positives, negatives)
         with torch.no_grad():
-            assigned, centroid_cosines = assign_unit_rows(unit_rows(anchors, dtype)[0], centroids)
+            if backend == "triton-chunked":
+                assigned = NearestCentroids(*fused.nearest_centroids(anchors, centroids))
+            else:
+                dtype = compute_dtype(anchors, positives, negatives)
+                assigned, centroid_cosines = assign_unit_rows(unit_rows(anchors, dtype)[0], centroids)
         cluster_ids = assigned.nearest if cluster_ids is None else cluster_ids
         if hard_negative_ids is None and len(centroids) > 1:
             hard_negative_ids = assigned.runner_up
@@ -233,17 +244,10 @@ def objective(
             bml_alpha=bml_alpha,
             bml_beta=bml_beta,
         )
+    clusters = Clusters(cluster_ids, centroids, hard_negative_ids, centroid_cosines)
     return ObjectiveTerms(
-        *chunked.ClusterAwareInfoNCE.apply(
-            anchors,
-            positives,
-            negatives,
-            temperature,
-            centroids,
-            hard_negative_ids,
-            centroid_cosines,
-            cluster_ids,
-            options,
+        *ClusterAwareInfoNCE.apply(
+            anchors, positives, negatives, temperature, clusters, options, backend, ranks
         )
     )
 
@@ -284,7 +288,7 @@ def info_nce(
         bml_weight: λ ≥ 0.
         bml_alpha: α, upper margin: cos(i, j) should stay α below cos(i, i).
         bml_beta: β, lower margin: and not fall further than β below it.
-        workspace_bytes: memory for logits, whatever the batch size ("triton" keeps all cosines).
+        workspace_bytes: memory for logits and their temporaries, whatever the batch size.
         backend: "auto", "triton", "torch" or "reference", see `choose_backend`.
 
     Returns:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from . import fused
 from .backend import check_backend, choose_backend
 from .centroids import OnlineKMeans
-from .checks import check_choice, check_embeddings, check_like, check_number, check_temperature
-from .distributed import gather_rows, seed_together
+from .checks import check_choice, check_count, check_embeddings, check_like, check_number, check_temperature
+from .distributed import GATHERS, Ranks, seed_together
 from .functional import FALSE_NEGATIVES, ObjectiveTerms, objective
 from .options import WORKSPACE_BYTES, Options
 
@@ -39,9 +39,13 @@ class ClusterNSLoss(OnlineKMeans):
         false_negatives: "bml" (margin loss), "exclude" (out of the denominator) or "keep".
         bml_weight, bml_alpha, bml_beta: λ, α, β of the margin loss.
         backend: "auto" (Triton on a GPU, torch elsewhere), "triton", "torch" or "reference".
+        workspace_bytes: memory for logits and their temporaries, whatever the batch size.
         process_group: ranks of `torch.distributed` that share one batch. The loss is then that of the
             concatenated batch, and the gradient is such that DistributedDataParallel, which averages over
-            the ranks, gives that of a single process.
+            the ranks, gives that of a single process. Each rank computes its own rows; they may differ in
+            number. Clustering state stays the same, bit for bit, on all ranks.
+        gather: with a process group, "all" brings all positives to every rank; "ring" passes them around, so
+            that no rank ever holds them all, for a third more operations. See `clusterns.distributed`.
 
     Attributes:
         centroids, initialized: buffers, see `OnlineKMeans`.
@@ -68,6 +72,8 @@ class ClusterNSLoss(OnlineKMeans):
         bml_beta: float = 0.5,
         backend: str = "auto",
         process_group: torch.distributed.ProcessGroup | None = None,
+        gather: str = "all",
+        workspace_bytes: int = WORKSPACE_BYTES,
     ):
         super().__init__(
             embedding_dim,
@@ -83,6 +89,12 @@ class ClusterNSLoss(OnlineKMeans):
         check_number("bml_alpha", bml_alpha)
         check_number("bml_beta", bml_beta)
         check_backend(backend)
+        check_choice("gather", gather, GATHERS)
+        if process_group is not None and backend == "reference":
+            raise ValueError(
+                "backend: expected 'auto', 'triton' or 'torch' with a process_group, got 'reference'"
+            )
+        check_count("workspace_bytes", workspace_bytes, at_least=1)
         if hard_negatives and num_clusters < 2:
             raise ValueError(
                 "num_clusters: expected at least 2 with hard_negatives=True (a runner-up centroid), "
@@ -101,6 +113,8 @@ class ClusterNSLoss(OnlineKMeans):
         self.bml_beta = bml_beta
         self.backend = backend
         self.process_group = process_group
+        self.gather = gather
+        self.workspace_bytes = workspace_bytes
         self.last: dict[str, Tensor] = {}
         self._warned_small_batch = False
 
@@ -116,35 +130,72 @@ class ClusterNSLoss(OnlineKMeans):
             TypeError, ValueError: one line that names the argument, what was expected and what came.
 
         """
-        self._check(anchors, positives, negatives)
-        if self.process_group is not None:
-            anchors, positives, negatives = gather_rows([anchors, positives, negatives], self.process_group)
-        clustered = self.clustering_active
-        centroids = self.centroids if clustered else None
-        if choose_backend(self.backend, anchors, positives, negatives, centroids) == "triton":
-            terms, cosines = self._fused_step(anchors, positives, negatives, centroids)
+        ranks = None
+        if self.process_group is None:
+            self._check(anchors, positives, negatives)
         else:
-            terms, cosines = self._step(anchors, positives, negatives, clustered)
+            ranks = self._meet(self.process_group, anchors, positives, negatives)
+        clustered = self.clustering_active
+        inputs = (anchors, positives, negatives)
+        backend = choose_backend(
+            self.backend,
+            *inputs,
+            self.centroids if clustered else None,
+            self.workspace_bytes,
+            shared=ranks is not None,
+        )
+        if backend == "triton":
+            terms, cosines = self._fused_step(*inputs, self.centroids if clustered else None)
+        else:
+            terms, cosines = self._step(*inputs, clustered, backend, ranks)
         if self.training and self.num_clusters and not clustered:
-            self._maybe_seed(anchors, positives, terms.mean_cosine)
+            self._maybe_seed(anchors, positives, terms.mean_cosine, ranks)
         self.last = {name: term.detach() for name, term in terms._asdict().items()} | cosines
         return terms.loss
 
+    def _meet(
+        self,
+        group: torch.distributed.ProcessGroup,
+        anchors: Tensor,
+        positives: Tensor,
+        negatives: Tensor | None,
+    ) -> Ranks:
+        """Agree with the other ranks on the batch; a rank with bad input lets them know."""
+        refused: Exception | None = None
+        try:
+            self._check(anchors, positives, negatives)
+        except (TypeError, ValueError) as error:
+            refused = error
+        return Ranks(group, self.gather, anchors, positives, negatives, self.temperature, refused)
+
     def _step(
-        self, anchors: Tensor, positives: Tensor, negatives: Tensor | None, clustered: bool
+        self,
+        anchors: Tensor,
+        positives: Tensor,
+        negatives: Tensor | None,
+        clustered: bool,
+        backend: str,
+        ranks: Ranks | None,
     ) -> tuple[ObjectiveTerms, dict[str, Tensor]]:
         clusters: dict = {}
         cosines: dict[str, Tensor] = {}
         if clustered:
-            assigned, centroid_cosines = self.assign(anchors, update=self.training)
+            on_triton = backend == "triton-chunked"
+            assigned, centroid_cosines = self.assign(
+                anchors, update=self.training, ranks=ranks, on_triton=on_triton
+            )
             clusters["cluster_ids"] = assigned.nearest
-            cosines["nearest_cosine"] = assigned.nearest_cosine.mean()
-            cosines["with_mates"] = self._share_with_mates(assigned.nearest)
+            sums = [assigned.nearest_cosine.sum(), self._number_with_mates(assigned.nearest, ranks)]
+            names = ["nearest_cosine", "with_mates"]
             if self.hard_negatives:
                 clusters.update(centroids=self.centroids, hard_negative_ids=assigned.runner_up)
                 clusters.update(centroid_cosines=centroid_cosines)
-                cosines["hard_negative_cosine"] = assigned.runner_up_cosine.mean()
-        backend = "torch" if self.backend == "auto" else self.backend
+                names.append("hard_negative_cosine")
+                sums.append(assigned.runner_up_cosine.sum())
+            total, batch = torch.stack(sums), len(anchors)
+            if ranks is not None:
+                total, batch = ranks.sum(total), ranks.batch
+            cosines = dict(zip(names, (total / batch).unbind(), strict=True))
         terms = objective(
             anchors,
             positives,
@@ -155,7 +206,9 @@ class ClusterNSLoss(OnlineKMeans):
             bml_weight=self.bml_weight,
             bml_alpha=self.bml_alpha,
             bml_beta=self.bml_beta,
-            backend=backend,
+            workspace_bytes=self.workspace_bytes,
+            backend=self.backend,
+            ranks=ranks,
             **clusters,
         )
         return terms, cosines
@@ -178,7 +231,7 @@ class ClusterNSLoss(OnlineKMeans):
             self.bml_weight,
             self.bml_alpha,
             self.bml_beta,
-            WORKSPACE_BYTES,
+            self.workspace_bytes,
         )
         terms = fused.objective(
             anchors,
@@ -214,26 +267,36 @@ class ClusterNSLoss(OnlineKMeans):
                 "move the loss with .to(device)"
             )
 
-    def _maybe_seed(self, anchors: Tensor, positives: Tensor, mean_cosine: Tensor) -> None:
+    def _maybe_seed(
+        self, anchors: Tensor, positives: Tensor, mean_cosine: Tensor, ranks: Ranks | None
+    ) -> None:
         """Start rule. The only place that waits for the device, and only until clustering has started."""
         if not bool(mean_cosine <= self.start_cosine):
             return
-        if len(anchors) < self.num_clusters:
+        batch = len(anchors) if ranks is None else ranks.batch
+        if batch < self.num_clusters:
             if not self._warned_small_batch:
                 warnings.warn(
-                    f"clustering waits: a batch of {len(anchors)} cannot seed "
+                    f"clustering waits: a batch of {batch} cannot seed "
                     f"num_clusters={self.num_clusters}; use a larger batch or fewer clusters",
                     stacklevel=3,
                 )
                 self._warned_small_batch = True
             return
-        seed_together(self, anchors.detach(), positives.detach(), self.process_group)
+        anchors, positives = anchors.detach(), positives.detach()
+        if ranks is None:
+            self.seed(anchors, positives)
+        else:
+            self.start_from(seed_together(anchors, positives, self.num_clusters, ranks))
 
-    def _share_with_mates(self, nearest: Tensor) -> Tensor:
+    def _number_with_mates(self, nearest: Tensor, ranks: Ranks | None) -> Tensor:
+        """How many of these sentences share their cluster with another one of the whole batch; 0-d."""
         counts = torch.zeros_like(self.centroids[:, 0]).scatter_add_(
             0, nearest, torch.ones_like(nearest, dtype=self.centroids.dtype)
         )
-        return (counts[nearest] > 1).to(counts.dtype).mean()
+        if ranks is not None:
+            counts = ranks.sum(counts)
+        return (counts[nearest] > 1).to(counts.dtype).sum()
 
     def extra_repr(self) -> str:
         """Settings shown by `print(loss)`."""

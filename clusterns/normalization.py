@@ -34,3 +34,8 @@ def unit_rows(z: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> tuple
     z = z.detach().to(dtype)
     scale = inverse_norms(z)
     return torch.mul(z, scale[:, None], out=out), scale
+
+
+def through_norm(gradient: Tensor, unit: Tensor, along: Tensor, scale: Tensor) -> Tensor:
+    """dz = (du − u (u·du)) / ‖z‖, in place on `gradient` (rows, D), with along = u·du and scale = 1/‖z‖."""
+    return gradient.addcmul_(unit, along[:, None], value=-1).mul_(scale[:, None])
