@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from clusterns.kernels import cosine_launchers, launch, objective_launchers
+from clusterns.kernels import chunk_launchers, cosine_launchers, launch, objective_launchers
 
 
 def record(dtype: torch.dtype, dim: int, batch: int) -> dict[str, launch.Launch]:
@@ -79,4 +79,50 @@ def record(dtype: torch.dtype, dim: int, batch: int) -> dict[str, launch.Launch]
             "gradients, plain", objective_launchers.differentiate,
             one, x, y, None, *plain[:3], state, counters, numbers, (True, True, False),
         )  # fmt: skip
+        _record_chunk(run, meta, x, y, n, c, tau)
     return found
+
+
+def _record_chunk(run: Any, meta: Any, x: Any, y: Any, n: Any, c: Any, tau: Any) -> None:
+    """The launches of one chunk of a large batch."""
+    rows, dim = x.shape
+    number = {"dtype": torch.float32}
+    inverse, ids = meta(rows, **number), meta(rows, dtype=torch.int64)
+    half = x.dtype.itemsize == 2
+    weights_dtype = torch.bfloat16 if half else torch.float32
+
+    def weigh(label: str, mode: str, columns: Any, temperature: Any, **more: Any) -> None:
+        count = columns.shape[0]
+        partial = meta(chunk_launchers.column_tiles(columns, x), rows, **number)
+        dtype = torch.float32 if columns is c else weights_dtype
+        weights = meta(rows, launch.padded(count), dtype=dtype) if mode == "weights" else None
+        run(
+            f"{mode}, {label}", chunk_launchers.weigh,
+            mode, x, columns, inverse, meta(count, **number), temperature, partial, weights, **more,
+        )  # fmt: skip
+
+    weigh("positives", "weights", y, 0.05, own=ids)
+    weigh(
+        "positives, exclude, reference", "weights", y, tau, own=ids, cluster_ids=(ids, ids), reference=inverse
+    )
+    weigh("negatives", "weights", n, 0.05)
+    hard = {"uses": meta(c.shape[0], **number), "hard_ids": ids}
+    weigh("centroids", "weights", c, 0.05, **hard)
+    weigh("positives", "totals", y, 0.05, own=ids)
+    weigh("positives, learned temperature", "maxima", y, tau, own=ids)
+    margins = (x, y, inverse, inverse)
+    out = meta(rows, dim, **number)
+    run(
+        "margins, rows", chunk_launchers.add_margins,
+        *margins, None, ids, (ids, ids), ids, inverse, (0.2, 0.5), values=(inverse, inverse), out=out,
+    )  # fmt: skip
+    run(
+        "margins, values", chunk_launchers.add_margins,
+        *margins, None, ids, (ids, ids), ids, inverse, (0.2, 0.5), values=(inverse, inverse),
+    )  # fmt: skip
+    run(
+        "margins, columns", chunk_launchers.add_margins,
+        *margins, ids, ids, (ids, ids), ids, inverse, (0.2, 0.5), out=out, transposed=True,
+    )  # fmt: skip
+    run("through norm", chunk_launchers.through_norm, out, x, inverse, meta(rows, dim), ids)
+    run("through norm, scaled", chunk_launchers.through_norm, out, x, inverse, meta(rows, dim), scaled=True)

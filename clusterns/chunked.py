@@ -83,8 +83,21 @@ class _Columns:
         if self.wanted.stop > self.wanted.start:
             self.gradient = torch.empty_like(self.units[self.wanted])
 
-    def unit_gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of the unit rows of positives (n, D) and negatives (N, D), where wanted."""
+    def unprojected(self) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients g of positives (n, D) and negatives (N, D), where wanted, before g − u (u·g); once."""
+        if self.gradient is not None:
+            self.gradient *= self.scale[self.wanted, None]
+        return self._split()
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of positives and negatives; once."""
+        if self.gradient is not None:
+            units = self.units[self.wanted]
+            along = (units * self.gradient).sum(dim=1)
+            through_norm(self.gradient, units, along, self.scale[self.wanted])
+        return self._split()
+
+    def _split(self) -> tuple[Tensor | None, Tensor | None]:
         if self.gradient is None:
             return None, None
         split = self.num_positives - self.wanted.start
@@ -92,14 +105,6 @@ class _Columns:
             unsorted(self.gradient[:split], self.order) if self.need_positives else None,
             self.gradient[split:] if self.need_negatives else None,
         )
-
-    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of positives and negatives themselves."""
-        if self.gradient is not None:
-            units = self.units[self.wanted]
-            along = (units * self.gradient).sum(dim=1)
-            through_norm(self.gradient, units, along, self.scale[self.wanted])
-        return self.unit_gradients()
 
 
 class Sweeper:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .normalization import compute_dtype, inverse_norms, through_norm, unit_rows
+from .normalization import compute_dtype, inverse_norms, unit_rows
 from .sweep import (
     Block,
     Clusters,
@@ -165,7 +165,7 @@ class Ranks:
             (needs[1], positives, of_positives),
             (needs[2], negatives, of_negatives),
         ):
-            found.append(_through_norm(z, gradient) if need and z is not None else None)
+            found.append(_project(z, gradient) if need and z is not None else None)
         # Back to the gradient of a single process under an average over ranks; τ's is whole on each.
         gradients = [None if g is None else g * self.size for g in found]
         if of_temperature is not None:
@@ -176,14 +176,14 @@ class Ranks:
     def _sweep_all(
         self, sweeper: Any, positives: Tensor, negatives: Tensor | None, ids: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """One sweep over everything; each gradient of a unit row is summed up at its owner."""
+        """One sweep over everything; gradients are summed up at the owners."""
         whole = self.concatenate(positives, self.rows)
         whole_negatives = None
         if negatives is not None:
             assert self.negative_rows is not None
             whole_negatives = self.concatenate(negatives, self.negative_rows)
         columns = sweeper.sweep(Block(whole, whole_negatives, ids, self.first), Phase.BOTH)
-        of_positives, of_negatives = columns.unit_gradients()
+        of_positives, of_negatives = columns.unprojected()
         return (
             self._return_rows(of_positives, self.rows),
             self._return_rows(of_negatives, self.negative_rows),
@@ -210,7 +210,7 @@ class Ranks:
         """Twice around: totals of the rows, then gradients, which travel with their block."""
         if self.size == 1:
             columns = sweeper.sweep(Block(positives, negatives, ids, 0), Phase.BOTH)
-            return columns.unit_gradients()
+            return columns.unprojected()
         all_ids = ids.split(self.rows) if ids is not None else None
         home = [positives] if negatives is None else [positives, negatives]
 
@@ -236,7 +236,7 @@ class Ranks:
         on_the_way: _Exchange | None = None
         wanted: list[bool] = []
         for owner, columns in travel(Phase.GRADIENTS):
-            found = columns.unit_gradients()
+            found = columns.unprojected()
             wanted = [part is not None for part in found]
             mine = [part for part in found if part is not None]
             if on_the_way is not None:
@@ -286,12 +286,12 @@ def _describe(name: str, value: int) -> str:
     return str(value)
 
 
-def _through_norm(z: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """Gradient of z (rows, D) from that of its unit rows."""
+def _project(z: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """g − u (u·g) for the unit rows u of z (rows, D), in place on g."""
     if gradient is None:
         return None
-    unit, scale = unit_rows(z, gradient.dtype)
-    return through_norm(gradient, unit, (unit * gradient).sum(dim=1), scale)
+    unit, _ = unit_rows(z, gradient.dtype)
+    return gradient.addcmul_(unit, (unit * gradient).sum(dim=1, keepdim=True), value=-1)
 
 
 def seed_together(anchors: Tensor, positives: Tensor, num_clusters: int, ranks: Ranks) -> Tensor:

@@ -247,7 +247,15 @@ def objective(
     clusters = Clusters(cluster_ids, centroids, hard_negative_ids, centroid_cosines)
     return ObjectiveTerms(
         *ClusterAwareInfoNCE.apply(
-            anchors, positives, negatives, temperature, clusters, options, backend, ranks
+            anchors,
+            positives,
+            negatives,
+            temperature,
+            clusters,
+            options,
+            backend,
+            ranks,
+            torch.is_grad_enabled(),
         )
     )
 

@@ -151,13 +151,13 @@ def objective(
     Arguments as `clusterns.functional.info_nce`, checked there. Without `hard_negatives` the centroids only
     assign clusters.
     """
-    dtype = _common_dtype(anchors, positives, negatives)
-    anchors, positives = _unit_stride(anchors.to(dtype)), _unit_stride(positives.to(dtype))
+    dtype = common_dtype(anchors, positives, negatives)
+    anchors, positives = unit_stride(anchors.to(dtype)), unit_stride(positives.to(dtype))
     if negatives is not None:
-        negatives = _unit_stride(negatives.to(dtype))
+        negatives = unit_stride(negatives.to(dtype))
     state = centroids
     if centroids is not None:
-        centroids = _unit_stride(centroids.detach().float())
+        centroids = unit_stride(centroids.detach().float())
     clusters = 0 if centroids is None else centroids.shape[0]
     needs_hard = clusters > 0 and hard_negatives and (hard_negative_ids is not None or clusters > 1)
     needs_ids = clusters > 0 and (cluster_ids is None or (needs_hard and hard_negative_ids is None))
@@ -205,13 +205,14 @@ def objective(
     return Terms(loss, *terms.unbind()[:7])
 
 
-def _common_dtype(*tensors: Tensor | None) -> torch.dtype:
+def common_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that all share, else float32."""
     dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-def _unit_stride(tensor: Tensor) -> Tensor:
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, whose neighbouring columns are neighbours in memory."""
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
@@ -253,8 +254,8 @@ class _Similarity(torch.autograd.Function):
 
 def cosine_similarity_matrix(a: Tensor, b: Tensor, temperature: float | Tensor) -> Tensor:
     """cos(a_i, b_j)/τ, (M, N) float32, differentiable in a, b and τ."""
-    dtype = _common_dtype(a, b)
-    a, b = _unit_stride(a.to(dtype)), _unit_stride(b.to(dtype))
+    dtype = common_dtype(a, b)
+    a, b = unit_stride(a.to(dtype)), unit_stride(b.to(dtype))
     return _Similarity.apply(
         a,
         b,
@@ -266,16 +267,16 @@ def cosine_similarity_matrix(a: Tensor, b: Tensor, temperature: float | Tensor) 
 @torch.no_grad()
 def nearest_centroids(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Nearest and runner-up ids (B,) int64 and their cosines (B,) float32."""
-    return torch.ops.clusterns.assign(
-        _unit_stride(points.detach()), _unit_stride(centroids.detach().float())
-    )[:4]
+    return torch.ops.clusterns.assign(unit_stride(points.detach()), unit_stride(centroids.detach().float()))[
+        :4
+    ]
 
 
 @torch.no_grad()
 def cluster_sums(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Members (K,) of each cluster of points around centroids, and their sum (K, D), both float32."""
     return torch.ops.clusterns.cluster_sums(
-        _unit_stride(points.detach()), _unit_stride(centroids.detach().float())
+        unit_stride(points.detach()), unit_stride(centroids.detach().float())
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .options import WORKSPACE_BYTES
+from .options import WORKSPACE_BYTES, Options
 
 # The launchers rely on a unit column stride.
 _EXACT_STRIDES = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
@@ -328,3 +328,39 @@ def _cluster_sums(points, centroids):
 @torch.library.register_fake("clusterns::cluster_sums")
 def _(points, centroids):
     return centroids.new_empty(centroids.shape[0]), centroids.new_empty(centroids.shape)
+
+
+# --- the large batch ---------------------------------------------------------------------------------------
+
+
+@_register(
+    "sweep(Tensor anchors, Tensor positives, Tensor? negatives, float temperature, "
+    "Tensor? temperature_tensor, Tensor? cluster_ids, Tensor? centroids, Tensor? hard_ids, Tensor? cosines, "
+    "float hard_negative_weight, str false_negatives, float bml_weight, float bml_alpha, float bml_beta, "
+    "int workspace_bytes, bool[] needs) -> (Tensor loss, Tensor info_nce, Tensor bml, Tensor mean_cosine, "
+    "Tensor positive_cosine, Tensor anchors, Tensor positives, Tensor negatives, Tensor temperature)"
+)
+def _sweep(anchors, positives, negatives, temperature, temperature_tensor, *rest):
+    from .sweep import Clusters, sweep_alone
+
+    *numbers, needs = rest
+    clusters, options = Clusters(*numbers[:4]), Options(*numbers[4:])
+    tau = temperature if temperature_tensor is None else temperature_tensor
+    found = sweep_alone(anchors, positives, negatives, tau, clusters, options, tuple(needs), "triton-chunked")
+    missing = anchors.new_empty((0, 0))
+    return (*found.terms, *(missing if gradient is None else gradient for gradient in found.gradients))
+
+
+@torch.library.register_fake("clusterns::sweep")
+def _(anchors, positives, negatives, temperature, temperature_tensor, *rest):
+    present = [z for z in (anchors, positives, negatives) if z is not None]
+    dtypes = {z.dtype for z in present}
+    kept = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    kept = torch.float32 if kept == torch.float16 else kept
+    terms = [anchors.new_empty((), dtype=torch.float32) for _ in range(5)]
+    gradients = [
+        anchors.new_empty((0, 0)) if z is None or not need else z.new_empty(z.shape, dtype=kept)
+        for z, need in zip((anchors, positives, negatives), rest[-1], strict=False)
+    ]
+    tau = anchors.new_empty((), dtype=torch.float32) if rest[-1][3] else anchors.new_empty((0, 0))
+    return (*terms, *gradients, tau)

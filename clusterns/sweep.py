@@ -101,10 +101,16 @@ class ClusterAwareInfoNCE(torch.autograd.Function):
         options: Options,
         backend: str,
         ranks: Ranks | None,
+        keeps_graph: bool,
     ) -> tuple[Tensor, ...]:
-        """Return loss, InfoNCE, BML, mean cosine over all B² cells and over the diagonal, each 0-d."""
+        """Return loss, InfoNCE, BML, mean cosine over all B² cells and over the diagonal, each 0-d.
+
+        keeps_graph: `torch.is_grad_enabled()` of the caller. In here it is off, and `needs_input_grad` does not
+        know of it.
+        """
         inputs = (anchors, positives, negatives, temperature)
-        needs = ctx.needs_input_grad[:4]
+        a, p, n, tau = (need and keeps_graph for need in ctx.needs_input_grad[:4])
+        needs = (a, p, n, tau)
         with torch.no_grad(), without_autocast(anchors.device):
             if ranks is not None:
                 found = ranks.sweep(*inputs, clusters, options, needs, backend)
@@ -128,7 +134,7 @@ class ClusterAwareInfoNCE(torch.autograd.Function):
             None if gradient is None else (gradient * grad_loss).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def sweep_alone(

@@ -63,10 +63,13 @@ def test_dtype_is_named():
     refused("float64 is not supported; convert to float32", lambda: info_nce(wide, wide, backend="triton"))
 
 
-def test_triton_when_asked_for_keeps_all_cosines():
+def test_triton_goes_by_size():
     x = X.to(DEVICE)
-    small = info_nce(x, x, backend="triton", workspace_bytes=1)
-    assert torch.equal(small, info_nce(x, x, backend="triton"))
+    assert choose_backend("triton", x, x) == "triton"
+    assert choose_backend("triton", x, x, workspace_bytes=4 * 8 * 8 - 1) == "triton-chunked"
+    assert choose_backend("triton", x, x, shared=True) == "triton-chunked"
+    chunked = info_nce(x, x, backend="triton", workspace_bytes=1)
+    torch.testing.assert_close(chunked, info_nce(x, x, backend="triton"))
 
 
 def test_old_triton_is_named(monkeypatch):
@@ -124,11 +127,11 @@ def test_bad_input_meets_the_same_words():
         assert len(messages) == 1, messages
 
 
-def test_larger_batches_take_the_torch_path(monkeypatch):
-    """ "auto" keeps within the workspace: the Triton path holds the cosines, the torch path does not."""
+def test_larger_batches_are_swept_in_chunks(monkeypatch):
+    """ "auto" keeps within the workspace: the cosines are held where they fit, and swept where not."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(fused, "why_not", lambda *tensors: None)
     assert choose_backend("auto", X, X) == "triton"
+    assert choose_backend("auto", X, X, workspace_bytes=255) == "triton-chunked"
+    monkeypatch.setattr(fused, "why_not", lambda *tensors: "no")
     assert choose_backend("auto", X, X, workspace_bytes=255) == "torch"
-    monkeypatch.undo()
-    assert choose_backend("auto", X, X) == "torch"
