@@ -4,8 +4,13 @@
 >>> loss = loss_fn(anchors, positives)
 """
 
+from typing import TYPE_CHECKING
+
 from .functional import cosine_similarity_matrix, info_nce, nearest_centroids, seed_centroids
 from .loss import ClusterNSLoss
+
+if TYPE_CHECKING:
+    from .spherical_kmeans import SphericalKMeans as SphericalKMeans
 
 __version__ = "0.1.0"
 
@@ -17,3 +22,17 @@ __all__ = [
     "nearest_centroids",
     "seed_centroids",
 ]
+
+
+def __getattr__(name: str):
+    # Not imported above, nor in __all__: it alone needs scikit-learn.
+    if name != "SphericalKMeans":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from .spherical_kmeans import SphericalKMeans
+    except ImportError as error:
+        raise ImportError(
+            f"SphericalKMeans: expected scikit-learn 1.6 or newer, got: {error}; "
+            'pip install "clusterns[cluster]"'
+        ) from error
+    return SphericalKMeans

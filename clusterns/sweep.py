@@ -105,8 +105,8 @@ class ClusterAwareInfoNCE(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Return loss, InfoNCE, BML, mean cosine over all B² cells and over the diagonal, each 0-d.
 
-        keeps_graph: `torch.is_grad_enabled()` of the caller. In here it is off, and `needs_input_grad` does not
-        know of it.
+        keeps_graph: `torch.is_grad_enabled()` of the caller: in here it is off, and `needs_input_grad` does
+        not know of it.
         """
         inputs = (anchors, positives, negatives, temperature)
         a, p, n, tau = (need and keeps_graph for need in ctx.needs_input_grad[:4])

@@ -188,4 +188,4 @@ def _weight_tiles(x: Tensor, y: Tensor) -> Tiles:
 def _margin_tiles(x: Tensor) -> Tiles:
     if x.dtype.itemsize == 2:
         return Tiles({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_OUT": 128})
-    return Tiles({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_OUT": 64}, num_stages=2)
+    return Tiles({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_OUT": 32}, num_stages=2)

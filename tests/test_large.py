@@ -10,7 +10,7 @@ import torch
 from conftest import DEVICE
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from objective_problems import errors, exact, fix_clusters, gradients, problem, widen
+from objective_problems import errors, exact, fix_clusters, gradients, problem
 
 from clusterns import ClusterNSLoss, info_nce, large
 from clusterns.functional import objective
