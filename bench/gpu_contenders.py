@@ -24,6 +24,7 @@ from contenders import SETTINGS
 from torch import Tensor
 
 import clusterns
+from clusterns.options import WORKSPACE_BYTES
 
 OURS = "clusterns"
 TAU = SETTINGS.temperature
@@ -70,16 +71,15 @@ def make_views(case: Case, device: torch.device) -> Views:
     So no two centroids are equally near, and whoever rounds picks the same hard negative: what parity shows
     is arithmetic, not the luck of a tie.
     """
-    generator = torch.Generator().manual_seed(0)
+    made: dict = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     batch, dim, clusters = case.batch, case.dim, case.clusters
-    centers = 0.8 * torch.randn(clusters, dim, generator=generator)
-    first = torch.randint(clusters, (batch,), generator=generator)
-    second = (first + torch.randint(1, clusters, (batch,), generator=generator)) % clusters
-    noise = torch.randn(2, batch, dim, generator=generator)
-    anchors = centers[first] + 0.5 * centers[second] + noise[0]
-    positives = anchors + 3 * noise[1]
-    leaves = (z.to(device, case.dtype).requires_grad_() for z in (anchors, positives))
-    return Views(*leaves, centers.to(device))
+    centers = 0.8 * torch.randn(clusters, dim, **made)
+    first = torch.randint(clusters, (batch,), **made)
+    second = (first + torch.randint(1, clusters, (batch,), **made)) % clusters
+    anchors = centers[first] + 0.5 * centers[second] + torch.randn(batch, dim, **made)
+    positives = anchors + 3 * torch.randn(batch, dim, **made)
+    leaves = (z.to(case.dtype).requires_grad_() for z in (anchors, positives))
+    return Views(*leaves, centers)
 
 
 @dataclass
@@ -134,7 +134,9 @@ def is_installed(package: str) -> bool:
 # --- whole steps -------------------------------------------------------------------------------------------
 
 
-def our_step(case: Case, views: Views, backend: str = "auto") -> Built:
+def our_step(
+    case: Case, views: Views, backend: str = "auto", workspace_bytes: int = WORKSPACE_BYTES
+) -> Built:
     """`ClusterNSLoss` in training mode with clustering active."""
     loss = clusterns.ClusterNSLoss(
         case.dim,
@@ -145,6 +147,7 @@ def our_step(case: Case, views: Views, backend: str = "auto") -> Built:
         bml_alpha=SETTINGS.bml_alpha,
         bml_beta=SETTINGS.bml_beta,
         backend=backend,
+        workspace_bytes=workspace_bytes,
     ).to(views.anchors.device)
     loss.centroids.copy_(views.centers)
     loss.initialized.fill_(True)
@@ -324,4 +327,25 @@ PLAIN = [
         lambda case: _gpu_only(case) or ("D is no multiple of 256" if case.dim % 256 else ""),
     ),
 ]
-CONTENDERS = {"step": {each.name: each for each in STEP}, "plain": {each.name: each for each in PLAIN}}
+
+
+def siglip(case: Case, views: Views) -> Built:
+    """siglip-kernel: another loss, sigmoids over pairs, with the same three products."""
+    from siglip_kernel import fused_siglip_loss
+
+    log_scale = torch.tensor(1 / TAU, device=views.anchors.device).log()
+    bias = torch.tensor(-10.0, device=views.anchors.device)
+
+    def run() -> Tensor:
+        a, p = F.normalize(views.anchors, dim=1), F.normalize(views.positives, dim=1)
+        return fused_siglip_loss(a, p, log_scale, bias)
+
+    return Built(run, views)
+
+
+# Not InfoNCE: timed without parity, and named so.
+OTHER_LOSS = [Contender("siglip-kernel (sigmoid loss)", siglip, "siglip_kernel", _gpu_only)]
+CONTENDERS = {
+    kind: {each.name: each for each in contenders}
+    for kind, contenders in (("step", STEP), ("plain", PLAIN), ("other loss", OTHER_LOSS))
+}

@@ -54,6 +54,54 @@ def plot(rows: list[dict], path: Path, title: str) -> bool:
     return True
 
 
+def plot_large(rows: list[dict], path: Path, title: str) -> bool:
+    """Draw time with its floor, achieved rate and peak memory of large batches against B, by kind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = {"step": "full objective", "plain": "plain InfoNCE (and a sigmoid loss)"}
+    chosen = {
+        kind: [
+            row
+            for row in rows
+            if row["status"] == "ok" and row["what"] == "both" and not row.get("regime")
+            and (row["kind"] == kind or (kind, row["kind"]) == ("plain", "other loss"))
+        ]
+        for kind in kinds
+    }  # fmt: skip
+    if not any(chosen.values()):
+        return False
+    names = list(dict.fromkeys(row["contender"] for each in chosen.values() for row in each))
+    panels = (
+        ("device_us", "microseconds, forward + backward"),
+        ("tflops", "TFLOP/s, counting 6·B²·D"),
+        ("peak_mib", "peak MiB above inputs and gradients"),
+    )
+    figure, axes = plt.subplots(len(panels), len(kinds), figsize=(11, 12), squeeze=False, sharex="col")
+    for (kind, label), column_axes in zip(kinds.items(), axes.T, strict=True):
+        own = sorted(chosen[kind], key=lambda row: row["B"])
+        for axis, (column, unit) in zip(column_axes, panels, strict=True):
+            for index, name in enumerate(names):
+                of_name = [row for row in own if row["contender"] == name]
+                draw(axis, of_name, column, COLORS[index % len(COLORS)], "-", name)
+            if column == "device_us":
+                draw(axis, own, "floor_us", "black", "--", "6·B²·D at the measured matrix rate")
+            axis.set(ylabel=unit, yscale="log" if column != "tflops" else "linear")
+            axis.set_xscale("log", base=2)
+            axis.grid(alpha=0.3, which="both")
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=7)
+        column_axes[0].set_title(label)
+        column_axes[-1].set_xlabel("batch size B")
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return True
+
+
 def draw(axis, rows: list[dict], column: str, color: str, style: str, label: str | None) -> None:
     """One series, without the rows that lack the figure."""
     points = [(row["B"], row[column]) for row in rows if row.get(column) and row[column] > 0]

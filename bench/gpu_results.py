@@ -14,7 +14,7 @@ COLUMNS = """
 contender kind what B D K dtype precision status note device_us device_us_p20 device_us_p80 graph_us
 graph_us_p20 graph_us_p80 graph_note host_us host_us_p20 host_us_p80 peak_mib loss loss_error gradient_error
 centroid_error graph_gradient_error ratio_device ratio_graph ratio_host ratio_memory kernels adds_percent
-adds_percent_p20 adds_percent_p80
+adds_percent_p20 adds_percent_p80 regime workspace_mib tflops rate_fraction floor_us
 """.split()
 MEANING = {
     "device_us": "device time per call, launched eagerly; median of blocks of calls between two events",
@@ -23,6 +23,9 @@ MEANING = {
     "peak_mib": "peak memory of one call above inputs and their gradients",
     "ratio_device, ratio_graph, ratio_host": "theirs over ours, median over blocks taken in turn",
     "loss_error, gradient_error, centroid_error": "relative, against the float64 reference on the CPU or GPU",
+    "tflops": "6·B²·D operations (assignment: 2·B·K·D) over device_us",
+    "rate_fraction": "tflops over the rate of a matrix product, measured on the same card in the same run",
+    "floor_us": "those operations at that rate",
     "adds_percent": "training step: longer than plain SimCSE's by this, median over steps taken in turn",
 }
 ON_TARGET = {"B": 512, "D": 768, "K": 128}
@@ -31,10 +34,12 @@ ON_TARGET = {"B": 512, "D": 768, "K": 128}
 class Results:
     """Rows and skips, rewritten to JSON and CSV after each."""
 
-    def __init__(self, folder: Path, machine: dict[str, object], *, on_gpu: bool):
+    def __init__(self, folder: Path, machine: dict[str, object], *, on_gpu: bool, suffix: str = ""):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.on_gpu = folder, on_gpu
-        self.stem = "gpu" if on_gpu else "cpu-machinery"  # no file of a CPU run looks like GPU figures
+        self.stem = (
+            "gpu" if on_gpu else "cpu-machinery"
+        ) + suffix  # no file of a CPU run looks like GPU figures
         self.machine = machine
         self.rows: list[dict] = []
         self.skipped: list[str] = []
@@ -59,7 +64,7 @@ class Results:
             "note": "" if self.on_gpu else "CPU figures of the benchmark's machinery: not GPU figures",
             "machine": self.machine,
             "meaning": MEANING,
-            "targets": self.targets(),
+            "targets": self.targets() if self.stem == "gpu" else [],
             "rows": self.rows,
             "skipped": self.skipped,
         }
@@ -172,6 +177,10 @@ def line(row: dict, short: bool = False) -> str:
         return f"{text} {row['status']} {row.get('note', '')}".rstrip()
     text += " ".join(number(f"{name}_us", "10.1f", "") for name in ("device", "graph", "host"))
     text += number("peak_mib", "9.1f", " MiB")
+    if row.get("tflops") is not None:
+        text += f"  {row['tflops']:.1f} TFLOP/s"
+        text += f" ({row['rate_fraction']:.0%} of the rate)" if row.get("rate_fraction") else ""
+    text += f"  {row['regime']}" if row.get("regime") else ""
     for name in ("device", "graph", "host", "memory"):
         if row.get(f"ratio_{name}") is not None:
             text += f"  {name} {row[f'ratio_{name}']:.2f}x"
