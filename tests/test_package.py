@@ -71,6 +71,8 @@ def test_public_signatures():
         "bml_beta": 0.5,
         "backend": "auto",
         "process_group": None,
+        "gather": "all",
+        "workspace_bytes": 256 * 2**20,
     }
     assert list(loss)[:2] == ["embedding_dim", "num_clusters"]
     assert all(p.kind is p.KEYWORD_ONLY for name, p in loss.items() if name not in list(loss)[:2])
