@@ -3,6 +3,9 @@
 #   OUT                     folder for logs, JSON, CSV and plot (default bench/results/gpu)
 #   CLUSTERNS_SECONDS       time for everything (default 540)
 #   CLUSTERNS_TEST_SECONDS  most of it for the tests (default a third)
+#   CLUSTERNS_LARGE_SECONDS most of it for the large batches (default a third, at most 300)
+#   CLUSTERNS_STAGES        some of "tests step large exactness" (default the first three); one call each gives
+#                           each all the time: CLUSTERNS_STAGES="large exactness" CLUSTERNS_LARGE_SECONDS=300
 #   PYTHON                  the interpreter that has torch (default python3)
 # Wheels in .whl/ (rivals that are not installed) are used from a temporary folder.
 # A failing test does not stop the benchmarks; the exit status is non-zero then.
@@ -13,6 +16,20 @@ cd "$(dirname "$0")/.." || exit 1
 began=$SECONDS
 total=${CLUSTERNS_SECONDS:-540}
 test_seconds=${CLUSTERNS_TEST_SECONDS:-$((total / 3))}
+stages=" ${CLUSTERNS_STAGES:-tests step large} "
+for stage in $stages; do
+    case $stage in
+        tests | step | large | exactness) ;;
+        *) echo "CLUSTERNS_STAGES: expected some of 'tests step large exactness', got $stage" >&2 && exit 2 ;;
+    esac
+done
+wants() { [[ $stages == *" $1 "* ]]; }
+wants tests || test_seconds=0
+large_seconds=0
+if wants large; then
+    large_seconds=${CLUSTERNS_LARGE_SECONDS:-$((total / 3))}
+    if ((large_seconds > 300)); then large_seconds=300; fi
+fi
 scratch=$(mktemp -d)
 path=() # options of the interpreter for pytest
 trap 'rm -rf "$scratch"' EXIT
@@ -71,7 +88,6 @@ if compgen -G ".whl/*.whl" >/dev/null; then
         export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$scratch/rivals"
 fi
 
-echo "== tests, at most $test_seconds s"
 tests() { # name, seconds, arguments of pytest
     local name=$1 seconds=$2 code
     shift 2
@@ -84,33 +100,58 @@ tests() { # name, seconds, arguments of pytest
     if ((code != 0 && code != 5)); then status=1; fi # 5: nothing was selected
     echo "$name: pytest ended with $code after $((SECONDS - began)) s in all"
 }
-rm -f "$out/tests.log"
 shopt -s nullglob
-kernel_tests=(tests/test_kernels*.py tests/test_fused*.py)
-first=$SECONDS
-tests tests-gpu-marker "$test_seconds" tests -m gpu
-rest=$((test_seconds - (SECONDS - first)))
-if ((rest > 5)); then
-    tests tests-kernels "$rest" "${kernel_tests[@]}" -m "not gpu" # those with the marker have run
-else
-    echo "tests-kernels: NOT RUN, no time left for them" && status=1
+if wants tests; then
+    echo "== tests, at most $test_seconds s"
+    rm -f "$out/tests.log"
+    kernel_tests=(tests/test_kernels*.py tests/test_fused*.py tests/test_large*.py)
+    first=$SECONDS
+    tests tests-gpu-marker "$test_seconds" tests -m gpu
+    rest=$((test_seconds - (SECONDS - first)))
+    if ((rest > 5)); then
+        tests tests-kernels "$rest" "${kernel_tests[@]}" -m "not gpu" # those with the marker have run
+    else
+        echo "tests-kernels: NOT RUN, no time left for them" && status=1
+    fi
 fi
 
-echo "== benchmarks, $(left 20) s"
-if ((gpu)); then arguments=(--device cuda); else arguments=(--device cpu --quick); fi
-seconds=$(left 35)
-if ((seconds < 10)); then
-    echo "NOT RUN, no time left" && exit 1
-fi
-# TERM lets it write its report; the budget inside ends it before that unless one row takes long.
-timeout --kill-after=15 $((seconds + 10)) "$python" bench/gpu_step.py "${arguments[@]}" --seconds "$seconds" \
-    --output "$out" 2>"$out/benchmark-errors.log" | tee "$out/benchmark.log"
-if ((PIPESTATUS[0] != 0)); then
-    status=1
-    tail -n 15 "$out/benchmark-errors.log"
+if ((gpu)); then arguments=(--device cuda); else arguments=(--device cpu); fi
+benchmark() { # script, seconds, name of its logs, more arguments
+    local script=$1 seconds=$2 name=$3
+    shift 3
+    if ((seconds < 10)); then
+        echo "$script: NOT RUN, no time left" && status=1
+        return
+    fi
+    echo "== $script, $seconds s"
+    # TERM lets it write its report; the budget inside ends it before that unless one row takes long.
+    timeout --kill-after=15 $((seconds + 10)) "$python" "bench/$script" "${arguments[@]}" --seconds "$seconds" \
+        --output "$out" "$@" 2>"$out/$name-errors.log" | tee "$out/$name.log"
+    if ((PIPESTATUS[0] != 0)); then
+        status=1
+        tail -n 15 "$out/$name-errors.log"
+    fi
+}
+quick=()
+if ((!gpu)); then quick=(--quick); fi
+if wants step; then benchmark gpu_step.py "$(left $((35 + large_seconds)))" benchmark "${quick[@]}"; fi
+if wants large; then
+    seconds=$(left 35)
+    if ((seconds > large_seconds)); then seconds=$large_seconds; fi
+    ((gpu)) || export TRITON_INTERPRET=1
+    benchmark gpu_large_batch.py "$seconds" large
 fi
 
-if ((gpu && $(left) > 90)); then
+if wants exactness && (($(left 20) > 30)); then
+    echo "== exactness, $(left 20) s"
+    batches=64,300
+    if ((gpu)); then batches=64,300,1024,4096,16384,65536; else export TRITON_INTERPRET=1; fi
+    timeout --kill-after=5 "$(left 20)" "$python" bench/exactness.py "${arguments[@]}" --batches $batches \
+        --output "$out/exactness.csv" 2>"$out/exactness-errors.log" | tee "$out/exactness.log"
+    if ((PIPESTATUS[0] != 0)); then status=1; fi
+fi
+
+if wants step && ((gpu && $(left) > 90)); then
     echo "== host view by pytest-benchmark"
     timeout --kill-after=5 $(($(left) - 10)) "$python" "${path[@]}" -m pytest -p no:cacheprovider \
         bench/test_gpu_step.py --benchmark-only -s >>"$out/benchmark.log" 2>&1 || status=1
