@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .normalization import compute_dtype, inverse_norms, unit_rows
+from .normalization import compute_dtype, inverse_norms, unit_rows, without_autocast
 from .sweep import (
     Block,
     Clusters,
@@ -46,8 +46,11 @@ class Ranks:
 
     Building it is a collective call. It reads the other ranks' row counts, and so waits for the device.
 
-    Raises `ValueError` on every rank if the ranks do not agree (dtype, D, with or without negatives, which
-    gradients are wanted), and on the others if one rank was given `refused`, the error its own input made.
+    A gradient is computed for all ranks if one of them wants it.
+
+    Raises `ValueError` on every rank if the ranks do not agree (dtype, D, with or without negatives), and on
+    the others if one rank was given `refused`, the error its own input made. That input may be anything, so
+    `device` says where the collective call takes place; by default where the anchors are.
     """
 
     def __init__(
@@ -59,10 +62,11 @@ class Ranks:
         negatives: Tensor | None,
         temperature: float | Tensor,
         refused: Exception | None = None,
+        device: torch.device | None = None,
     ):
         self.group, self.gather = group, gather
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.device = anchors.device
+        self.device = anchors.device if device is None else device
         keeps_graph = torch.is_grad_enabled()
         wants = [
             isinstance(z, Tensor) and z.requires_grad and keeps_graph
@@ -321,5 +325,7 @@ def seed_together(anchors: Tensor, positives: Tensor, num_clusters: int, ranks: 
         _, centroid, unit = table[winner][0].split([1, raw.shape[1], raw.shape[1]])
         centroids[cluster] = centroid
         chosen[best] |= winner == ranks.rank
-        score = torch.mv(p, unit).masked_fill_(chosen, torch.inf)
+        with without_autocast(raw.device):
+            score = torch.mv(p, unit)
+        score.masked_fill_(chosen, torch.inf)
     return centroids

@@ -166,7 +166,10 @@ class ClusterNSLoss(OnlineKMeans):
             self._check(anchors, positives, negatives)
         except (TypeError, ValueError) as error:
             refused = error
-        return Ranks(group, self.gather, anchors, positives, negatives, self.temperature, refused)
+        # Bad anchors may be no tensor, or on the wrong device: the others would wait in vain.
+        of_loss = refused is not None and (self.num_clusters > 0 or not isinstance(anchors, Tensor))
+        device = self.centroids.device if of_loss else anchors.device
+        return Ranks(group, self.gather, anchors, positives, negatives, self.temperature, refused, device)
 
     def _step(
         self,
