@@ -1,74 +1,311 @@
-"""One rank of the test in test_distributed.py; started by torchrun."""
+"""One rank of the tests in test_distributed.py; started by torchrun.
+
+Every rank builds the whole batch from a seed, and so has the single process to compare with at hand: the
+plain formulas of `reference` on the concatenated batch.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from distributed_refusals import check_refusals
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from clusterns import ClusterNSLoss
+from clusterns import ClusterNSLoss, chunked
+from clusterns.distributed import Ranks, seed_together
+from clusterns.functional import seed_centroids
 
-DIM, WIDTH, STEPS = 10, 8, 4
-ROWS = (13, 7, 11)  # ragged on purpose
+DIM, WIDTH, CLUSTERS, STEPS = 10, 8, 5, 3
+ROWS = (13, 1, 11, 6)  # ragged on purpose
+NEGATIVE_ROWS = (3, 7, 1, 2)
 
 
-def data(step: int, world_size: int):
-    """Both views and the mined negatives of the whole batch, and the rows of each rank."""
+class Setting(NamedTuple):
+    """One way to use the loss."""
+
+    name: str
+    loss: dict  # arguments of ClusterNSLoss
+    negatives: bool = False
+    dtype: torch.dtype = torch.float64
+    learned: float | None = None  # τ as a parameter
+    wants: str = "apn"  # which embeddings want a gradient
+    wants_on: int | None = None  # ... on this rank only
+    upstream: float = 1.0
+    cluster_order: bool = False  # the route of large batches
+    evaluate: bool = False
+
+
+TINY = {"workspace_bytes": 2_000}  # a few rows of logits in a chunk
+SETTINGS = [
+    Setting("plain", {"num_clusters": 0, "hard_negatives": False}, upstream=3.0),
+    Setting("bml", {"hard_negative_weight": 0.7}, negatives=True, upstream=-0.5),
+    Setting("bml in order", {**TINY, "hard_negative_weight": -0.7}, negatives=True, cluster_order=True),
+    Setting("bml in order, one chunk, float32", {}, dtype=torch.float32, cluster_order=True),
+    Setting(
+        "bml with odd margins", {"bml_alpha": -0.1, "bml_beta": -0.2, "hard_negatives": False}, wants="p"
+    ),
+    Setting("bml, maximum", {"temperature": 1e-3, "centroid_update": "mean", **TINY}, negatives=True),
+    Setting("bml, learned τ", {"centroid_update": "adamw"}, True, learned=0.07, upstream=2.0),
+    Setting("learned τ alone", {**TINY, "hard_negative_weight": 0.7}, learned=0.01, wants=""),
+    Setting(
+        "exclude, float32, maximum",
+        {"false_negatives": "exclude", "temperature": 0.01, "hard_negative_weight": 0.7, **TINY},
+        dtype=torch.float32,
+    ),
+    Setting(
+        "exclude in order", {"false_negatives": "exclude"}, True, learned=0.05, cluster_order=True, wants="an"
+    ),
+    Setting("keep, positives detached", {"false_negatives": "keep", **TINY}, negatives=True, wants="an"),
+    Setting("anchors detached", {"centroid_update": "replace"}, negatives=True, wants="pn"),
+    Setting("negatives alone", {"false_negatives": "keep", "temperature": 0.01}, negatives=True, wants="n"),
+    Setting("one rank wants all", {"temperature": 0.01}, negatives=True, wants_on=1),
+    Setting("bfloat16", {}, negatives=True, dtype=torch.bfloat16),
+    Setting("float16, maximum", {"temperature": 0.01}, dtype=torch.float16, upstream=64.0),
+    Setting("evaluation", {}, negatives=True, learned=0.05, evaluate=True),
+]
+
+# Largest error, as a share of the largest entry; float32 at τ = 0.01 rounds logits of 100.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
+
+
+def batch(step: int, size: int, width: int, dtype: torch.dtype) -> list[list[torch.Tensor]]:
+    """Anchors, positives and negatives of a batch, each split by rank; norms far from 1."""
     generator = torch.Generator().manual_seed(step)
-    rows = ROWS[:world_size]
-    total = sum(rows)
-    views = [torch.randn(total, DIM, generator=generator, dtype=torch.float64) for _ in range(3)]
-    return [list(view.split(rows)) for view in views]
+    split = []
+    noise = torch.randn(sum(ROWS), width, generator=generator, dtype=torch.float64)
+    for index, counts in enumerate((ROWS[:size], ROWS[:size], NEGATIVE_ROWS[:size])):
+        z = torch.randn(sum(counts), width, generator=generator, dtype=torch.float64)
+        z = z + (noise[: len(z)] if index < 2 else 0.0)
+        z = z * (0.2 + 3 * torch.rand(len(z), 1, generator=generator, dtype=torch.float64))
+        split.append(list(z.to(dtype).split(counts)))
+    return split
 
 
-def encoder() -> torch.nn.Module:
-    """The same weights on every rank."""
-    torch.manual_seed(5)
-    return torch.nn.Linear(DIM, WIDTH).double()
+def make_loss(setting: Setting, **distributed) -> ClusterNSLoss:
+    arguments = {"num_clusters": CLUSTERS, "start_cosine": 1.0, "centroid_momentum": 0.1, "bml_weight": 0.3}
+    arguments |= setting.loss | distributed
+    if setting.learned is not None:
+        arguments["temperature"] = torch.nn.Parameter(torch.tensor(setting.learned, dtype=torch.float64))
+    return ClusterNSLoss(WIDTH, **arguments)
 
 
-def train(model, loss_fn, step_data, wrap_negatives: bool):
-    """Four optimiser steps; returns weights, centroids and losses."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = []
-    for anchors, positives, negatives in step_data:
-        embedded = model(torch.cat([anchors, positives, negatives]))
-        a, p, n = embedded.split([len(anchors), len(positives), len(negatives)])
-        loss = loss_fn(a, p, n if wrap_negatives else None)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return losses
-
-
-def run(output: str) -> None:
-    """Train this rank's share; rank 0 writes what it ended with."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(100 + rank)  # ranks draw different first picks unless rank 0's is broadcast
-    result = {}
-    for wrap_negatives in (False, True):
-        model = DistributedDataParallel(encoder())
-        torch.manual_seed(100 + rank)
-        loss_fn = ClusterNSLoss(WIDTH, 4, start_cosine=1.0, bml_weight=0.1, process_group=dist.group.WORLD)
-        shares = [[part[rank] for part in data(step, world_size)] for step in range(STEPS)]
-        losses = train(model, loss_fn, shares, wrap_negatives)
-        everyone = [torch.empty_like(loss_fn.centroids) for _ in range(world_size)]
-        dist.all_gather(everyone, loss_fn.centroids)
-        assert all(torch.equal(c, everyone[0]) for c in everyone), "ranks hold different centroids"
-        result[wrap_negatives] = {
-            "weight": model.module.weight.detach(),
-            "centroids": loss_fn.centroids,
-            "losses": torch.stack(losses),
+def run_steps(setting: Setting, loss_fn: ClusterNSLoss, batches, wanted: set[str]) -> list[dict]:
+    """What the loss gives in each of a few steps: the first seeds, the others are clustered."""
+    results = []
+    for step, views in enumerate(batches):
+        leaves = {
+            name: z.clone().requires_grad_(name in wanted) for name, z in zip("apn", views, strict=True)
         }
-    if rank == 0:
-        torch.save(result, output)
+        anchors, positives, negatives = leaves.values()
+        evaluate = setting.evaluate and step == len(batches) - 1
+        loss_fn.train(not evaluate)
+        with torch.set_grad_enabled(not evaluate):
+            loss = loss_fn(anchors, positives, negatives if setting.negatives else None)
+        temperature = loss_fn.temperature
+        if loss.requires_grad:
+            (loss * setting.upstream).backward()
+        found = {"loss": loss.detach(), "centroids": loss_fn.centroids.clone()}
+        found |= {f"last {name}": term for name, term in loss_fn.last.items()}
+        found |= {f"gradient {name}": z.grad for name, z in leaves.items() if z.grad is not None}
+        if isinstance(temperature, torch.nn.Parameter) and temperature.grad is not None:
+            found["gradient τ"], temperature.grad = temperature.grad, None
+        results.append(found)
+    return results
 
 
-def main(output: str) -> None:
+def same_everywhere(group, tensor: torch.Tensor, what: str) -> None:
+    every = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, tensor.contiguous(), group=group)
+    assert all(torch.equal(other, every[0]) for other in every), f"ranks hold different {what}: {every}"
+
+
+@contextlib.contextmanager
+def named(what: str) -> Iterator[None]:
+    """Say where an error comes from."""
+    try:
+        yield
+    except Exception:
+        print(f"{what}:", file=sys.stderr)
+        raise
+
+
+def check_setting(setting: Setting, group) -> None:
+    """Both ways to gather against one process."""
+    batches = [batch(step, dist.get_world_size(group), WIDTH, setting.dtype) for step in range(STEPS)]
+    whole = [[torch.cat(parts) for parts in views] for views in batches]
+    torch.manual_seed(100)  # the generator of rank 0
+    alone = run_steps(setting, make_loss(setting, backend="reference"), whole, set(setting.wants))
+    for gather in ("all", "ring"):
+        with named(f"rank {dist.get_rank()}, gather {gather!r}, {setting.name!r}"):
+            check_gather(setting, gather, group, batches, alone)
+
+
+def check_gather(setting: Setting, gather: str, group, batches, alone: list[dict]) -> None:
+    """Loss, terms, centroids and gradients as those of one process; the same bits when repeated."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    shares = [[parts[rank] for parts in views] for views in batches]
+    wanted = set(setting.wants)
+    own_wanted = wanted if setting.wants_on in (None, rank) else set()
+    with mock.patch.object(chunked, "_SORTED_BATCH", 1 if setting.cluster_order else 10**9):
+        runs = []
+        for _ in range(2):
+            torch.manual_seed(100 + rank)  # others draw other first picks unless they take rank 0's
+            loss_fn = make_loss(setting, process_group=group, gather=gather)
+            runs.append(run_steps(setting, loss_fn, shares, own_wanted))
+    assert loss_fn.clustering_active == (loss_fn.num_clusters > 0)
+
+    places = dict(zip("apn", (ROWS, ROWS, NEGATIVE_ROWS), strict=True))
+    for step, (found, again, expected) in enumerate(zip(*runs, alone, strict=True)):
+        if own_wanted == wanted:
+            assert found.keys() == expected.keys(), (step, found.keys(), expected.keys())
+        same_everywhere(group, found["loss"], "losses")
+        same_everywhere(group, found["centroids"], "centroids")
+        for name, value in found.items():
+            assert torch.equal(value, again[name]), f"step {step}: {name} differs when repeated"
+            reference = expected[name]
+            scale = float(reference.abs().max()) if reference.numel() else 0.0
+            if name in ("gradient a", "gradient p", "gradient n"):
+                reference = reference.split(places[name[-1]][:size])[rank]
+                value = value / size
+            torch.testing.assert_close(
+                value,
+                reference,
+                rtol=0,
+                atol=TOLERANCE[setting.dtype] * scale,
+                msg=lambda message, step=step, name=name: f"step {step}, {name}: {message}",
+            )
+
+
+def check_training(gather: str, with_negatives: bool) -> None:
+    """Optimiser steps through DistributedDataParallel as those of one process."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+
+    def train(model, loss_fn, batches) -> torch.Tensor:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = []
+        for views in batches:
+            a, p, n = model(torch.cat(views)).split([len(view) for view in views])
+            loss = loss_fn(a, p, n if with_negatives else None)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    def encoder() -> torch.nn.Module:
+        torch.manual_seed(5)
+        return torch.nn.Linear(DIM, WIDTH).double()
+
+    setting = Setting("training", {"num_clusters": 4})
+    batches = [batch(step, size, DIM, torch.float64) for step in range(4)]
+    one = encoder()
+    torch.manual_seed(100)
+    loss_of_one = make_loss(setting, backend="reference")
+    expected = train(one, loss_of_one, [[torch.cat(parts) for parts in views] for views in batches])
+
+    model = DistributedDataParallel(encoder())
+    torch.manual_seed(100 + rank)
+    loss_fn = make_loss(setting, process_group=dist.group.WORLD, gather=gather)
+    losses = train(model, loss_fn, [[parts[rank] for parts in views] for views in batches])
+    assert loss_fn.clustering_active
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(model.module.weight.detach(), one.weight.detach())
+    torch.testing.assert_close(loss_fn.centroids, loss_of_one.centroids)
+    same_everywhere(None, loss_fn.centroids, "centroids")
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most rows of any tensor whose rows are embeddings."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width, self.rows = width, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[-1] == self.width:
+                self.rows = max(self.rows, value.numel() // self.width)
+        return result
+
+
+def check_memory() -> None:
+    """A ring meets one block after another, and makes nothing as long as the batch."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    width, counts = 29, [40 + index for index in range(size)]
+    z = torch.randn(2, counts[rank], width, generator=torch.Generator().manual_seed(rank))
+    largest = {}
+    for gather in ("all", "ring"):
+        loss_fn = ClusterNSLoss(width, 3, start_cosine=1.0, process_group=dist.group.WORLD, gather=gather)
+        blocks: list[int] = []
+
+        def sweep(sweeper, block, phase, blocks=blocks, plain=chunked.Sweeper.sweep):
+            blocks.append(len(block.positives))
+            return plain(sweeper, block, phase)
+
+        with mock.patch.object(chunked.Sweeper, "sweep", sweep), LargestTensor(width) as seen:
+            for _ in range(2):
+                loss_fn(z[0].clone().requires_grad_(), z[1].clone().requires_grad_()).backward()
+        largest[gather] = seen.rows
+        each = [sum(counts)] if gather == "all" else counts * 2  # the ring goes around twice
+        assert Counter(blocks) == Counter(each * 2), f"{gather}: {blocks}"
+    assert largest["all"] >= sum(counts)
+    assert largest["ring"] <= max(counts) + 3, largest  # the centroids are columns of the own block
+
+
+def check_ranks(group) -> None:
+    """Sums in the order of the ranks, and the seeds of one process, on every rank."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    anchors, positives, _ = batch(0, size, WIDTH, torch.float32)
+    ranks = Ranks(group, "all", anchors[rank], positives[rank], None, 0.05)
+    assert ranks.batch == sum(ROWS[:size])
+    assert ranks.first == sum(ROWS[:rank])
+    values = torch.randn(size, 1000, generator=torch.Generator().manual_seed(1))
+    total = values[0].clone()
+    for value in values[1:]:
+        total += value
+    assert torch.equal(ranks.sum(values[rank]), total)
+    assert torch.equal(ranks.concatenate(positives[rank], ranks.rows), torch.cat(positives))
+    for num_clusters in (1, 4, ranks.batch):
+        torch.manual_seed(7 + rank)
+        found = seed_together(anchors[rank], positives[rank], num_clusters, ranks)
+        whole = torch.cat(anchors), torch.cat(positives)
+        expected, _ = seed_centroids(*whole, num_clusters, generator=torch.Generator().manual_seed(7))
+        assert torch.equal(found, expected), f"seeds of {num_clusters} clusters"
+
+
+def settings_for(size: int) -> list[Setting]:
+    """All of them for three ranks, half of them for two and the other half for four."""
+    return {2: SETTINGS[::2], 3: SETTINGS, 4: SETTINGS[1::2]}[size]
+
+
+def run() -> None:
+    world, size = dist.group.WORLD, dist.get_world_size()
+    for setting in settings_for(size):
+        check_setting(setting, world)
+    for gather in ("all", "ring"):
+        for with_negatives in (False, True):
+            check_training(gather, with_negatives)
+    check_memory()
+    check_ranks(world)
+    check_refusals(world)
+    if size == 3:  # ranks of a part of the processes have other numbers than these
+        part = dist.new_group([1, 2])
+        if dist.get_rank() > 0:
+            check_setting(SETTINGS[1], part)
+            check_ranks(part)
+
+
+def main() -> None:
     """Run inside a process group, and leave it cleanly.
 
     The group's threads must end while the interpreter lives, or the process may abort as it exits. They
@@ -76,11 +313,14 @@ def main(output: str) -> None:
     is a function of its own, whose locals are gone when the group is destroyed.
     """
     dist.init_process_group("gloo")
-    run(output)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    run()
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+    if rank == 0:
+        print(f"{size} ranks, {len(settings_for(size))} settings: as one process")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main())
