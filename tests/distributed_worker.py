@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -275,11 +276,11 @@ def check_ranks(group) -> None:
         total += value
     assert torch.equal(ranks.sum(values[rank]), total)
     assert torch.equal(ranks.concatenate(positives[rank], ranks.rows), torch.cat(positives))
-    for num_clusters in (1, 4, ranks.batch):
-        torch.manual_seed(7 + rank)
+    for seed, num_clusters in itertools.product(range(8), (1, 4, ranks.batch)):
+        torch.manual_seed(seed + 100 * rank)
         found = seed_together(anchors[rank], positives[rank], num_clusters, ranks)
         whole = torch.cat(anchors), torch.cat(positives)
-        expected, _ = seed_centroids(*whole, num_clusters, generator=torch.Generator().manual_seed(7))
+        expected, _ = seed_centroids(*whole, num_clusters, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(found, expected), f"seeds of {num_clusters} clusters"
 
 
