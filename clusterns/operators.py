@@ -347,8 +347,8 @@ def _sweep(anchors, positives, negatives, temperature, temperature_tensor, *rest
     clusters, options = Clusters(*numbers[:4]), Options(*numbers[4:])
     tau = temperature if temperature_tensor is None else temperature_tensor
     found = sweep_alone(anchors, positives, negatives, tau, clusters, options, tuple(needs), "triton-chunked")
-    missing = anchors.new_empty((0, 0))
-    return (*found.terms, *(missing if gradient is None else gradient for gradient in found.gradients))
+    gradients = (anchors.new_empty((0, 0)) if g is None else g for g in found.gradients)
+    return (*found.terms, *gradients)
 
 
 @torch.library.register_fake("clusterns::sweep")

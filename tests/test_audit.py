@@ -17,8 +17,11 @@ KERNELS = {
     "centroid_update_kernel",
     "cosine_kernel",
     "gradient_kernel",
+    "margins_kernel",
     "objective_kernel",
     "similarity_gradient_kernel",
+    "through_norm_kernel",
+    "weights_kernel",
 }
 
 

@@ -189,6 +189,14 @@ def operator_samples():
         "similarity_backward": (upstream, anchors, positives, *similar, 0.3, None, True, True),
         "assign": (anchors, centroids),
         "cluster_sums": (anchors, centroids),
+        "sweep": (
+            *views, 0.05, None, nearest, centroids, runner_up, None, *numbers[2:], 3000,
+            [True, False, True, False],
+        ),
+        "sweep learned": (
+            anchors, positives, None, 1.0, torch.tensor(0.05, device=DEVICE), None, None, None, None,
+            *numbers[2:], 3000, [True, True, False, True],
+        ),
     }  # fmt: skip
 
 
@@ -204,6 +212,8 @@ OPERATORS = (
     "similarity_backward",
     "assign",
     "cluster_sums",
+    "sweep",
+    "sweep learned",
 )
 
 

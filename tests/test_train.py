@@ -170,7 +170,7 @@ def test_the_default_run_in_short(tmp_path, monkeypatch, capsys):
     corpus = module.docstring_corpus
     monkeypatch.setattr(module, "docstring_corpus", lambda seed: corpus(4000, seed=seed, pairs=100))
     output = tmp_path / "run"
-    short = "--max-steps 30 --batch-size 32 --num-clusters 8 --eval-steps 30 --start-cosine 0.9".split()
+    short = "--max-steps 60 --batch-size 32 --num-clusters 8 --eval-steps 60 --start-cosine 0.9".split()
     assert main(["train", "--output-dir", str(output), "--device", "cpu", *short]) == 0
     before, after = (record["dev"]["mrr"] for record in log_of(output) if "dev" in record)
     assert 0 < before < after
