@@ -4,12 +4,13 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 SETUP := setup.py pyproject.toml constraints.txt
 
-.PHONY: help train test lint bench audit gpu clean
+.PHONY: help train test lint bench exactness audit gpu clean
 
 help:
 	@echo "make train  train a small sentence encoder on this machine's own documentation, about two minutes"
 	@echo "make test   lint, type check and run the tests"
 	@echo "make bench  speed and memory of the loss against its rivals on this machine"
+	@echo "make exactness  error of loss and gradients against float64, by dtype, batch size and backend"
 	@echo "make audit  compile the GPU kernels for four chips, no GPU needed: registers, spills, shared memory"
 	@echo "make gpu    GPU tests and benchmarks with the python at hand (bench/gpu.sh)"
 
@@ -26,6 +27,9 @@ lint: $(VENV)/.ready-test
 
 bench: $(VENV)/.ready-test
 	$(RUN)/python -m pytest bench --benchmark-only -s
+
+exactness: $(VENV)/.ready-test
+	TRITON_INTERPRET=1 $(RUN)/python bench/exactness.py
 
 audit: $(VENV)/.ready-test
 	$(RUN)/python bench/audit.py --output bench/results/audit.csv

@@ -1,7 +1,7 @@
 """How far are loss and gradients from float64, beside eager torch's in the same dtype?
 
-    python bench/exactness.py --output bench/results/exactness.csv [--device cuda] [--batches 64,300,1024]
-    TRITON_INTERPRET=1 python bench/exactness.py …    the kernels too, on a CPU, at small B
+    python bench/exactness.py [--device cuda] [--batches 64,300,1024] [--output FILE]
+    TRITON_INTERPRET=1 python bench/exactness.py    (`make exactness`) the kernels too, on a CPU, at small B
 
 The full objective: K centroids, explicit negatives, margin loss at a λ that matters and at the published one.
 The truth is our torch path in float64, which is itself held against `clusterns.reference` where B is small,
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ from clusterns.functional import nearest_centroids, objective
 from clusterns.options import WORKSPACE_BYTES
 
 WEIGHTS = (1e-2, SETTINGS.bml_weight)  # λ: one at which the margin loss has a say, and the published one
+OUTPUT = Path("bench/results/exactness.csv")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTERPRETED_AT_MOST = 300  # rows of a batch, on a CPU
 FUSED_AT_MOST = 16384  # rows: the fused regime keeps 4·B² bytes
@@ -226,7 +228,7 @@ def line(row: dict) -> str:
 def arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="CSV")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="CSV, default %(default)s")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batches", default="64,300,1024,4096", help="comma-separated")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="comma-separated")
@@ -253,7 +255,8 @@ def main() -> int:
     elif device.type == "cpu":
         print(f"Triton rows: by the interpreter, up to B = {INTERPRETED_AT_MOST}")
         round_in_the_interpreter()
-    found = machine(gpu=True) | {"command": " ".join(sys.argv)}
+    interpreted = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
+    found = machine(gpu=True) | {"command": f"{interpreted}python {' '.join(sys.argv)}"}
     rows: list[dict] = []
     seen: dict[tuple, tuple[int, dict[str, float]]] = {}
 

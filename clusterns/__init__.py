@@ -6,6 +6,7 @@
 
 from typing import TYPE_CHECKING
 
+from .cached import CachedClusterNSLoss
 from .functional import cosine_similarity_matrix, info_nce, nearest_centroids, seed_centroids
 from .loss import ClusterNSLoss
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CachedClusterNSLoss",
     "ClusterNSLoss",
     "__version__",
     "cosine_similarity_matrix",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from .backend import BACKENDS
+from .cached import CachedClusterNSLoss
 from .centroids import CENTROID_UPDATES
 from .checks import check_count, check_number
 from .functional import FALSE_NEGATIVES
@@ -62,6 +65,11 @@ class TrainConfig:
     max_steps: int | None = setting(None, "optimiser steps; without it, --epochs decides")
     epochs: int = setting(1, "passes over the sentences")
     batch_size: int = setting(256, "sentences in a batch")
+    mini_batch_size: int | None = setting(
+        None,
+        "sentences whose activations the encoder holds at a time, for batches beyond its memory: gradients "
+        "stay those of the whole batch, a step takes one more forward pass; without it the batch goes whole",
+    )
     learning_rate: float = setting(5e-5, "peak of the linear decay")
     warmup_steps: int = setting(0, "steps in which the learning rate rises")
     weight_decay: float = setting(0.0, "of AdamW")
@@ -120,15 +128,19 @@ class TrainConfig:
             check_count(name, getattr(self, name), at_least=1)
         for name in ("patience", "num_clusters", "seed", "warmup_steps"):
             check_count(name, getattr(self, name), at_least=0)
-        if self.max_steps is not None:
-            check_count("max_steps", self.max_steps, at_least=1)
+        for name in ("max_steps", "mini_batch_size"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), at_least=1)
         check_number("learning_rate", self.learning_rate, above=0)
         check_number("max_grad_norm", self.max_grad_norm, above=0)
         check_number("weight_decay", self.weight_decay, at_least=0)
 
     def build_loss(self, embedding_dim: int) -> ClusterNSLoss:
         """The loss these settings describe; K = 0 is plain InfoNCE."""
-        return ClusterNSLoss(
+        make: Callable[..., ClusterNSLoss] = ClusterNSLoss
+        if self.mini_batch_size is not None:
+            make = functools.partial(CachedClusterNSLoss, mini_batch_size=self.mini_batch_size)
+        return make(
             embedding_dim,
             self.num_clusters,
             temperature=self.temperature,

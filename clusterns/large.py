@@ -5,9 +5,10 @@ half-precision embeddings, and their row sums in float32; the two products that 
 library's, added up over chunks in float32. 1/Z scales anchors and results, never the matrix. Raw rows are
 multiplied and the norms divided out, so half precision is exact in the cosines.
 
-float16 embeddings too have bfloat16 weights: exp(cos/τ) leaves the range of float16. The margin loss is a
-kernel of its own over the diagonal blocks of cluster-mates: its slopes, λ/B² each, would vanish beside the
-weights in half precision.
+float16 embeddings too have bfloat16 weights: exp(cos/τ) leaves the range of float16. The gradient of explicit
+negatives, which weights alone make up, then takes the other factor of its product in two parts; with one it
+would be further from the truth than plain torch in float16. The margin loss is a kernel of its own over the
+diagonal blocks of cluster-mates: its slopes, λ/B² each, would vanish beside the weights in half precision.
 
 `Sweeper` has the interface of `chunked.Sweeper`. No function waits for the device.
 """
@@ -15,7 +16,6 @@ weights in half precision.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,77 +23,12 @@ from torch import Tensor
 from .fused import common_dtype, unit_stride
 from .kernels import chunk_launchers as launchers
 from .kernels.launch import padded
-from .reference import SHORTEST_NORM
+from .large_columns import Columns, Source, accumulate, inverse_norms, kept_dtype
 from .sweep import Block, Phase, Rows, is_safe
 
 _LOG2_E = math.log2(math.e)
 _SAFE_TEMPERATURE = 0.025  # kernels.weights.SAFE_TEMPERATURE
 _SAFE_WEIGHT = 20.0
-
-
-class _Source(NamedTuple):
-    """Columns of one kind: raw rows (n, D), 1/‖row‖ (n,), and what the second and third product take."""
-
-    raw: Tensor
-    inverse: Tensor
-    operand: Tensor
-    tiles: int
-    is_centroids: bool
-
-
-class _Columns:
-    """A block's columns and their gradients, (n, D) float32, but for the projection."""
-
-    def __init__(self, sweeper: Sweeper, block: Block, want_gradients: bool):
-        rows = sweeper.rows
-        _, need_positives, need_negatives, _ = rows.needs
-        self.sources = [sweeper.source(block.positives)]
-        needed = [need_positives]
-        if block.negatives is not None:
-            self.sources.append(sweeper.source(block.negatives))
-            needed.append(need_negatives)
-        self.found: list[Tensor | None] = [
-            source.raw.new_empty(source.raw.shape, dtype=torch.float32) if want_gradients and need else None
-            for source, need in zip(self.sources, needed, strict=True)
-        ]
-        self.own: Tensor | None = None  # (M,) by sorted row: the column of its own positive
-        if block.first is not None:
-            self.own = block.first + sweeper.row_numbers
-            if sweeper.centroids is not None:
-                self.sources.append(sweeper.centroids)
-        self.cluster_ids = block.cluster_ids
-        if sweeper.false_negatives == "bml":
-            assert block.cluster_ids is not None
-            assert sweeper.cluster_ids is not None
-            self.order = block.cluster_ids.argsort(stable=True)
-            ids, row_ids = block.cluster_ids[self.order], sweeper.cluster_ids
-            self.row_borders = _borders(ids, row_ids)
-            self.borders = _borders(row_ids, ids)  # of the columns, among the sorted rows
-            count = len(ids)
-            self.own_place = torch.full_like(sweeper.row_numbers, -1)  # sorted column of each sorted row
-            self.owner_place = torch.full_like(self.order, -1)  # sorted row of each sorted column
-            if self.own is not None:
-                places = torch.empty_like(self.order)
-                places[self.order] = torch.arange(count, device=ids.device)
-                self.own_place = places[self.own]
-                self.owner_place[self.own_place] = torch.arange(len(row_ids), device=ids.device)
-
-    def unprojected(self) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients g of positives (n, D) and negatives (N, D), where wanted, before g − u (u·g)."""
-        return self.found[0], self.found[1] if len(self.found) > 1 else None
-
-    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of positives and negatives themselves."""
-        through: list[Tensor | None] = []
-        for source, gradient in zip(self.sources, self.found, strict=False):
-            if gradient is None:
-                through.append(None)
-                continue
-            out = torch.empty(source.raw.shape, dtype=_kept(source.raw.dtype), device=gradient.device)
-            launchers.through_norm(gradient, source.raw, source.inverse, out, scaled=True)
-            through.append(out)
-        self.found = []
-        return through[0], through[1] if len(through) > 1 else None
 
 
 class Sweeper:
@@ -117,15 +52,15 @@ class Sweeper:
         if ids is not None and self.false_negatives == "bml":
             self.order = self.row_numbers = ids.argsort(stable=True)
             self.cluster_ids = ids[self.order]
-        self.anchor_inverse = _inverse_norms(self.anchors)
+        self.anchor_inverse = inverse_norms(self.anchors)
         self.hard_ids: Tensor | None = None
-        self.centroids: _Source | None = None
+        self.centroids: Source | None = None
         if rows.hard_counts is not None:
             assert rows.clusters.centroids is not None
             assert rows.clusters.hard_ids is not None
             raw = rows.clusters.centroids.detach().float().contiguous()
             tiles = launchers.column_tiles(raw, self.anchors)
-            self.centroids = _Source(raw, _inverse_norms(raw), raw, tiles, True)
+            self.centroids = Source(raw, inverse_norms(raw), raw, tiles, True)
             self.hard_ids = self._sorted(rows.clusters.hard_ids)
             self.uses = rows.hard_counts.float()
         tau = rows.temperature
@@ -145,20 +80,20 @@ class Sweeper:
         self.unit_gradient: Tensor | None = None  # (M, D) float32, sorted: over several blocks
         self.gradient: Tensor | None = None  # (M, D), of the anchors themselves
 
-    def source(self, raw: Tensor) -> _Source:
+    def source(self, raw: Tensor) -> Source:
         """Columns of embeddings."""
         raw = unit_stride(raw.detach().to(self.dtype))
         operand = raw.to(self.weight_dtype)
-        return _Source(raw, _inverse_norms(raw), operand, launchers.column_tiles(raw, self.anchors), False)
+        return Source(raw, inverse_norms(raw), operand, launchers.column_tiles(raw, self.anchors), False)
 
-    def sweep(self, block: Block, phase: Phase) -> _Columns:
+    def sweep(self, block: Block, phase: Phase) -> Columns:
         """Meet a block of columns; what was found for them is in the result."""
         want_gradients = phase is not Phase.TOTALS and any(self.rows.needs)
-        columns = _Columns(self, block, want_gradients)
+        columns = Columns(self, block, want_gradients)
         need_rows = self.rows.needs[0] or self.rows.needs[3]
         if need_rows and phase is Phase.BOTH:
             self.gradient = torch.empty(
-                self.anchors.shape, dtype=_kept(self.dtype), device=self.anchors.device
+                self.anchors.shape, dtype=kept_dtype(self.dtype), device=self.anchors.device
             )
         if need_rows and phase is Phase.GRADIENTS and self.unit_gradient is None:
             self.unit_gradient = torch.zeros(
@@ -194,7 +129,7 @@ class Sweeper:
 
     def _sweep_chunk(
         self,
-        columns: _Columns,
+        columns: Columns,
         chunk: slice,
         buffers: list[Tensor | None],
         log_others: Tensor,
@@ -251,12 +186,15 @@ class Sweeper:
             assert p is not None
             if du is not None:
                 du -= p * own_weight[:, None]
-        share = (a * row_scale[:, None]).to(self.weight_dtype)
-        for gradient, weights in zip(columns.found, buffers, strict=False):
+        scaled = a * row_scale[:, None]
+        share = scaled.to(self.weight_dtype)
+        for position, (gradient, weights) in enumerate(zip(columns.found, buffers, strict=False)):
             if gradient is not None:
                 assert weights is not None
-                part = weights[:count, : len(gradient)]
-                accumulate(gradient, part.T, share, first=chunk.start == 0)  # product 3
+                part = weights[:count, : len(gradient)].T
+                accumulate(gradient, part, share, first=chunk.start == 0)  # product 3
+                if position > 0 and self.dtype == torch.float16:
+                    accumulate(gradient, part, (scaled - share).to(share.dtype), first=False)
         if own is not None and own_weight is not None and columns.found[0] is not None:
             own_weight *= columns.sources[0].inverse[own]
             columns.found[0].index_add_(0, own, a * own_weight[:, None], alpha=-1)
@@ -290,7 +228,7 @@ class Sweeper:
         if self.gradient is None:
             assert self.unit_gradient is not None
             self.gradient = torch.empty(
-                self.anchors.shape, dtype=_kept(self.dtype), device=self.anchors.device
+                self.anchors.shape, dtype=kept_dtype(self.dtype), device=self.anchors.device
             )
             x, inverse = self._sorted(self.anchors), self._sorted(self.anchor_inverse)
             launchers.through_norm(self.unit_gradient, x, inverse, self.gradient, self.row_numbers)
@@ -305,7 +243,7 @@ class Sweeper:
     def _slope_scale(self) -> float:
         return self.options.bml_weight / self.rows.batch**2
 
-    def _rows_of_a_chunk(self, columns: _Columns, want_gradients: bool) -> int:
+    def _rows_of_a_chunk(self, columns: Columns, want_gradients: bool) -> int:
         """So many rows that weights and temporaries stay within the workspace; whole tiles if it can be."""
         row_bytes = 28 * self.anchors.shape[1] + 4 * sum(source.tiles for source in columns.sources)
         if want_gradients:
@@ -317,7 +255,7 @@ class Sweeper:
 
     def _reference(
         self,
-        columns: _Columns,
+        columns: Columns,
         x: Tensor,
         x_inverse: Tensor,
         own: Tensor | None,
@@ -342,7 +280,7 @@ class Sweeper:
     def _weigh(
         self,
         mode: str,
-        columns: _Columns,
+        columns: Columns,
         x: Tensor,
         x_inverse: Tensor,
         own: Tensor | None,
@@ -377,7 +315,7 @@ class Sweeper:
 
     def _margins(
         self,
-        columns: _Columns,
+        columns: Columns,
         x: Tensor,
         x_inverse: Tensor,
         chunk: slice,
@@ -403,33 +341,3 @@ class Sweeper:
         if values is not None:
             self.slope_sum[chunk] += values[0]
             self.margin_sum[chunk] += values[1]
-
-
-def accumulate(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """out (M, N) float32 = a (M, L) · b (L, N), added to what is there unless `first`; sums are float32."""
-    if a.dtype == torch.float32:
-        torch.addmm(out, a, b, beta=0 if first else 1, out=out)
-    elif a.is_cuda and torch.version.hip is None:
-        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, beta=0 if first else 1, out=out)
-    else:  # the interpreter; and ROCm, where torch gives half-precision products no float32 result
-        product = a @ b if a.is_cuda else a.float() @ b.float()
-        if first:
-            out.copy_(product)
-        else:
-            out += product
-
-
-def _kept(dtype: torch.dtype) -> torch.dtype:
-    """How gradients wait for the backward: float16 would underflow before it is scaled."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _borders(ids: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-    """First and past-the-last place in sorted `ids` of each of `of`."""
-    return torch.searchsorted(ids, of), torch.searchsorted(ids, of, right=True)
-
-
-def _inverse_norms(z: Tensor) -> Tensor:
-    """1/‖z_i‖ in float32, 0 for a row without direction."""
-    norm = torch.linalg.vector_norm(z, dim=1, dtype=torch.float32)
-    return norm.reciprocal().masked_fill_(norm <= SHORTEST_NORM, 0.0)

@@ -11,8 +11,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +22,19 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup, set_seed
 
+from .cached import CachedClusterNSLoss
 from .config import TrainConfig, to_dict
-from .data import load_sentences, sentence_batches
-from .docstrings import docstring_corpus, retrieval_score
+from .data import sentence_batches
 from .encoder import SentenceEncoder
-from .evaluate import alignment, format_table, sts_dev, uniformity
+from .evaluate import format_table
 from .figure import draw_run
 from .loss import ClusterNSLoss
-from .scratch import small_bert, train_tokenizer
+from .task import Task, prepare_encoder, prepare_task
 
 REAL_RUN = (
     "clusterns train --model bert-base-uncased --train-file wiki1m_for_simcse.txt --sts-dir STS_FOLDER "
     "--output-dir runs/bert-base --bml-weight 1e-3 --bml-alpha 0 --bml-beta 0.3"
 )
-
-
-@dataclass
-class Task:
-    """What a run trains on and how it is judged."""
-
-    # Sentences, whose two views differ by dropout; or pairs of texts that are each other's views.
-    texts: Sequence[str] | Sequence[tuple[str, str]]
-    # Scores of an encoder; the first is the one to raise. None where there is nothing to judge by.
-    dev: Callable[[SentenceEncoder], dict[str, float]] | None
-    # What a vocabulary is made from, where the encoder has none.
-    vocabulary_text: Sequence[str] = ()
 
 
 def train(config: TrainConfig) -> dict[str, dict[str, float]]:
@@ -153,10 +140,7 @@ class Run:
     def step(self, inputs: dict[str, Tensor], bar: tqdm, step: int) -> dict[str, Tensor]:
         """One optimiser step on both views (2B, T); returns the terms of the loss, on the device."""
         was_active = self.loss_fn.clustering_active
-        with self.autocast():
-            embeddings = self.encoder(inputs, head=self.config.head == "train")  # (2B, D)
-        anchors, positives = embeddings.chunk(2)  # (B, D) each
-        loss = self.loss_fn(anchors, positives)
+        loss = self.loss(inputs)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), self.config.max_grad_norm)
@@ -171,6 +155,19 @@ class Run:
             )
             self.log({"step": step, "event": "clustering starts", "mean_cosine": cosine})
         return terms
+
+    def loss(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Loss of both views (2B, T); with --mini-batch-size by gradient caching."""
+        if isinstance(self.loss_fn, CachedClusterNSLoss):
+            first, second = ({name: value.chunk(2)[i] for name, value in inputs.items()} for i in (0, 1))
+            return self.loss_fn(self.encode, first, second)
+        anchors, positives = self.encode(inputs).chunk(2)  # (B, D) each
+        return self.loss_fn(anchors, positives)
+
+    def encode(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Training embeddings (rows, D) of token ids and mask (rows, T)."""
+        with self.autocast():
+            return self.encoder(inputs, head=self.config.head == "train")
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """bf16 where the device computes in it."""
@@ -220,56 +217,6 @@ class Run:
         """Keep the encoder and the clustering state that belongs to it."""
         state = {**self.loss_fn.state_dict(), "step": torch.tensor(step)}
         self.encoder.save(self.output, beside={"loss.safetensors": state})
-
-
-def prepare_task(config: TrainConfig) -> Task:
-    """Texts and the dev score: STS-B dev where given, else retrieval on held-out documentation."""
-    dev = None
-    if config.sts_dir is not None:
-        sts_dir = config.sts_dir
-        dev = lambda encoder: sts_dev(encoder, sts_dir)  # noqa: E731
-    if config.train_file is not None:
-        sentences = load_sentences(config.train_file, column=config.text_column)
-        print(f"{len(sentences):,} sentences, for example: {sentences[0]!r}", flush=True)
-        if dev is None:
-            print("no --sts-dir: nothing to choose the best checkpoint by, the last one is kept", flush=True)
-        return Task(sentences, dev)
-    corpus = docstring_corpus(seed=config.seed)
-    if dev is None:
-        dev = lambda encoder: documentation_scores(encoder, corpus.queries, corpus.documents)  # noqa: E731
-        print(f"dev: find the description of each of {len(corpus.queries):,} functions by its summary line")
-    if not config.from_scratch:
-        print(f"{len(corpus.sentences):,} sentences from documentation strings", flush=True)
-        return Task(corpus.sentences, dev)
-    # Two dropout views of one sentence teach a random network next to nothing; neighbours do.
-    print(
-        f"{len(corpus.sentences):,} sentences from documentation strings; the two views of a text are "
-        f"neighbours, {len(corpus.neighbours):,} pairs, for example:\n  {corpus.neighbours[0]}",
-        flush=True,
-    )
-    return Task(corpus.neighbours, dev, corpus.sentences)
-
-
-def documentation_scores(
-    encoder: SentenceEncoder, queries: list[str], documents: list[str]
-) -> dict[str, float]:
-    """Retrieval of each description by its summary line, × 100, with alignment and uniformity."""
-    embeddings = encoder.encode(queries + documents)
-    x, y = embeddings[: len(queries)], embeddings[len(queries) :]
-    geometry = {"alignment": alignment(x, y), "uniformity": uniformity(embeddings)}
-    return retrieval_score(x, y) | geometry
-
-
-def prepare_encoder(config: TrainConfig, task: Task) -> SentenceEncoder:
-    """Load the encoder, or make a small BERT and a WordPiece vocabulary for the sentences."""
-    if config.model is not None:
-        return SentenceEncoder.from_pretrained(config.model, pooling=config.pooling)
-    tokenizer = train_tokenizer(task.vocabulary_text)
-    # One layer, and words that stand out from positions: what learns most in two minutes.
-    bert = small_bert(
-        tokenizer, seed=config.seed, hidden_size=256, layers=1, heads=4, word_std=0.2, position_std=0.01
-    )
-    return SentenceEncoder(bert, tokenizer, pooling=config.pooling)
 
 
 def choose_device(name: str) -> torch.device:

@@ -127,7 +127,7 @@ def test_same_seed_same_bits(tiny_model, train_file, tmp_path):
 
 def test_early_stop_keeps_the_best(tiny_model, train_file, sts_dir, tmp_path, monkeypatch):
     """A dev score that only falls ends the run after `patience` evaluations and keeps the first model."""
-    import clusterns.train as module
+    import clusterns.task as module
 
     falling = iter(range(100, 0, -1))
     monkeypatch.setattr(module, "sts_dev", lambda encoder, sts_dir: {"spearman": float(next(falling))})
@@ -163,9 +163,43 @@ def test_bf16_and_epochs(tiny_model, train_file, tmp_path):
     assert max(record["step"] for record in log_of(output)) == 2 * (300 // 32)
 
 
+def test_mini_batches_train_as_the_whole_batch_does(tiny_model, train_file, tmp_path):
+    """Without dropout, whose masks depend on the order of the passes: the same run up to rounding."""
+    still = tmp_path / "still"
+    encoder = SentenceEncoder.from_pretrained(tiny_model)
+    encoder.transformer.config.hidden_dropout_prob = 0.0
+    encoder.transformer.config.attention_probs_dropout_prob = 0.0
+    encoder.save(still)
+    longest = {}
+    forward = SentenceEncoder.forward
+
+    def watched(self, inputs, **options):
+        if torch.is_grad_enabled():
+            longest[name] = max(longest.get(name, 0), len(inputs["input_ids"]))
+        return forward(self, inputs, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SentenceEncoder, "forward", watched)
+        for name, more in {"whole": [], "parts": ["--mini-batch-size", "5"]}.items():
+            assert main(flags(still, train_file, tmp_path / name, "--max-steps", "6", *more)) == 0
+    assert longest == {"whole": 64, "parts": 5}
+    whole, parts = (
+        [record["loss"] for record in log_of(tmp_path / name) if "loss" in record] for name in longest
+    )
+    assert parts == pytest.approx(whole, abs=1e-5)
+    assert len(whole) == 6
+    for file in ("model.safetensors", "loss.safetensors"):
+        one, other = (load_file(tmp_path / name / file) for name in longest)
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(other[key], value, rtol=1e-3, atol=1e-4)
+    settings = [json.loads((tmp_path / name / "training.json").read_text())["settings"] for name in longest]
+    assert [each["mini_batch_size"] for each in settings] == [None, 5]
+
+
 def test_the_default_run_in_short(tmp_path, monkeypatch, capsys):
     """`clusterns train` with no model: the real corpus, tokenizer and small BERT, a few steps."""
-    import clusterns.train as module
+    import clusterns.task as module
 
     corpus = module.docstring_corpus
     monkeypatch.setattr(module, "docstring_corpus", lambda seed: corpus(4000, seed=seed, pairs=100))
@@ -225,6 +259,9 @@ def test_bad_files_and_settings(tiny_model, train_file, tmp_path, capsys):
     assert "absent-model" in refused(capsys, flags(tmp_path / "absent-model", train_file, tmp_path / "run-a"))
     assert "temperature: expected a finite number above 0" in refused(
         capsys, flags(tiny_model, train_file, tmp_path / "run-t", "--temperature", "0")
+    )
+    assert "mini_batch_size: expected" in refused(
+        capsys, flags(tiny_model, train_file, tmp_path / "run-m", "--mini-batch-size", "0")
     )
     assert "num_clusters: expected at least 2 with hard_negatives" in refused(
         capsys, flags(tiny_model, train_file, tmp_path / "run-k", "--num-clusters", "1")
