@@ -9,7 +9,7 @@ whole, and these behind autograd functions:
     differentiate both (or all three) gradients                                          1 launch
 
 The cosines are kept for the backward, B·(B+N+K) float32, so this path is for batches whose cosines fit the
-workspace; larger ones take the torch path, which never holds them all.
+workspace; larger ones are swept in row chunks (`clusterns.large`), which never holds them all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""k-means against a plain float64 oracle, and everything that a corpus or scikit-learn may bring along."""
+"""`SphericalKMeans` as users meet it: what comes in, memory, determinism, scikit-learn's own checks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from kmeans_problems import blobs, oracle, unit
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 from sklearn.cluster import KMeans
@@ -24,67 +23,9 @@ from sklearn.utils.estimator_checks import check_estimator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clusterns import SphericalKMeans, functional, fused, kmeans_seeding, kmeans_steps
-from clusterns.kmeans_steps import Clusters, Rows, assign, lloyd
+from clusterns import SphericalKMeans, functional, fused, kmeans_steps
 
 CPU = torch.device("cpu")
-
-
-def blobs(rows=200, dim=17, groups=5, *, seed=0, spread=0.7, dtype=np.float64):
-    """Points of any length around directions of their own."""
-    random = np.random.default_rng(seed)
-    centers = random.standard_normal((groups, dim))
-    points = centers[random.integers(groups, size=rows)] + spread * random.standard_normal((rows, dim))
-    return (points * random.uniform(0.1, 5, (rows, 1))).astype(dtype)
-
-
-def unit(x):
-    x = np.asarray(x, dtype=np.float64)
-    norm = np.linalg.norm(x, axis=1, keepdims=True)
-    return np.divide(x, norm, out=np.zeros_like(x), where=norm > 1e-8)
-
-
-def oracle(x, centers, max_iter, weight=None):
-    """Spherical Lloyd, one formula a line, until no label changes; empty clusters are not expected."""
-    x, c, labels, iterations = unit(x), unit(centers), None, 0
-    weight = np.ones(len(x)) if weight is None else weight
-    for _ in range(max_iter):
-        iterations += 1
-        before, labels = labels, (x @ c.T).argmax(axis=1)
-        members = (labels == np.arange(len(c))[:, None]) * weight
-        assert (members.sum(axis=1) > 0).all()
-        c = unit(members @ x)
-        if before is not None and (before == labels).all():
-            break
-    cosines = x @ c.T
-    return c, cosines.argmax(axis=1), ((1 - cosines.max(axis=1)) * weight).sum(), iterations
-
-
-def rows_of(x, weight=None):
-    x = torch.as_tensor(x)
-    weight = None if weight is None else torch.as_tensor(weight)
-    return Rows(x, weight, x.dtype, CPU)
-
-
-# --- the method --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("rows", "dim", "clusters"), [(200, 17, 5), (60, 1, 2), (9, 4, 9), (50, 3, 1), (300, 2, 7), (1, 1, 1)]
-)
-def test_agrees_with_the_oracle(rows, dim, clusters):
-    x = blobs(rows, dim, clusters, seed=3)
-    start = x[np.sort(np.random.default_rng(0).choice(rows, clusters, replace=False))]
-    if dim == 1:
-        start = np.array([[-2.0], [3.0]])[:clusters] * np.sign(x[0])
-    for max_iter in (1, 3, 100):
-        c, labels, inertia, iterations = oracle(x, start, max_iter)
-        found = SphericalKMeans(clusters, init=start, max_iter=max_iter, tol=0).fit(x)
-        assert_array_equal(found.labels_, labels)
-        assert_allclose(found.cluster_centers_, c, atol=1e-12)
-        assert_allclose(found.inertia_, inertia, atol=1e-12 * rows)
-        assert found.n_iter_ == iterations
-        assert found.labels_.dtype == np.int64
 
 
 LAYOUTS = {
@@ -136,171 +77,6 @@ def test_half_precision_arrays_are_not_widened_to_float64():
     found = SphericalKMeans(3, random_state=0).fit(blobs(dtype=np.float16))
     assert found.cluster_centers_.dtype == np.float32
     assert isinstance(found.cluster_centers_, np.ndarray)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    rows=st.integers(1, 60),
-    dim=st.integers(1, 20),
-    data=st.data(),
-    duplicates=st.booleans(),
-    zeros=st.booleans(),
-    weighted=st.booleans(),
-    many=st.sampled_from([0.0, 0.25, 1.0]),
-    seed=st.integers(0, 999),
-)
-def test_properties(rows, dim, data, duplicates, zeros, weighted, many, seed):
-    """Inertia never rises; labels are the nearest centres, centres unit vectors, sums those of the labels."""
-    random = np.random.default_rng(seed)
-    x = blobs(rows, dim, 4, seed=seed)
-    if duplicates:
-        x = x[random.integers(max(1, rows // 3), size=rows)]
-    if zeros:
-        x[1:][random.random(rows - 1) < 0.3] = 0
-    weight = random.integers(0, 4, rows).astype(float) if weighted else np.ones(rows)
-    weight[0] = 1
-    clusters = data.draw(st.integers(1, rows))
-    inertias: list[float] = []
-    every = rows_of(x, weight)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kmeans_steps, "_MANY", many)
-        state, _ = lloyd(every, every.units(torch.zeros(clusters).long()), 30, 0.0, inertias.append)
-        assert max(np.diff(inertias), default=0) <= 1e-9 * weight.sum()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            found = SphericalKMeans(clusters, random_state=seed).fit(x, sample_weight=weight)
-    assert_allclose(torch.linalg.vector_norm(state.centers, dim=1), 1)
-    cosines = unit(x) @ found.cluster_centers_.T
-    assert_allclose(np.linalg.norm(found.cluster_centers_, axis=1), 1)
-    assert_allclose(cosines[np.arange(rows), found.labels_], cosines.max(axis=1), atol=1e-12)
-    assert_allclose(found.inertia_, ((1 - cosines.max(axis=1)) * weight).sum(), atol=1e-9)
-    assert_array_equal(found.labels_, found.predict(x))
-    assert_allclose(found.transform(x), 1 - cosines, atol=1e-12)
-    assert found.score(x, sample_weight=weight) == -found.inertia_
-
-
-def test_ties_and_zero_rows_take_the_lowest_id():
-    x = np.array([[0.0, 0.0], [1e-9, -1e-9], [1.0, 1.0], [0.0, 2.0], [3.0, 0.0]])
-    model = SphericalKMeans(3, init=[[0, 1], [1, 0], [1, 0]], max_iter=1).fit(x)
-    model.cluster_centers_ = np.array([[0, 1], [1, 0], [1, 0]])
-    assert_array_equal(model.predict(x), [0, 0, 0, 0, 1])
-    assert_allclose(model.transform(x)[:2], 1)
-    later = assign(rows_of(x), torch.eye(2).double(), torch.tensor([1, 1, 1, 0, 0]))
-    assert later.labels.tolist() == [1, 1, 1, 1, 0]  # what is no nearer takes nothing away
-    assert (later.moved.tolist(), later.before.tolist()) == ([3], [0])
-
-
-def test_zero_rows_pull_on_no_center():
-    x = blobs(80, 5, 3)
-    padded = np.concatenate([np.zeros((20, 5)), x])
-    alone, beside = (SphericalKMeans(3, init=x[:3]).fit(z) for z in (x, padded))
-    assert_allclose(beside.cluster_centers_, alone.cluster_centers_)
-    assert beside.inertia_ == pytest.approx(alone.inertia_ + 20)
-    assert (beside.labels_[:20] == 0).all()
-
-
-def test_a_cluster_whose_sum_vanishes_keeps_its_center():
-    found = SphericalKMeans(1, init=[[0.6, 0.8]]).fit([[1.0, 2.0], [-1.0, -2.0]])
-    assert_allclose(found.cluster_centers_, [[0.6, 0.8]])
-    assert found.inertia_ == 2
-
-
-def test_moving_rows_is_summing_afresh(monkeypatch):
-    x = blobs(500, 9, 6, dtype=np.float32)
-    found = []
-    for many, refresh in ((0.0, 1), (2.0, 10**6)):
-        monkeypatch.setattr(kmeans_steps, "_MANY", many)
-        monkeypatch.setattr(kmeans_steps, "_REFRESH", refresh)
-        monkeypatch.setattr(kmeans_steps, "_SUMMED_ROWS", 2 if many else 10**6)
-        rows = rows_of(x)
-        state, iterations = lloyd(rows, rows.units(torch.arange(6)), 100, 0.0)
-        assert iterations > 5
-        found.append(state)
-    assert torch.equal(found[0].members, found[1].members)
-    assert_allclose(found[1].sums, found[0].sums, atol=1e-4)
-    assert_allclose(found[1].centers, found[0].centers, atol=1e-6)
-
-
-def test_tol_ends_a_run():
-    x = blobs(2000, 8, 12, spread=1.5)
-    runs = [SphericalKMeans(12, init=x[:12], tol=tol, max_iter=300).fit(x) for tol in (0, 1e-3, 0.5)]
-    assert runs[0].n_iter_ > runs[1].n_iter_ > runs[2].n_iter_ == 2
-    assert runs[0].inertia_ < runs[1].inertia_ < runs[2].inertia_
-
-
-# --- empty clusters, duplicates, seeding -------------------------------------------------------------------
-
-
-def test_an_empty_cluster_takes_the_farthest_point():
-    angles = np.radians([0, 2, 4, 30, 90, 93])
-    x = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    start = unit([[1, 0], [1, 0], [0, 1]])  # the second gets nothing
-    rows = rows_of(x)
-    state, assigned = Clusters(torch.from_numpy(start)), assign(rows, torch.from_numpy(start))
-    state.add(rows, assigned.labels)
-    assert state.members.tolist() == [4, 0, 2]
-    assert state.refill(rows, assigned)
-    assert assigned.labels.tolist() == [0, 0, 0, 1, 2, 2]
-    assert state.members.tolist() == [3, 1, 2]
-    assert_allclose(state.sums, [x[:3].sum(axis=0), x[3], x[4:].sum(axis=0)])
-    assert_array_equal(SphericalKMeans(3, init=start).fit(x).labels_, [0, 0, 0, 1, 2, 2])
-
-
-def test_refilling_leaves_alone_what_would_not_help():
-    """Not the only member of a cluster, not a point equal to one just taken, not one without a weight."""
-    x = np.array([[1.0, 0], [1, 0.01], [0.7, 0.7], [1.4, 1.4], [0, 1], [0, 1], [-1, 0.2], [-1, -0.1], [0, 0]])
-    weight = np.array([1.0, 1, 1, 1, 1, 1, 1, 0, 1])
-    rows = rows_of(x, weight)
-    state = Clusters(torch.tensor([[1.0, 0], [0, -1], [0, -1], [0, 1], [-1, 0]]).double())
-    assigned = assign(rows, state.centers)
-    state.add(rows, assigned.labels)
-    assert state.members.tolist() == [4, 0, 0, 2, 1]
-    assert state.refill(rows, assigned)
-    assert assigned.labels.tolist() == [0, 2, 1, 0, 3, 3, 4, 4, 0]
-
-
-def test_fewer_distinct_points_than_clusters():
-    x = np.repeat(blobs(3, 4, 3), 5, axis=0)
-    for init in ("k-means++", "random"):
-        with pytest.warns(
-            ConvergenceWarning, match=r"distinct clusters \(3\) found smaller than n_clusters \(6\)"
-        ):
-            found = SphericalKMeans(6, init=init, random_state=0).fit(x)
-        assert found.inertia_ == pytest.approx(0, abs=1e-12)
-        assert_allclose(np.linalg.norm(found.cluster_centers_, axis=1), 1)
-
-
-def test_seeding_picks_one_of_each_group():
-    x = blobs(3000, 30, 12, spread=0.05)
-    groups = SphericalKMeans(12, random_state=0).fit(x).labels_
-    for seed in range(5):
-        chosen = kmeans_seeding.k_means_plus_plus(rows_of(x), 12, np.random.RandomState(seed))
-        assert len(set(groups[chosen])) == 12
-
-
-def test_seeding_draws_by_weight_and_distance():
-    chance = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0])
-    places = np.append(np.random.default_rng(0).random(20000), [0.0, 1 - 1e-17])
-    drawn = kmeans_seeding._draw(chance, places, torch.ones(6))
-    assert_allclose(torch.bincount(drawn, minlength=6) / 20002, chance, atol=0.02)
-    assert set(drawn.tolist()) == {1, 3, 4}
-    assert set(kmeans_seeding._draw(0 * chance, places, chance).tolist()) == {1, 3, 4}
-
-
-def test_seeding_on_some_of_the_points():
-    x = blobs(20_000, 6, 4, spread=0.2, dtype=np.float32)
-    whole, some = (SphericalKMeans(4, init_size=size, random_state=0).fit(x) for size in (20_000, 50))
-    assert some.inertia_ == pytest.approx(whole.inertia_, rel=1e-3)
-
-
-def test_more_runs_are_no_worse():
-    x = blobs(400, 3, 15, spread=0.5)
-    once, often = (SphericalKMeans(15, init="random", n_init=n, random_state=0).fit(x) for n in (1, 8))
-    assert often.inertia_ < once.inertia_
-    assert_array_equal(often.labels_, often.predict(x))
-
-
-# --- much data ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [None, 256])
@@ -367,84 +143,6 @@ def test_small_chunks_change_nothing(monkeypatch):
     chunks = SphericalKMeans(9, random_state=0).fit(x)
     assert_array_equal(chunks.labels_, whole.labels_)
     assert_allclose(chunks.cluster_centers_, whole.cluster_centers_, atol=1e-12)
-
-
-def test_mini_batches_come_close():
-    x = blobs(4000, 12, 10, spread=0.8, dtype=np.float32)
-    lloyds = SphericalKMeans(10, random_state=0).fit(x)
-    batches = SphericalKMeans(10, batch_size=200, random_state=0).fit(x)
-    assert batches.inertia_ < 1.02 * lloyds.inertia_
-    assert_array_equal(batches.labels_, batches.predict(x))
-
-
-def test_partial_fit_is_the_direction_of_all_that_came():
-    batches = [blobs(100, 6, 4, seed=seed)[:, :6] for seed in (5, 5, 5)]
-    batches = [
-        batch[order]
-        for batch, order in zip(batches, ([*range(100)], [*range(60)], [*range(30, 100)]), strict=True)
-    ]
-    model = SphericalKMeans(4, init=batches[0][:4])
-    c, sums = unit(batches[0][:4]), np.zeros((4, 6))
-    for calls, batch in enumerate(batches, start=1):
-        assert model.partial_fit(batch) is model
-        labels = (unit(batch) @ c.T).argmax(axis=1)
-        for label, row in zip(labels, unit(batch), strict=True):
-            sums[label] += row
-        c = unit(sums)
-        assert_allclose(model.cluster_centers_, c, atol=1e-12)
-        assert_array_equal(model.labels_, (unit(batch) @ c.T).argmax(axis=1))
-        assert model.inertia_ == pytest.approx((1 - (unit(batch) @ c.T).max(axis=1)).sum())
-        assert model.n_iter_ == calls
-
-
-def test_partial_fit_seeds_refills_and_goes_on():
-    x = blobs(600, 8, 5, spread=0.2)
-    with pytest.raises(ValueError, match="n_clusters: expected at most n_samples=4, got 5"):
-        SphericalKMeans(5).partial_fit(x[:4])
-    streamed = SphericalKMeans(5, random_state=0)
-    for start in range(0, 600, 100):
-        streamed.partial_fit(x[start : start + 100])
-    whole = SphericalKMeans(5, random_state=0).fit(x)
-    assert_allclose((streamed.cluster_centers_ @ whole.cluster_centers_.T).max(axis=1), 1, atol=0.01)
-    centers = whole.cluster_centers_.copy()
-    whole.partial_fit(x[:1].astype(np.float32))  # fewer rows than clusters, another dtype
-    assert_allclose(whole.cluster_centers_, centers, atol=0.01)
-    assert (whole.cluster_centers_ != centers).any()
-    empty = SphericalKMeans(2, init=[[1.0, 0], [-1, 0]]).partial_fit([[1.0, 0.1], [1, 0.2], [1, 0.6]])
-    assert_array_equal(empty.labels_, [0, 0, 1])
-
-
-# --- weights -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch_size", [None, 10**6])
-def test_a_weight_is_a_repetition(batch_size):
-    x = blobs(150, 6, 4)
-    weight = np.random.default_rng(1).integers(0, 4, 150)
-    weight[:4] = 1
-    arguments = {
-        "n_clusters": 4,
-        "init": x[:4],
-        "batch_size": batch_size,
-        "max_iter": 1 if batch_size else 100,
-    }
-    weighted = SphericalKMeans(**arguments).fit(x, sample_weight=weight)
-    repeated = SphericalKMeans(**arguments).fit(np.repeat(x, weight, axis=0))
-    assert_allclose(weighted.cluster_centers_, repeated.cluster_centers_, atol=1e-12)
-    assert weighted.inertia_ == pytest.approx(repeated.inertia_)
-    as_tensor = SphericalKMeans(**arguments).fit(torch.from_numpy(x), sample_weight=torch.from_numpy(weight))
-    assert_array_equal(as_tensor.labels_, weighted.labels_)
-    unweighted = SphericalKMeans(**arguments).fit(x)
-    assert abs(unweighted.cluster_centers_ - weighted.cluster_centers_).max() > 1e-3
-    assert_allclose(clone(unweighted).fit(x, sample_weight=3).cluster_centers_, unweighted.cluster_centers_)
-
-
-def test_seeds_have_a_weight():
-    x, weight = blobs(300, 4, 6), np.zeros(300)
-    weight[::50] = 1
-    for init in ("k-means++", "random"):
-        found = SphericalKMeans(6, init=init, random_state=0).fit(x, sample_weight=weight)
-        assert found.inertia_ == pytest.approx(0, abs=1e-9)
 
 
 # --- bad input ---------------------------------------------------------------------------------------------
