@@ -1,0 +1,82 @@
+"""Every Python block of docs/ runs, every flag its shell blocks show exists, every file it names is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_sentence_transformers import TEXTS
+from tiny import make_encoder
+
+from clusterns.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder where the names that the documentation uses stand for something small."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("bert-base-uncased", "runs/mine"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        make_encoder().save(folder / name)
+    (folder / "sentences.txt").write_text("\n".join(TEXTS * 2) + "\n")
+    return folder
+
+
+def run(folder, *command: str) -> str:
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+PRINTS = {
+    "loss.md": ["True", "True", "\\d"],
+    "quickstart.md": ["tensor"],
+    "sentence-transformers.md": ["info_nce"],
+}
+
+
+@pytest.mark.parametrize(
+    ("page", "number"),
+    [(page, number) for page in PAGES for number in range(len(blocks(page, "python")))],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_python_blocks_run(page, number, place):
+    printed = run(place, "-c", blocks(page, "python")[number])
+    assert re.search(PRINTS[page.name][number], printed), printed
+
+
+def test_the_example_script_runs(place):
+    script = str(ROOT / "docs" / "train_sentence_transformers.py")
+    short = "--max-steps 3 --batch-size 8 --mini-batch-size 4 --num-clusters 4 --start-cosine 1".split()
+    printed = run(place, script, "--model", "bert-base-uncased", "--sentences", "sentences.txt", *short)
+    assert "nearest_cosine" in printed  # clustering is under way
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_flags_exist(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    help_text = capsys.readouterr().out
+    shell = "\n".join(block for page in PAGES for block in blocks(page, "sh")).replace("\\\n", " ")
+    lines = [line for line in shell.splitlines() if f"clusterns {command}" in line]
+    assert lines
+    for flag in {flag for line in lines for flag in re.findall(r"--[a-z-]+", line)}:
+        assert flag in help_text, flag
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!http)([^)#]+)", text) + re.findall(r"`(docs/[\w./-]+)`", text):
+            base = ROOT if target.startswith("docs/") else page.parent
+            assert (base / target).exists(), f"{page.name}: {target}"
