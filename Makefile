@@ -29,7 +29,7 @@ bench: $(VENV)/.ready-test
 	$(RUN)/python -m pytest bench --benchmark-only -s
 
 exactness: $(VENV)/.ready-test
-	TRITON_INTERPRET=1 $(RUN)/python bench/exactness.py
+	TRITON_INTERPRET=1 $(RUN)/python bench/exactness.py --dim 256
 
 audit: $(VENV)/.ready-test
 	$(RUN)/python bench/audit.py --output bench/results/audit.csv
