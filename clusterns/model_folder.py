@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-POOLINGS = ("cls", "mean")
+HEAD_FILE = "head.safetensors"
 WEIGHT_FILES = tuple(
     name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
 )
@@ -28,9 +30,7 @@ VOCABULARY_FILES = (
 # What a hub repository is asked for: no ONNX, TensorFlow or other copies of the weights.
 HUB_FILES = ("*.json", "*.txt", "*.model", "model*.safetensors", "0_Transformer/*")
 
-# The names and keys that every sentence-transformers reads: version 6 still maps them to its new ones.
-TRANSFORMER_CLASS = "sentence_transformers.models.Transformer"
-POOLING_CLASS = "sentence_transformers.models.Pooling"
+# The keys that every sentence-transformers reads: version 6 still maps them to its new ones.
 POOLING_KEYS = {
     "cls": "pooling_mode_cls_token",
     "mean": "pooling_mode_mean_tokens",
@@ -94,15 +94,15 @@ def _first_file(folder: Path, names: Sequence[str]) -> str | None:
     return next((name for name in names if (folder / name).is_file()), None)
 
 
-def load_transformer(folder: Path) -> tuple[Any, Any]:
-    """Model, in float32, and tokenizer of a local folder."""
-    for what, names in (
-        ("config.json", ("config.json",)),
-        ("weights (model.safetensors)", WEIGHT_FILES),
-        ("tokenizer (tokenizer.json, vocab.txt)", VOCABULARY_FILES),
+def load_transformer(folder: Path, tokenizer_folder: Path) -> tuple[Any, Any]:
+    """Model, in float32, and tokenizer of local folders."""
+    for what, place, names in (
+        ("config.json", folder, ("config.json",)),
+        ("weights (model.safetensors)", folder, WEIGHT_FILES),
+        ("tokenizer (tokenizer.json, vocab.txt)", tokenizer_folder, VOCABULARY_FILES),
     ):
-        if not _first_file(folder, names):
-            raise FileNotFoundError(f"model: expected {what} in {folder}, got a folder without")
+        if not _first_file(place, names):
+            raise FileNotFoundError(f"model: expected {what} in {place}, got a folder without")
     try:
         model, report = AutoModel.from_pretrained(
             folder,
@@ -111,7 +111,9 @@ def load_transformer(folder: Path) -> tuple[Any, Any]:
             trust_remote_code=False,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"model: expected an encoder that transformers loads in {folder}, got: {first_line(error)}"
@@ -140,23 +142,55 @@ def read_modules(folder: Path) -> dict[str, str]:
 def read_pooling(folder: Path, modules: Mapping[str, str]) -> str:
     """The pooling of a sentence-transformers folder; "cls" where it states none."""
     # A Normalize module changes no cosine; any other would change the embedding.
-    others = sorted(set(modules) - {"Transformer", "Pooling", "Normalize", "Dropout"})
+    others = sorted(set(modules) - {"Transformer", "Pooling", "Dense", "Normalize", "Dropout"})
     if others:
         raise ValueError(
-            f"{folder / 'modules.json'}: expected Transformer, Pooling and Normalize, got {others[0]}; "
-            "give a pooling to take the encoder without it"
+            f"{folder / 'modules.json'}: expected Transformer, Pooling, Dense and Normalize, "
+            f"got {others[0]}; give a pooling to take the encoder without it"
         )
-    if "Pooling" not in modules:
-        return "cls"
+    return read_pooling_file(folder, modules) if "Pooling" in modules else "cls"
+
+
+def read_pooling_file(folder: Path, modules: Mapping[str, str]) -> str:
+    """What the Pooling module's config.json states, "cls" or "mean"."""
     path = folder / modules["Pooling"] / "config.json"
     config = read_json(path) or {}
     stated = config.get("pooling_mode")
     if stated is None:
         stated = [mode for mode, key in POOLING_KEYS.items() if config.get(key)]
     modes = [stated] if isinstance(stated, str) else list(stated)
-    if len(modes) != 1 or modes[0] not in POOLINGS:
+    if len(modes) != 1 or modes[0] not in ("cls", "mean"):
         raise ValueError(f"{path}: expected the pooling cls or mean, got {' and '.join(modes) or 'none'}")
     return modes[0]
+
+
+def read_head(folder: Path, modules: Mapping[str, str], root: Path, width: int) -> dict[str, Tensor] | None:
+    """Weight (D, D) and bias (D,) of the head, or None where the folder has none.
+
+    From the Dense module of sentence-transformers where there is one, else from head.safetensors.
+    """
+    path = root / HEAD_FILE
+    if "Dense" in modules:
+        path = folder / modules["Dense"] / "model.safetensors"
+        config = read_json(path.with_name("config.json")) or {}
+        shape = (config.get("in_features"), config.get("out_features"), config.get("bias", True))
+        activation = str(config.get("activation_function", "Tanh")).rpartition(".")[2]
+        if (*shape, activation) != (width, width, True, "Tanh"):
+            raise ValueError(
+                f"{path.with_name('config.json')}: expected a head of width {width} with bias and Tanh, "
+                f"got {shape[0]} to {shape[1]} with {activation}"
+            )
+    elif not path.exists():
+        return None
+    try:
+        state = {name.removeprefix("linear."): value for name, value in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: expected a head of width {width}, got: {first_line(error)}") from error
+    expected = {"weight": (width, width), "bias": (width,)}
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    if shapes != expected:
+        raise ValueError(f"{path}: expected a head of width {width}, got {shapes}")
+    return state
 
 
 def read_max_length(folder: Path) -> int | None:

@@ -49,11 +49,71 @@ class ViewTokenizer:
                 pair and its hard negative, V = 3.
 
         Returns input_ids and attention_mask (V·B, T), right-padded to the longest, and what else the
-        tokenizer makes, as token_type_ids (V·B, T). With a prompt also template and sentence_length (V·B,).
-        All first views come first, then all second, then all hard negatives: `chunk(V)` parts them. The
-        first view has template 1; the second view and the hard negative have template 2, as in the authors'
-        code. A dict can be split into chunks of rows: each row says all about itself.
+        tokenizer makes, as token_type_ids (V·B, T). With a prompt also template (V·B,), 0 or 1. All first
+        views come first, then all second, then all hard negatives: `chunk(V)` parts them. The first view has
+        template 1; the second view and the hard negative have template 2, as in the authors' code. A dict can
+        be split into chunks of rows: each row says all about itself.
 
-        Raises ValueError for no rows, rows of unlike numbers of texts, or more than three.
+        Raises ValueError for no rows, rows of unlike numbers of texts or more than three, or what is no text.
         """
-        raise NotImplementedError
+        columns = _columns(rows)
+        return self._plain(columns) if self.prompt is None else self._prompted(columns)
+
+    def _plain(self, columns: list[list[str]]) -> dict[str, Tensor]:
+        batch = self.tokenizer(
+            [text for column in columns for text in column],
+            padding=True,
+            padding_side="right",
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        inputs = dict(batch)
+        if len(columns) == 1:  # a text's two views have the same tokens
+            inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
+        return inputs
+
+    def _prompted(self, columns: list[list[str]]) -> dict[str, Tensor]:
+        assert self.prompt is not None
+        last = len(self.prompt.templates) - 1
+        ids = self.prompt.view(columns[0], 0, self.max_length)
+        if len(columns) == 1:
+            moved = self.prompt.move(ids, 0, last)
+            ids += self.prompt.view(columns[0], last, self.max_length) if moved is None else moved
+        for column in columns[1:]:
+            ids += self.prompt.view(column, last, self.max_length)
+        batch = self.prompt.tokenizers[0].pad(
+            {"input_ids": ids},
+            padding_side="right",
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            return_tensors="pt",
+        )
+        template = torch.full((len(ids),), last)
+        template[: len(columns[0])] = 0
+        return {**batch, "template": template}
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[list[str]]:
+    """The texts of each column, checked."""
+    if len(rows) == 0:
+        raise ValueError("rows: expected at least one, got an empty list")
+    for number, row in enumerate(rows):
+        if not isinstance(row, (tuple, list)) or not 1 <= len(row) <= 3:
+            got = f"{len(row)} texts" if isinstance(row, (tuple, list)) else type(row).__name__
+            raise ValueError(f"rows: expected tuples of one to three texts, got {got} at index {number}")
+        if len(row) != len(rows[0]):
+            raise ValueError(
+                f"rows: expected {len(rows[0])} texts as in the first, got {len(row)} at index {number}"
+            )
+    return [check_texts("rows", column) for column in zip(*rows, strict=True)]
+
+
+def check_texts(name: str, texts: Sequence[str]) -> list[str]:
+    """The texts as a list; ValueError for one string, or what is no string among them."""
+    if isinstance(texts, str):
+        raise ValueError(f"{name}: expected a list of strings, got one string {texts[:40]!r}")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}: expected strings, got {type(text).__name__} at index {index}")
+    return list(texts)
