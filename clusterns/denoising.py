@@ -1,7 +1,7 @@
 """Template denoising: what the template alone says at the mask token is taken off a sentence's embedding.
 
-PromptBERT (Jiang et al., EMNLP 2022, section 4.2). The template without a sentence is encoded with the
-position ids that its tokens have around a sentence of a given length: those after the slot are shifted by it.
+From PromptBERT (Jiang et al., EMNLP 2022). The template without a sentence is encoded with the position ids
+that its tokens have around a sentence of a given length: those after the slot are shifted by it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from .positions import check_shiftable, position_offset
 from .prompts import TemplateTokens
+
+# Where the values of a tensor are at hand without making the host wait for a device.
+HOSTS = ("cpu",)
 
 
 class TemplateDenoising(nn.Module):
@@ -93,7 +96,7 @@ class TemplateDenoising(nn.Module):
         lengths = attention_mask.shape[1] - self.shortest + 1  # 0 to the longest that fits
         pair = template * lengths + length
         places: Tensor | None
-        if pair.device.type == "cpu":
+        if pair.device.type in HOSTS:
             pair, places = pair.unique(return_inverse=True)
         elif len(self.ids) * lengths <= len(pair):
             pair, places = torch.arange(len(self.ids) * lengths, device=pair.device), pair

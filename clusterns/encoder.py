@@ -136,7 +136,7 @@ class SentenceEncoder(nn.Module):
         *,
         pooling: str | None = None,
         head: str | None = None,
-        prompt: Prompt | str | None = None,
+        prompt: Prompt | Sequence[str] | None = None,
         evaluation_denoising: bool | None = None,
         max_length: int | None = None,
     ) -> SentenceEncoder:
@@ -151,8 +151,8 @@ class SentenceEncoder(nn.Module):
                 taken), and with them the head's use. One other than "mask" is refused for a prompt model,
                 unless its prompt is taken off too.
             head: see the class.
-            prompt: "none" takes a prompt model's prompt off; the name of published templates is
-                `Prompt(name)`.
+            prompt: templates, or their published name, stand for `Prompt` of them; "none" takes a prompt
+                model's prompt off.
             evaluation_denoising: overrides the prompt's own.
             max_length: see the class.
 

@@ -118,7 +118,7 @@ def write_encoder(encoder: SentenceEncoder, folder: Path) -> None:
         pooling=encoder.pooling,
         width=encoder.embedding_dim,
         max_length=longest,
-        layers=encoder.transformer.config.num_hidden_layers,
+        layers=getattr(encoder.transformer.config, "num_hidden_layers", 0),
         head=head,
         mask_token=tokenizer.mask_token,
         vocabulary=vocabulary,

@@ -6,13 +6,13 @@ given is read, and what contradicts it is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .model_folder import read_json, read_max_length, read_modules, read_pooling, read_pooling_file
-from .pooling import LAYERS
+from .pooling import LAYERS, check_pooling
 from .prompts import Prompt
 
 SETTINGS_FILE = "clusterns.json"
@@ -39,7 +39,7 @@ def read_encoder_settings(
     *,
     pooling: str | None = None,
     head: str | None = None,
-    prompt: Prompt | str | None = None,
+    prompt: Prompt | Sequence[str] | None = None,
 ) -> EncoderSettings:
     """The settings of a folder, with those given in place of its own.
 
@@ -57,8 +57,8 @@ def read_encoder_settings(
             "pass prompt='none' too to take the encoder without its prompt"
         )
     chosen = stated_prompt if prompt is None else None if prompt == "none" else prompt
-    if isinstance(chosen, str):
-        chosen = Prompt(chosen)
+    if chosen is not None and not isinstance(chosen, Prompt):
+        chosen = Prompt(chosen if isinstance(chosen, str) else tuple(chosen))
     overridden = pooling is not None or prompt is not None
     if not overridden:
         check_agreement(folder, modules, settings)
@@ -99,7 +99,7 @@ def read_prompt(folder: Path, settings: Mapping[str, Any]) -> Prompt | None:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What clusterns.json says, checked for its form only; empty where there is none."""
+    """What clusterns.json says, the prompt as it stands there; empty where there is none."""
     path = folder / SETTINGS_FILE
     settings = read_json(path)
     if settings is None:
@@ -114,6 +114,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     known = {"format", "pooling", "head", "prompt", "max_length"}
     if set(settings) - known:
         raise ValueError(f"{path}: expected {', '.join(sorted(known))}, got {min(set(settings) - known)!r}")
+    try:
+        check_pooling(
+            settings["pooling"], settings.get("head"), has_prompt=settings.get("prompt") is not None
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     length = settings.get("max_length")
     if length is not None and not isinstance(length, int):
         raise ValueError(f"{path}: expected a whole number as max_length, got {length!r}")
@@ -128,6 +134,9 @@ def check_agreement(folder: Path, modules: Mapping[str, str], settings: Mapping[
         settings["pooling"], settings.get("head"), settings.get("prompt")
     )
     found = set(modules) - {"Normalize", "Dropout"}
+    # The one module that is every prompt model, see `sentence_transformers_modules.py`.
+    if found == {"PromptEncoder"} and settings.get("prompt"):
+        return
     if found != set(expected):
         raise ValueError(
             f"{folder / 'modules.json'}: expected {', '.join(expected)} to match {SETTINGS_FILE}, "

@@ -181,7 +181,10 @@ def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
-    place = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    place = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
+    if not bare or place is None:
+        kind = type(tokenizer).__name__
+        raise ValueError(f"prompt: expected a tokenizer that puts special tokens around a text, got {kind}")
     return whole[:place], whole[place + len(bare) :]
 
 
@@ -202,6 +205,8 @@ def _around(tokenizer: Any, tokens: TemplateTokens, *, period: bool) -> PreTrain
     if period:
         steps.append(normalizers.Replace(Regex(UNENDED), "."))
     if tokens.spaced:
+        # So the first word is the one it is in the whole text, as in the authors' evaluation; their training
+        # tokenised it as if it began the text.
         steps.append(normalizers.Prepend(" "))
     if backend.normalizer is not None:
         steps.append(backend.normalizer)

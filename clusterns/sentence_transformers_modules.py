@@ -30,7 +30,7 @@ class PromptEncoder(InputModule):
         self.encoder = encoder
 
     @property
-    def tokenizer(self) -> Any:  # type: ignore[override]
+    def tokenizer(self) -> Any:
         """Puts the template around each text."""
         return self.encoder.evaluation_tokenizer
 
@@ -69,7 +69,7 @@ class PromptEncoder(InputModule):
         self.encoder.save(output_path)
 
     @classmethod
-    def load(cls, model_name_or_path: str, **kwargs: Any) -> PromptEncoder:  # type: ignore[override]
+    def load(cls, model_name_or_path: str, **kwargs: Any) -> PromptEncoder:
         """The encoder of a folder or hub name that `SentenceEncoder.save` wrote."""
         if kwargs.get("revision") is not None:
             raise ValueError(f"revision: expected none for a PromptEncoder, got {kwargs['revision']!r}")

@@ -60,16 +60,14 @@ class ViewTokenizer:
         return self._plain(columns) if self.prompt is None else self._prompted(columns)
 
     def _plain(self, columns: list[list[str]]) -> dict[str, Tensor]:
-        batch = self.tokenizer(
-            [text for column in columns for text in column],
-            padding=True,
-            padding_side="right",
-            pad_to_multiple_of=self.pad_to_multiple_of,
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
-        inputs = dict(batch)
+        texts = [text for column in columns for text in column]
+        options = {"padding_side": "right", "return_tensors": "pt"}
+        cut = {"truncation": True, "max_length": self.max_length}
+        if self.pad_to_multiple_of is None:
+            inputs = dict(self.tokenizer(texts, padding=True, **cut, **options))
+        else:  # in two steps, since the tokenizer wants a max_length that is such a multiple itself
+            ids = self.tokenizer(texts, **cut)
+            inputs = dict(self.tokenizer.pad(ids, pad_to_multiple_of=self.pad_to_multiple_of, **options))
         if len(columns) == 1:  # a text's two views have the same tokens
             inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
         return inputs

@@ -1,0 +1,347 @@
+"""Prompts and denoising, against whole texts tokenised at once and templates around hidden sentences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import SENTENCES, assert_close, make_encoder
+from tiny_prompt import (
+    ABSOLUTE,
+    bert_tokenizer,
+    make_kind,
+    make_prompted,
+    roberta_tokenizer,
+    tokenizer_of,
+    transformer_of,
+    without_dropout,
+)
+from transformers import AutoTokenizer
+
+from clusterns.cached import CachedClusterNSLoss
+from clusterns.encoder import SentenceEncoder
+from clusterns.loss import ClusterNSLoss
+from clusterns.prompts import PUBLISHED, Prompt, PromptTokenizer, template_tokens
+
+ROWS = [(sentence,) for sentence in SENTENCES]
+CUSTOM = ("[MASK] : [X] .", 'means "[X]" of this [MASK] sentence')
+
+
+def state_in_text(encoder: SentenceEncoder, template: str, sentence: str) -> torch.Tensor:
+    """The mask token's state (D,) in the template's text with the sentence in its slot."""
+    tokenizer = encoder.tokenizer
+    text = template.replace("[X]", sentence).replace("[MASK]", tokenizer.mask_token)
+    tokens = tokenizer(text, return_tensors="pt")
+    place = (tokens["input_ids"][0] == tokenizer.mask_token_id).nonzero().item()
+    with torch.no_grad():
+        return encoder.transformer(**tokens).last_hidden_state[0, place]
+
+
+def delta_by_hiding(encoder: SentenceEncoder, template: int, length: int) -> torch.Tensor:
+    """The mask token's state (D,) around a sentence of so many tokens that attention does not see.
+
+    The model counts the positions itself here, so its own counting is what the shift is held against.
+    """
+    assert encoder.prompt_tokenizer is not None
+    tokens = encoder.prompt_tokenizer.templates[template]
+    filler = encoder.tokenizer.convert_tokens_to_ids(encoder.tokenizer.unk_token)
+    ids = torch.tensor([[*tokens.before, *[filler] * length, *tokens.after]])
+    seen = torch.tensor([[*[1] * len(tokens.before), *[0] * length, *[1] * len(tokens.after)]])
+    place = (ids[0] == encoder.tokenizer.mask_token_id).nonzero().item()
+    return encoder.transformer(input_ids=ids, attention_mask=seen).last_hidden_state[0, place]
+
+
+@pytest.mark.parametrize("kind", [*ABSOLUTE, "mpnet"])
+def test_the_test_protocol_is_the_first_template_with_a_period_and_no_delta(kind: str) -> None:
+    encoder = make_prompted(kind, max_length=None, denoising="none" if kind == "mpnet" else "frozen")
+    name = "roberta" if kind in ("roberta", "mpnet") else "bert"
+    assert encoder.prompt is not None
+    assert encoder.prompt.templates == PUBLISHED[name]
+    endings = ["the cat.", "the cat?", "the cat'", 'the "cat"', "the cat!"]
+    vectors = encoder.encode([*SENTENCES, *endings], batch_size=3)
+    for row, sentence in enumerate([*SENTENCES, *endings]):
+        ended = sentence if not sentence or sentence[-1] in ".?\"'" else sentence + "."
+        if not sentence and name == "roberta":
+            continue  # the text's two spaces are a token of their own
+        assert_close(vectors[row], state_in_text(encoder, PUBLISHED[name][0], ended), tolerance=1e-4)
+    again = [encoder(encoder.tokenize([sentence]))[0] for sentence in endings]
+    assert_close(torch.stack(again).detach(), vectors[len(SENTENCES) :], tolerance=1e-4)
+
+
+def test_without_period_and_with_custom_templates() -> None:
+    for template in CUSTOM:
+        encoder = make_prompted(templates=(template,), append_period=False)
+        vectors = encoder.encode(SENTENCES)
+        short = [" ".join(sentence.split()[:6]) for sentence in SENTENCES]
+        expected = torch.stack([state_in_text(encoder, template, sentence) for sentence in short])
+        assert_close(vectors, expected)
+        assert (vectors[1] - make_prompted(templates=(template,)).encode(SENTENCES)[1]).norm() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_the_sentence_is_truncated_and_the_template_never(kind: str) -> None:
+    encoder = make_prompted(kind, max_length=3)
+    inputs = encoder.tokenize(["the cat sat on the mat far far", "the cat sat", "bird"])
+    assert encoder.prompt_tokenizer is not None
+    tokens = encoder.prompt_tokenizer.templates[0]
+    first = inputs["input_ids"][0].tolist()
+    assert len(first) == len(tokens.ids) + 3
+    assert first[: len(tokens.before)] == tokens.before
+    assert first[-len(tokens.after) :] == tokens.after
+    if kind == "bert":
+        assert first == inputs["input_ids"][1].tolist()
+    long = encoder.encode(["far " * 1000, "x" * 100_000])
+    assert long.isfinite().all()
+
+
+def test_the_mask_token_in_a_sentence_is_text() -> None:
+    encoder = make_prompted()
+    inputs = encoder.tokenize(["a [MASK] cat", "[SEP] [PAD]"])
+    assert (inputs["input_ids"] == encoder.tokenizer.mask_token_id).sum(dim=1).tolist() == [1, 1]
+    vectors = encoder.encode(["a [MASK] cat", "[SEP] [PAD]"], batch_size=1)
+    assert_close(vectors, encoder(inputs).detach())
+
+
+def test_published_templates_have_the_tokens_of_the_published_code() -> None:
+    folder = pytest.importorskip("pathlib").Path(__file__).parents[2] / "shared/data/models/all-MiniLM-L6-v2"
+    if not folder.is_dir():
+        pytest.skip("needs a BERT vocabulary, ../shared/data is absent")
+    tokens = template_tokens(PUBLISHED["bert"][0], AutoTokenizer.from_pretrained(folder))
+    # As a comment of PromptBERT's evaluation has them.
+    assert tokens.ids == [101, 2023, 6251, 1997, 1000, 1000, 2965, 103, 1012, 102]
+    assert tokens.before == [101, 2023, 6251, 1997, 1000]
+
+
+@pytest.mark.parametrize("templates", ["auto", CUSTOM])
+@pytest.mark.parametrize("kind", ABSOLUTE)
+def test_delta_is_the_template_around_a_hidden_sentence(kind: str, templates: Any) -> None:
+    encoder = make_prompted(kind, templates=templates, denoising="trained")
+    assert encoder.denoiser is not None
+    pairs = [(template, length) for template in (0, 1) for length in (0, 1, 5, 6)]
+    template, length = torch.tensor(pairs).T
+    with torch.no_grad():
+        states = encoder.denoiser.states(encoder.transformer, template, length)
+        expected = torch.stack([delta_by_hiding(encoder, *pair) for pair in pairs])
+    assert_close(states, expected, tolerance=1e-4)
+    if templates == "auto":
+        assert (states[0] - states[2]).norm() > 0.01  # the shift matters
+
+
+@pytest.mark.parametrize("hosts", [("cpu",), ()], ids=["distinct lengths", "no synchronisation"])
+@pytest.mark.parametrize("denoising", ["frozen", "trained"])
+def test_denoised_training_embeddings_and_their_gradient(
+    denoising: str, hosts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clusterns.denoising.HOSTS", hosts)
+    encoder = without_dropout(make_prompted("roberta", denoising=denoising))
+    inputs = encoder.view_tokenizer()([ROWS[0], ROWS[2], ROWS[5]])
+    weights = torch.randn(6, encoder.embedding_dim, generator=torch.Generator().manual_seed(0))
+
+    def gradients(vectors: torch.Tensor) -> list[torch.Tensor]:
+        parameters = [p for p in encoder.parameters() if p.requires_grad]
+        return list(torch.autograd.grad((vectors * weights).sum(), parameters))
+
+    # Every row by itself: the sentence's state less the template's, then the head.
+    assert encoder.prompt_tokenizer is not None
+    sizes = [len(tokens.ids) for tokens in encoder.prompt_tokenizer.templates]
+    rows = []
+    for ids, mask, template in zip(
+        *(inputs[n] for n in ("input_ids", "attention_mask", "template")), strict=True
+    ):
+        length = int(mask.sum())
+        hidden = encoder.transformer(input_ids=ids[None, :length], attention_mask=mask[None, :length])
+        place = (ids == encoder.tokenizer.mask_token_id).nonzero().item()
+        delta = delta_by_hiding(encoder, int(template), length - sizes[int(template)])
+        rows.append(
+            hidden.last_hidden_state[0, place] - (delta if denoising == "trained" else delta.detach())
+        )
+    assert encoder.head is not None
+    expected = encoder.head(torch.stack(rows))
+    vectors = encoder(inputs)
+    assert_close(vectors, expected, tolerance=1e-4)
+    for ours, by_hand in zip(gradients(vectors), gradients(expected), strict=True):
+        assert_close(ours, by_hand, tolerance=2e-3)
+
+
+def count_template_rows(encoder: SentenceEncoder) -> list[int]:
+    """Grows by the rows of each forward pass with positions given, which only denoising gives."""
+    rows: list[int] = []
+
+    def hook(module: Any, args: Any, kwargs: Any) -> None:
+        if "position_ids" in kwargs:
+            rows.append(len(kwargs["input_ids"]))
+
+    encoder.transformer.register_forward_pre_hook(hook, with_kwargs=True)
+    return rows
+
+
+def test_each_template_and_length_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make_prompted(denoising="frozen", evaluation_denoising=True, append_period=False)
+    rows = count_template_rows(encoder)
+    lengths = {min(len(sentence.split()), 6) for sentence in SENTENCES}
+    inputs = encoder.view_tokenizer()(ROWS * 3)
+    expected = without_dropout(encoder)(inputs)
+    assert rows == [2 * len(lengths)]
+    rows.clear()
+    monkeypatch.setattr("clusterns.encoding.SORT_WINDOW", 2)
+    encoder.encode(SENTENCES * 3, batch_size=1)
+    assert sum(rows) == len(lengths)  # once per call, whatever the windows and batches
+    rows.clear()
+    encoder.encode(SENTENCES, batch_size=64)
+    assert sum(rows) == len(lengths)
+    monkeypatch.setattr("clusterns.denoising.HOSTS", ())
+    rows.clear()
+    assert_close(encoder(inputs), expected)
+    assert rows == [2 * 7]  # lengths 0 to 6 of both templates: fewer than the rows
+    rows.clear()
+    encoder({name: value[:5] for name, value in inputs.items()})
+    assert rows == [5]
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_evaluation_with_denoising(kind: str) -> None:
+    encoder = make_prompted(kind, denoising="frozen", evaluation_denoising=True)
+    plain = make_prompted(kind)
+    assert encoder.prompt_tokenizer is not None
+    size = len(encoder.prompt_tokenizer.templates[0].ids)
+    expected = []
+    for sentence in SENTENCES:
+        length = int(plain.tokenize([sentence])["attention_mask"].sum()) - size
+        with torch.no_grad():
+            expected.append(plain.encode([sentence])[0] - delta_by_hiding(plain, 0, length))
+    assert_close(encoder.encode(SENTENCES, batch_size=2), torch.stack(expected), tolerance=1e-4)
+    with torch.no_grad():
+        assert_close(encoder(encoder.tokenize(SENTENCES)), torch.stack(expected), tolerance=1e-4)
+        assert_close(
+            encoder(encoder.tokenize(SENTENCES), denoise=False), plain.encode(SENTENCES), tolerance=1e-4
+        )
+
+
+def test_the_longest_sentence_of_all_has_positions() -> None:
+    for kind in ("bert", "roberta"):
+        encoder = make_prompted(kind, max_length=None, denoising="frozen", evaluation_denoising=True)
+        assert (
+            encoder.longest_input
+            == encoder.max_length
+            == (62 if kind == "roberta" else 64) - encoder.template_length
+        )
+        inputs = encoder.view_tokenizer()([("far " * 90, "far " * 90)])
+        assert encoder.train()(inputs).isfinite().all()
+        assert encoder.encode(["far " * 90]).isfinite().all()
+
+
+@pytest.mark.parametrize("denoising", ["frozen", "trained"])
+def test_autocast_keeps_every_gradient(denoising: str) -> None:
+    encoder = make_prompted(denoising=denoising).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        encoder(encoder.view_tokenizer()(ROWS)).float().square().sum().backward()
+    trainable = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+    # The last bias is in the sentence's and the template's state alike, so it cancels.
+    cancels = ["transformer.encoder.layer.2.output.LayerNorm.bias"] if denoising == "trained" else []
+    assert [name for name, p in trainable.items() if p.grad is None or not p.grad.any()] == cancels
+
+
+@pytest.mark.parametrize("denoising", ["none", "frozen", "trained"])
+def test_gradient_caching_splits_the_dict_by_rows(denoising: str) -> None:
+    encoder = without_dropout(make_prompted(denoising=denoising))
+    # Without the empty one, whose embedding is the template's less itself: 0, in a direction by rounding.
+    inputs = encoder.view_tokenizer()([row for row in ROWS if row[0]])
+    halves = [{name: value.chunk(2)[i] for name, value in inputs.items()} for i in (0, 1)]
+    settings: dict[str, Any] = {"num_clusters": 3, "start_cosine": 1.0, "bml_weight": 0.1}
+    plain = ClusterNSLoss(16, **settings)
+    cached = CachedClusterNSLoss(16, mini_batch_size=3, **settings)
+    results = []
+    for loss in (plain(encoder(halves[0]), encoder(halves[1])), cached(encoder, *halves)):
+        encoder.zero_grad()
+        loss.backward()
+        results.append(
+            [p.grad.clone() for p in encoder.parameters() if p.requires_grad and p.grad is not None]
+        )
+    assert len(results[0]) == len(results[1]) > 10
+    for first, second in zip(*results, strict=True):
+        assert_close(first, second, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("This means [MASK].", "^template: expected one .X. for the sentence, got none in 'This means"),
+        ("[X] [X] [MASK]", "expected one .X. for the sentence, got 2"),
+        ("This [X] means.", "expected one .MASK. or <mask>, got none in 'This .X. means.'$"),
+        ("[MASK] [X] <mask>", "expected one .MASK. or <mask>, got 2"),
+        (3, "^template: expected a text, got int$"),
+    ],
+)
+def test_bad_templates(template: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        Prompt(templates=(PUBLISHED["bert"][0], template))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_bad_prompts() -> None:
+    for templates, words in (
+        ((), "^templates: expected one or two, got 0$"),
+        (("[X] [MASK]",) * 3, "^templates: expected one or two, got 3$"),
+        ("gpt", "^templates: expected one of 'auto', 'bert', 'roberta', got 'gpt'$"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Prompt(templates=templates)
+    with pytest.raises(
+        ValueError, match=r"^denoising: expected one of 'none', 'frozen', 'trained', got 'on'$"
+    ):
+        Prompt(denoising="on")
+    with pytest.raises(ValueError, match=r"^append_period: expected true or false, got 1$"):
+        Prompt(append_period=1)  # type: ignore[arg-type]
+    plain = make_encoder()
+    with pytest.raises(ValueError, match=r"^prompt: expected a tokenizer with a mask token, got .* without$"):
+        SentenceEncoder(plain.transformer, plain.tokenizer, prompt=Prompt())
+    with pytest.raises(
+        ValueError, match=r"^max_length: expected 1 to 54 tokens .* beside a template of 10, got 55$"
+    ):
+        make_prompted(max_length=55)
+    encoder = make_prompted()
+    with pytest.raises(ValueError, match=r"^denoise: expected an encoder with denoising, got one without$"):
+        encoder(encoder.tokenize(SENTENCES), denoise=True)
+
+
+def test_a_template_whose_mask_is_cut_by_the_vocabulary_is_refused() -> None:
+    tokenizer = bert_tokenizer()
+    tokenizer.mask_token = "cat dog"  # a mask that the vocabulary takes for two words
+    with pytest.raises(ValueError, match=r"^template: expected one mask token among its tokens, got \d in"):
+        PromptTokenizer(Prompt().resolve(tokenizer), tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["mpnet", "deberta-v2"])
+def test_denoising_needs_positions_that_can_be_shifted(kind: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^denoising: expected a model whose position_ids alone .*; use 'none'$"
+    ):
+        make_prompted(kind, denoising="frozen")
+    assert make_prompted(kind).encode(SENTENCES).isfinite().all()
+
+
+def test_denoising_needs_position_ids() -> None:
+    tokenizer = tokenizer_of("bert")
+    transformer = transformer_of("bert", len(tokenizer))
+    forward = type(transformer).forward
+    # As DistilBERT before transformers 5.
+    transformer.forward = lambda input_ids, attention_mask, **kwargs: forward(
+        transformer, input_ids, attention_mask
+    )
+    with pytest.raises(
+        ValueError, match=r"^denoising: expected a model that takes position_ids, got BertModel"
+    ):
+        SentenceEncoder(transformer, tokenizer, prompt=Prompt(denoising="trained"))
+
+
+def test_the_check_of_positions_leaves_modes_and_random_numbers_alone() -> None:
+    tokenizer = roberta_tokenizer()
+    transformer = transformer_of("roberta", len(tokenizer)).train()
+    transformer.encoder.layer[0].eval()
+    state = torch.random.get_rng_state()
+    SentenceEncoder(transformer, tokenizer, prompt=Prompt(denoising="frozen"), head="none")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert transformer.training
+    assert not transformer.encoder.layer[0].training
+    assert make_kind("bert", prompt=Prompt()).denoiser is None

@@ -1,0 +1,127 @@
+"""Tiny random encoders of several kinds, with tokenizers that know a mask token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from tiny import SENTENCES, WORDS
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import AutoModel, PreTrainedTokenizerFast
+
+from clusterns.encoder import SentenceEncoder
+from clusterns.prompts import Prompt
+
+BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+ROBERTA_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+PROMPT_WORDS = ["this", "sentence", "of", ":", '"', "'", "means", ".", "?", "mask", "[", "]"]
+# Kinds with [MASK] that take position ids and no other positions; and RoBERTa, which counts them from 2.
+ABSOLUTE = ("bert", "distilbert", "electra", "albert", "roberta")
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.4,  # vectors that differ well beyond rounding
+}
+
+
+def bert_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(BERT_SPECIAL + WORDS + PROMPT_WORDS))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def roberta_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level: a word after a space is another token than the word alone."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=ROBERTA_SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([*SENTENCES, "This sentence : ' X ' means that The sentence"] * 2, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        cls_token="<s>",
+        sep_token="</s>",
+        mask_token=AddedToken("<mask>", lstrip=True, special=True),
+    )
+
+
+def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
+    return roberta_tokenizer() if kind in ("roberta", "mpnet") else bert_tokenizer()
+
+
+def transformer_of(kind: str, vocabulary: int, seed: int = 0, **changes: Any) -> Any:
+    """A random transformers encoder of a kind, in eval mode."""
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(kind)
+    values = {**SIZES, "vocab_size": vocabulary, **changes}
+    if kind == "distilbert":
+        values = {**values, "hidden_dim": values.pop("intermediate_size")}
+    if kind in ("roberta", "mpnet"):
+        values = {"pad_token_id": 1, **values}
+    if kind in ("electra", "albert"):
+        values = {"embedding_size": 8, **values}
+    if kind == "deberta-v2":
+        values = {
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_biased_input": False,
+            **values,
+        }
+    for name, value in values.items():
+        setattr(config, name, value)
+    return AutoModel.from_config(config).eval()
+
+
+def make_kind(kind: str, **settings: Any) -> SentenceEncoder:
+    tokenizer = tokenizer_of(kind)
+    return SentenceEncoder(transformer_of(kind, len(tokenizer)), tokenizer, **settings).eval()
+
+
+def make_prompted(kind: str = "bert", *, max_length: int | None = 6, **prompt: Any) -> SentenceEncoder:
+    return make_kind(kind, prompt=Prompt(**prompt), max_length=max_length)
+
+
+def without_dropout(encoder: SentenceEncoder) -> SentenceEncoder:
+    """In training mode, without its noise."""
+    encoder.train()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout_prob", None), float):
+            module.dropout_prob = 0.0
+    return encoder
