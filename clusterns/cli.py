@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     given = parser.parse_args(arguments)
     try:
-        given.command(given)
+        return given.command(given) or 0
     except KeyboardInterrupt:
         print("clusterns: interrupted", file=sys.stderr)
         return 130
@@ -25,7 +25,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"clusterns: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,15 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
     add_arguments(train)
     train.set_defaults(command=_train)
 
-    evaluate = commands.add_parser("evaluate", help="score an encoder on the seven STS sets")
-    evaluate.add_argument("model", metavar="MODEL", help="folder or hub name of an encoder")
-    evaluate.add_argument("--sts-dir", required=True, metavar="DIR", help="STS sets in SentEval's layout")
-    evaluate.add_argument("--json", metavar="FILE", help="write the figures there")
-    evaluate.add_argument(
-        "--pooling", choices=("cls", "mean"), help="default: what the model's files say, else cls"
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score encoders on STS sets and short-text clustering",
+        description="Score encoders: Spearman correlations on STS sets with bootstrap intervals, geometry of "
+        "the embeddings, k-means on labelled texts; several models also against each other.",
     )
-    evaluate.add_argument("--batch-size", type=int, default=64, metavar="INT", help="default 64")
-    evaluate.add_argument("--max-length", type=int, metavar="INT", help="default: what the model takes")
+    _add_evaluate_arguments(evaluate)
     evaluate.set_defaults(command=_evaluate)
     return parser
 
@@ -68,18 +65,51 @@ def _train(given: argparse.Namespace) -> None:
     train(config)
 
 
-def _evaluate(given: argparse.Namespace) -> None:
-    _quiet_transformers()
-    from .evaluate import run
-
-    run(
-        given.model,
-        given.sts_dir,
-        pooling=given.pooling,
-        json_file=given.json,
-        batch_size=given.batch_size,
-        max_length=given.max_length,
+def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("models", metavar="MODEL", nargs="+", help="folder or hub name of an encoder")
+    add(
+        "--sts-dir",
+        metavar="SOURCE",
+        help="folder of STS sets in SentEval's layout; or hub:senteval; or hub:mteb, whose SICK-R is another",
     )
+    add(
+        "--sts-sets",
+        dest="sets",
+        nargs="+",
+        metavar="SET",
+        help="STS12 ... STS16, STS-B, SICK-R, STS-B-dev, SICK-R-dev; default all of these",
+    )
+    add("--clustering", nargs="+", default=(), metavar="FILE", help="files of lines `label TAB text`")
+    add(
+        "--kmeans",
+        choices=("kmeans", "spherical"),
+        default="kmeans",
+        help="scikit-learn's on the embeddings as they are, as in the paper (default), or by cosine",
+    )
+    add("--cluster-seeds", type=int, default=5, metavar="INT", help="runs of k-means (default 5)")
+    add("--pooling", metavar="NAME", help="cls, mean ...; default: what the model's files say")
+    add("--max-length", type=int, metavar="INT", help="tokens; default: what the model takes")
+    add("--batch-size", type=int, default=64, metavar="INT", help="default 64")
+    add(
+        "--resamples",
+        type=int,
+        default=1000,
+        metavar="INT",
+        help="of the bootstrap (default 1000); 0 for no intervals",
+    )
+    add("--seed", type=int, default=42, metavar="INT", help="of bootstrap and k-means (default 42)")
+    add("--json", dest="json_file", metavar="FILE", help="write all figures there")
+    add("--markdown", dest="markdown_file", metavar="FILE", help="write the tables there, sub-sets too")
+    add("--figure", dest="figure_file", metavar="FILE", help="draw the figures there (png, svg, pdf)")
+
+
+def _evaluate(given: argparse.Namespace) -> int:
+    settings = {name: value for name, value in vars(given).items() if name != "command"}
+    _quiet_transformers()
+    from .evaluate import run  # late: --help should not load transformers
+
+    return run(settings.pop("models"), **settings)
 
 
 def _quiet_transformers() -> None:

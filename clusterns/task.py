@@ -9,8 +9,9 @@ from .config import TrainConfig
 from .data import load_sentences
 from .docstrings import docstring_corpus, retrieval_score
 from .encoder import SentenceEncoder
-from .evaluate import alignment, sts_dev, uniformity
+from .geometry import alignment, uniformity
 from .scratch import small_bert, train_tokenizer
+from .sts_scores import sts_dev
 
 
 @dataclass

@@ -26,7 +26,7 @@ from .cached import CachedClusterNSLoss
 from .config import TrainConfig, to_dict
 from .data import sentence_batches
 from .encoder import SentenceEncoder
-from .evaluate import format_table
+from .evaluation_tables import format_table
 from .figure import draw_run
 from .loss import ClusterNSLoss
 from .task import Task, prepare_encoder, prepare_task

@@ -1,156 +1,275 @@
-"""The evaluation: its figures against their definitions and known scores, the table, the JSON."""
+"""`clusterns evaluate`: figures, comparison, files, and errors that leave out one result."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from collections.abc import Sequence
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
-from tiny import ROWS, make_encoder, write_sts_folder
+from tiny import SENTENCES, WORDS, make_encoder, write_sts_folder
 
+from clusterns.cli import main
+from clusterns.correlation import spearman
 from clusterns.encoder import SentenceEncoder
-from clusterns.evaluate import (
-    SEVEN,
-    SHORT_NAMES,
-    SUBSETS,
-    alignment,
-    evaluate_sts,
-    format_table,
-    load_sts,
-    run,
-    spearman,
-    sts_dev,
-    uniformity,
-)
+from clusterns.evaluate import evaluate
+from clusterns.evaluation_tables import format_table, report
+from clusterns.geometry import mean_cosine, uniformity
+from clusterns.sts import SEVEN, SHORT_NAMES, SUBSETS, load_sts, load_sts_subsets
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-STS = SHARED / "data" / "sts"
-MINILM = SHARED / "data" / "models" / "all-MiniLM-L6-v2"
-
-needs_minilm = pytest.mark.skipif(
-    not (STS.is_dir() and MINILM.is_dir()), reason="no STS data or all-MiniLM-L6-v2 in ../shared"
-)
+SEVEN_SHORT = [SHORT_NAMES.get(name, name) for name in SEVEN]
 
 
-class Letters:
-    """Embeds a sentence as its letter counts, and keeps a record of its calls."""
+def varied_sts_folder(root: Path) -> Path:
+    """All sets, with pairs of their own in each file."""
+    write_sts_folder(root)
+    generator = np.random.default_rng(0)
 
-    def __init__(self) -> None:
-        self.calls: list[list[str]] = []
+    def sentence() -> str:
+        return " ".join(generator.choice(WORDS, size=generator.integers(2, 7)))
 
-    def encode(
-        self, sentences: Sequence[str], *, batch_size: int = 64, progress: bool = False
-    ) -> torch.Tensor:
-        self.calls.append(list(sentences))
-        return torch.tensor(
-            [[1.0 + sentence.count(letter) for letter in "abcdefgh"] for sentence in sentences]
-        )
-
-
-class Fixed:
-    """Gives every sentence the same vector."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def encode(
-        self, sentences: Sequence[str], *, batch_size: int = 64, progress: bool = False
-    ) -> torch.Tensor:
-        return torch.full((len(sentences), 3), self.value)
+    for path in sorted(root.rglob("STS.input.*")):
+        path.write_text("".join(f"{sentence()}\t{sentence()}\n" for _ in range(9)))
+        gold = "".join(f"{score / 5}\n" for score in generator.integers(0, 26, 9))
+        path.with_name(path.name.replace("input", "gs")).write_text(gold)
+    for path in sorted((root / "STS" / "STSBenchmark").iterdir()):
+        rows = zip((sentence() for _ in range(12)), generator.permutation(12) / 11 * 5, strict=True)
+        path.write_text("".join(f"g\tf\ty\t1\t{score}\t{first}\t{sentence()}\n" for first, score in rows))
+    return root
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write_sts_folder(tmp_path / "sts")
+    return varied_sts_folder(tmp_path / "sts")
 
 
-def test_figures_are_spearman_of_all_subsets_together(folder: Path) -> None:
+@pytest.fixture
+def models(tmp_path: Path) -> list[str]:
+    for seed, name in enumerate(("one", "two")):
+        make_encoder(seed=seed, pooling="mean").save(tmp_path / name)
+    return [str(tmp_path / "one"), str(tmp_path / "two")]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "animals.tsv"
+    path.write_text("".join(f"{word}\ta {word} {other}\n" for word in WORDS[1:4] for other in WORDS[4:10]))
+    return path
+
+
+def test_one_command_writes_json_markdown_and_figure(
+    models: list[str], folder: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.json").write_text("old")
+    files = ["--json", str(out / "a.json"), "--markdown", str(out / "a.md"), "--figure", str(out / "a.png")]
+    options = ["--sts-dir", str(folder), "--clustering", str(texts), "--cluster-seeds", "2"]
+    assert main(["evaluate", *models, *options, "--resamples", "50", *files]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["a.json", "a.md", "a.png"]
+    results = json.loads((out / "a.json").read_text())
+    assert (out / "a.png").read_bytes().startswith(b"\x89PNG")
+    markdown = (out / "a.md").read_text()
+    assert markdown == report(results) + "\n"
+    printed = capsys.readouterr().out
+    assert printed == report(results, details=False) + "\n"
+    assert "STS12 weighted mean" in markdown
+    assert "STS12 weighted mean" not in printed
+
+    assert [model["label"] for model in results["models"]] == ["one", "two"]
+    assert (results["errors"], results["settings"]["resamples"]) == ([], 50)
+    for model in results["models"]:
+        assert (model["pooling"], model["max_length"], model["library"]) == ("mean", 24, "clusterns")
+        assert list(model["sts"]) == [*SEVEN_SHORT, "STS-B-dev", "SICK-R-dev"]
+        assert model["clustering"]["animals"]["seeds"] == [42, 43]
+        for figures in (*model["sts"].values(), model["avg"]):
+            assert figures["low"] <= figures["high"]
+    # Each set is short of its published pairs, and says so.
+    assert "STS12: 45 scored pairs, the published set has 3,108" in results["notes"]
+
+
+def test_figures_are_those_of_their_definitions(models: list[str], folder: Path) -> None:
+    results = evaluate(models[:1], sts_dir=folder, resamples=0, progress=False)
+    (model,) = results["models"]
+    encoder = SentenceEncoder.from_pretrained(models[0], max_length=24)
+
+    def figure(pairs) -> float:
+        return spearman("x", encoder.encode(pairs.first), encoder.encode(pairs.second), pairs.scores)
+
+    for name, short in zip(SEVEN, SEVEN_SHORT, strict=True):
+        found = model["sts"][short]
+        assert found["spearman"] == pytest.approx(figure(load_sts(folder, name)))
+        assert (found["low"], found["high"]) == (None, None)
+        assert ("subsets" in found) == (name in SUBSETS)
+    parts = load_sts_subsets(folder, "STS13")
+    values = {name: figure(pairs) for name, pairs in parts.items()}
+    found = model["sts"]["STS13"]
+    assert {name: part["spearman"] for name, part in found["subsets"].items()} == pytest.approx(values)
+    assert found["mean"]["spearman"] == pytest.approx(np.mean(list(values.values())))
+    sevens = [model["sts"][short]["spearman"] for short in SEVEN_SHORT]
+    assert model["avg"]["spearman"] == pytest.approx(np.mean(sevens))
+    dev = load_sts(folder, "STSBenchmark-dev")
+    distinct = encoder.encode(sorted({*dev.first, *dev.second}))
+    assert model["geometry"]["uniformity"] == pytest.approx(uniformity(distinct), rel=1e-6)
+    assert model["geometry"]["mean_cosine"] == pytest.approx(mean_cosine(distinct), rel=1e-6)
+    assert model["geometry"]["sentences"] == len(distinct)
+    assert results["comparisons"] == []
+
+
+def test_weighted_mean_goes_by_the_pairs_of_the_sub_sets(models: list[str], folder: Path) -> None:
     place = folder / "STS" / "STS13-en-test"
-    (place / "STS.input.OnWN.txt").write_text("abc\tcba\nfgh\tabc\ndd\tde\n")
-    (place / "STS.gs.OnWN.txt").write_text("2\n3\n5\n")
-    encoder = Letters()
-    figures = evaluate_sts(encoder, folder, progress=False)
-    assert list(figures) == [*SEVEN, "avg"]
-    for name in SEVEN:
-        pairs = load_sts(folder, name)
-        first, second = encoder.encode(pairs.first).double(), encoder.encode(pairs.second).double()
-        cosines = (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1))
-        # Anagrams have the cosine 1 but for the last bits, and are ties.
-        assert figures[name] == pytest.approx(
-            100 * spearmanr(np.round(cosines.numpy(), 10), pairs.scores).statistic, abs=1e-9
-        )
-    assert figures["avg"] == pytest.approx(sum(figures[name] for name in SEVEN) / 7)
-    assert figures["STS13"] != pytest.approx(figures["STS12"], abs=0.1)
+    for kind in ("input", "gs"):  # four pairs of FNWN stay
+        lines = (place / f"STS.{kind}.FNWN.txt").read_text().splitlines(keepends=True)
+        (place / f"STS.{kind}.FNWN.txt").write_text("".join(lines[:4]))
+    results = evaluate(models[:1], sts_dir=folder, sets=["STS13"], resamples=20, progress=False)
+    found = results["models"][0]["sts"]["STS13"]
+    parts = found["subsets"].values()
+    assert [part["pairs"] for part in parts] == [4, 9, 9]
+    weighted = sum(part["pairs"] * part["spearman"] for part in parts) / 22
+    assert found["weighted_mean"]["spearman"] == pytest.approx(weighted)
+    assert found["mean"]["spearman"] != pytest.approx(weighted)
+    assert results["models"][0]["avg"] is None
+    assert results["models"][0]["geometry"] == {}
 
 
-def test_each_distinct_sentence_is_encoded_once(folder: Path) -> None:
-    encoder = Letters()
-    evaluate_sts(encoder, folder, progress=False)
-    assert len(encoder.calls) == 1
-    assert sorted(encoder.calls[0]) == sorted({sentence for a, b, _ in ROWS for sentence in (a, b)})
+def test_models_are_compared_on_the_same_pairs(models: list[str], folder: Path) -> None:
+    results = evaluate(models, sts_dir=folder, resamples=200, progress=False)
+    one, two = results["models"]
+    (comparison,) = results["comparisons"]
+    assert (comparison["first"], comparison["second"]) == ("one", "two")
+    assert list(comparison["sets"]) == [*SEVEN_SHORT, "STS-B-dev", "SICK-R-dev", "avg"]
+    for name, found in comparison["sets"].items():
+        first, second = (m["avg"] if name == "avg" else m["sts"][name] for m in (one, two))
+        assert found["difference"] == pytest.approx(second["spearman"] - first["spearman"])
+        assert found["low"] <= found["high"]
+        assert 0 < found["p_value"] <= 1
+    table = report(results)
+    assert "two − one" in table
+    # The average's interval is narrower than that of the sets it is made of.
+    widths = [one["sts"][name]["high"] - one["sts"][name]["low"] for name in SEVEN_SHORT]
+    assert one["avg"]["high"] - one["avg"]["low"] < min(widths)
 
 
-def test_a_perfect_encoder_and_its_reverse() -> None:
-    angles = torch.tensor([0.1, 0.7, 1.3, 2.0])
-    first, second = torch.tensor([[1.0, 0.0]]).repeat(4, 1), torch.stack([angles.cos(), angles.sin()], 1)
-    assert spearman("x", first, second * 7, [5, 4, 2, 1]) == pytest.approx(100)
-    assert spearman("x", first, second, [1, 2, 4, 5]) == pytest.approx(-100)
+def test_what_cannot_be_evaluated_is_left_out_and_the_rest_is_written(
+    models: list[str], folder: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of everything that is wrong, and still all other results."""
+    (tmp_path / "single.tsv").write_text("1\ta cat\n1\ta dog\n")
+    (tmp_path / "unlabelled.tsv").write_text("1\ta cat\na dog\n")
+    shutil.copytree(models[1], tmp_path / "no-tokenizer")
+    (tmp_path / "no-tokenizer" / "tokenizer.json").unlink()
+    (folder / "STS" / "STS12-en-test" / "STS.input.MSRvid.txt").write_text("a\tb\nragged\n" + "a\tb\n" * 7)
+    (folder / "STS" / "STS14-en-test" / "STS.gs.images.txt").write_text("1\n5.5\n" + "3\n" * 7)
+    one_line = folder / "SICK" / "SICK_trial.txt"
+    one_line.write_text("1\ta cat\ta dog\t3.5\n")
+    answers = folder / "STS" / "STS16-en-test" / "STS.gs.answer-answer.txt"
+    answers.write_text("3\n" * 9)
+    json_file = tmp_path / "figures.json"
+    clustering = [str(tmp_path / "single.tsv"), str(tmp_path / "unlabelled.tsv"), str(texts)]
+    names = [models[0], str(tmp_path / "no-tokenizer"), str(tmp_path / "absent")]
+    options = ["--sts-dir", str(folder), "--resamples", "20", "--cluster-seeds", "1"]
+    files = ["--json", str(json_file), "--clustering", *clustering]
+    status = main(["evaluate", *names, *options, *files])
+    assert status == 2
+    results = json.loads(json_file.read_text())
+    (model,) = results["models"]
+    assert list(model["sts"]) == ["STS13", "STS15", "STS16", "STS-B", "SICK-R", "STS-B-dev"]
+    assert model["avg"] is None
+    assert list(model["clustering"]) == ["animals"]
+    # One sub-set has no correlation: the others and all pairs together have, their mean has not.
+    assert "answer-answer" not in model["sts"]["STS16"]["subsets"]
+    assert len(model["sts"]["STS16"]["subsets"]) == 4
+    assert "mean" not in model["sts"]["STS16"]
+    expected = [
+        "MSRvid.txt, line 2: expected at least 2 columns between tabs, got 1",
+        "images.txt, line 2: expected a gold score from 0 to 5, got '5.5'",
+        "single.tsv: expected at least two classes, got only '1'",
+        "unlabelled.tsv, line 2: expected a label, a tab and a text, got no tab",
+        "one, STS16 answer-answer: expected cosines and gold scores that vary, got 9 pairs",
+        "one, SICK-R-dev: expected cosines and gold scores that vary, got 1 pairs",
+        "no-tokenizer: model: expected tokenizer",
+        "absent: model: expected a folder or a hub name",
+    ]
+    lines = capsys.readouterr().err.splitlines()
+    for words in expected:
+        assert any(words in line for line in results["errors"]), words
+        assert any(line.startswith("clusterns: error: ") and words in line for line in lines), words
+    assert len(results["errors"]) == len(expected)
+    assert "## Left out" in report(results)
 
 
-def test_undefined_figures_are_errors(folder: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"^STS12: expected finite embeddings, got 20 pairs with NaN or infinity$"
-    ):
-        evaluate_sts(Fixed(math.nan), folder, progress=False)
-    with pytest.raises(ValueError, match=r"^STSBenchmark-dev: expected finite embeddings"):
-        sts_dev(Fixed(math.inf), folder)
-    for value in (0.0, 0.3):
-        with pytest.raises(
-            ValueError, match=r"^STS12: expected cosines and gold scores that vary, got 20 pairs"
-        ):
-            evaluate_sts(Fixed(value), folder, progress=False)
-    with pytest.raises(ValueError, match=r"^x: expected cosines and gold scores that vary"):
-        spearman("x", torch.eye(3), torch.eye(3).flip(0), [1.0, 1.0, 1.0])
-    with pytest.raises(ValueError, match=r"^tasks: expected at least one"):
-        evaluate_sts(Letters(), folder, tasks=[])
-
-
-def test_alignment_and_uniformity_against_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    x, y = torch.randn(11, 5), torch.randn(11, 5)
-    unit_x, unit_y = ([row / row.norm() for row in rows.double()] for rows in (x, y))
-    for alpha in (1, 2, 3):
-        expected = sum(float((a - b).norm()) ** alpha for a, b in zip(unit_x, unit_y, strict=True)) / 11
-        assert alignment(x, y, alpha) == pytest.approx(expected, rel=1e-9)
-    for t in (0.5, 2, 2000):
-        kernel = [-t * float((a - b).square().sum()) for a, b in itertools.combinations(unit_x, 2)]
-        largest = max(kernel)
-        expected = largest + math.log(sum(math.exp(k - largest) for k in kernel) / 55)
-        for rows in (1, 4, 11, 1024):
-            monkeypatch.setattr("clusterns.evaluate.UNIFORMITY_ROWS", rows)
-            assert uniformity(x, t) == pytest.approx(expected, rel=1e-9)
-    assert uniformity(torch.ones(4, 3)) == pytest.approx(0, abs=1e-9)
-    with pytest.raises(ValueError, match=r"^x: expected an \(N ≥ 2, D\) tensor, got \(1, 5\)$"):
-        uniformity(x[:1])
-    with pytest.raises(ValueError, match=r"^x, y: expected two"):
-        alignment(x, y[:3])
-
-
-def test_sts_dev(folder: Path) -> None:
-    encoder = Letters()
-    figures = sts_dev(encoder, folder)
-    assert len(encoder.calls) == 1
-    assert figures["spearman"] == evaluate_sts(encoder, folder, ["STSBenchmark-dev"], progress=False)["avg"]
-    assert figures["alignment"] == pytest.approx(0, abs=1e-9)  # its one pair above 4 is an anagram
-    assert figures["uniformity"] == pytest.approx(
-        uniformity(encoder.encode(["aab", "abb", "cde", "h", "a b", "b a", "gh"])), rel=1e-9
+def test_embeddings_with_nan_leave_the_other_model(
+    models: list[str], folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    encoder = SentenceEncoder.from_pretrained(models[1])
+    with torch.no_grad():
+        encoder.transformer.embeddings.LayerNorm.weight[0] = math.nan
+    encoder.save(tmp_path / "broken")
+    results = evaluate(
+        [str(tmp_path / "broken"), models[0]],
+        sts_dir=folder,
+        sets=["STS-B", "STS-B-dev"],
+        clustering=[texts],
+        cluster_seeds=1,
+        progress=False,
     )
+    broken, whole = results["models"]
+    assert (broken["sts"], broken["clustering"], broken["geometry"]) == ({}, {}, {})
+    assert list(whole["sts"]) == ["STS-B", "STS-B-dev"]
+    assert results["errors"] == [
+        "broken, STS-B: expected finite embeddings, got 12 pairs with NaN or infinity",
+        "broken, STS-B-dev: expected finite embeddings, got 12 pairs with NaN or infinity",
+        "broken, animals: expected finite embeddings, got 18 texts with NaN or infinity",
+    ]
+    assert results["comparisons"] == []
+    json.dumps(results, allow_nan=False)
+
+
+def test_refusals_before_any_model_is_loaded(
+    models: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sts = ["--sts-dir", str(folder)]
+    for options, words in (
+        ([], "evaluate: expected --sts-dir or --clustering, got neither"),
+        ([*sts, "--json", str(tmp_path / "absent" / "a.json")], "--json: expected a file in a folder that"),
+        ([*sts, "--figure", str(tmp_path)], "--figure: expected a file, got the folder"),
+        ([*sts, "--resamples", "-1"], "resamples: expected at least 0, got -1"),
+        ([*sts, "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
+        (
+            ["--sts-dir", str(tmp_path / "absent")],
+            "evaluate: expected data to evaluate on, got none",
+        ),
+        ([*sts, "--sts-sets", "STS17"], "evaluate: expected data to evaluate on, got none"),
+    ):
+        assert main(["evaluate", "absent/model", *options]) == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_old_files_stay_where_new_ones_cannot_be_written(
+    models: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "figures.json"
+    file.write_text("old")
+
+    def full_disk(path: Path, text: str, **kwargs: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    assert main(["evaluate", models[0], "--sts-dir", str(folder), "--json", str(file)]) == 2
+    assert file.read_bytes() == b"old"
+    assert not list(tmp_path.glob(".figures*"))
+
+
+def test_labels_tell_models_apart(tmp_path: Path, folder: Path, models: list[str]) -> None:
+    shutil.copytree(models[0], tmp_path / "other" / "one")
+    both = [models[0], str(tmp_path / "other" / "one"), models[0]]
+    results = evaluate(both, sts_dir=folder, sets=["STS-B"], resamples=50, progress=False)
+    assert [model["label"] for model in results["models"]] == both[:2]
+    assert results["comparisons"][0]["sets"]["STS-B"]["p_value"] == 1
 
 
 def test_format_table() -> None:
@@ -166,60 +285,10 @@ def test_format_table() -> None:
     ]
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    make_encoder(pooling="mean", max_length=3).save(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def test_run_prints_and_writes(
-    model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "out" / "figures.json"
-    file.parent.mkdir()
-    file.write_text("old")
-    result = run(str(model), folder, json_file=file)
-    assert json.loads(file.read_text()) == result
-    assert [path.name for path in file.parent.iterdir()] == ["figures.json"]
-    assert (result["model"], result["pooling"]) == (str(model), "mean")
-    called = {name: SHORT_NAMES.get(name, name) for name in (*SEVEN, "avg")}
-    assert result["pairs"] == {called[name]: 4 * len(SUBSETS.get(name, [""])) for name in SEVEN}
-    # The length it was trained with does not count, unless it is asked for.
-    assert result["max_length"] == 24
-    encoder = SentenceEncoder.from_pretrained(model, max_length=24)
-    expected = evaluate_sts(encoder, folder, progress=False)
-    assert {name: result[called[name]] for name in expected} == pytest.approx(expected)
-    assert format_table({str(model): expected}) in capsys.readouterr().out
-    short = run(str(model), folder, pooling="cls", max_length=3)
-    assert (short["pooling"], short["max_length"]) == ("cls", 3)
-
-
-def test_run_keeps_the_old_json_where_it_cannot_write(
-    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "figures.json"
-    file.write_text("old")
-
-    def fail(path: Path, value: object) -> None:
-        path.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("clusterns.evaluate.write_json", fail)
-    with pytest.raises(OSError, match="No space left"):
-        run(str(model), folder, json_file=file)
-    assert file.read_text() == "old"
-    assert not list(tmp_path.glob(".figures*"))
-
-
-def test_run_checks_before_it_loads_the_model(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^json_file: expected a file in a folder that exists"):
-        run("absent/model", folder, json_file=tmp_path / "absent" / "figures.json")
-    with pytest.raises(FileNotFoundError, match=r"^sts_dir: "):
-        run("absent/model", tmp_path / "absent")
-
-
-@needs_minilm
-@pytest.mark.parametrize(("pooling", "known"), [("mean", 86.72), ("cls", 79.73)])
-def test_known_scores_of_minilm(pooling: str, known: float) -> None:
-    encoder = SentenceEncoder.from_pretrained(MINILM, pooling=pooling)
-    assert sts_dev(encoder, STS)["spearman"] == pytest.approx(known, abs=0.05)
+def test_sentences_without_known_words_do_not_stop_anything(models: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "odd.tsv"
+    path.write_text("".join(f"{i % 2}\t{text or 'zzz'}\n" for i, text in enumerate(SENTENCES)))
+    results = evaluate(models[:1], clustering=[path], cluster_seeds=1, progress=False)
+    assert results["errors"] == []
+    assert results["models"][0]["sts"] == {}
+    assert "Clustering, accuracy" in report(results)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 from tiny import ROWS, write_sts_folder
 
-from clusterns.evaluate import SUBSETS, TABLES, load_sts
+from clusterns.sts import MTEB_DATASETS, SUBSETS, TABLES, load_sts, load_sts_subsets, sets_of
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 STS, STS_RAW = SHARED / "data" / "sts", SHARED / "data" / "sts_raw"
@@ -93,6 +96,13 @@ def test_pair_counts_of_the_real_sets(name: str) -> None:
         ("STS/STS14-en-test/STS.gs.images.txt", b"1\nx\n3\n4\n", "STS14", r"images.txt, line 2: .* got 'x'$"),
         (
             "STS/STS14-en-test/STS.gs.images.txt",
+            b"1\n2\n5.01\n4\n",
+            "STS14",
+            r"images.txt, line 3: expected a gold score from 0 to 5, got '5.01'$",
+        ),
+        ("SICK/SICK_trial.txt", b"1\ta\tb\t-1\n", "SICK-R-dev", r"line 1: .* from 0 to 5, got '-1'$"),
+        (
+            "STS/STS14-en-test/STS.gs.images.txt",
             b"1\nnan\n3\n4\n",
             "STS14",
             r"images.txt, line 2: .* got 'nan'$",
@@ -146,3 +156,91 @@ def test_missing_folder_file_and_name(folder: Path) -> None:
             load_sts(folder, name)
     with pytest.raises(ValueError, match=r"^name: expected one of STS12, .*, got 'STS17'$"):
         load_sts(folder, "STS17")
+
+
+def test_sub_sets_are_told_apart(folder: Path) -> None:
+    place = folder / "STS" / "STS13-en-test"
+    (place / "STS.input.OnWN.txt").write_text("x\ty\n")
+    (place / "STS.gs.OnWN.txt").write_text("2\n")
+    parts = load_sts_subsets(folder, "STS13")
+    assert list(parts) == list(SUBSETS["STS13"])
+    assert parts["OnWN"] == (["x"], ["y"], [2.0])
+    assert len(load_sts(folder, "STS13").scores) == 9
+    assert list(load_sts_subsets(folder, "SICK-R-test")) == [""]
+
+
+@pytest.fixture
+def archive(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """SentEval's archive as the hub's cache would have it, with files of another task."""
+    path = tmp_path / "snapshots" / "abc123" / "senteval.tar"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "other").write_text("a review")
+    with tarfile.open(path, "w") as tar:
+        tar.add(folder / "STS", "downstream/STS")
+        tar.add(folder / "SICK", "downstream/SICK")
+        tar.add(tmp_path / "other", "downstream/MR/mr.txt")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: str(path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
+    return path
+
+
+def test_senteval_archive_of_the_hub(archive: Path, folder: Path, tmp_path: Path) -> None:
+    for _ in range(2):  # unpacked, then found unpacked
+        for name in ("STS12", "STSBenchmark-dev", "SICK-R-test"):
+            assert load_sts("hub:senteval", name) == load_sts(folder, name)
+        archive.write_bytes(b"no longer read")
+    unpacked = tmp_path / "home" / "clusterns"
+    assert [path.name for path in unpacked.iterdir()] == ["senteval-abc123"]
+    assert sorted(path.name for path in (unpacked / "senteval-abc123").iterdir()) == ["SICK", "STS"]
+
+
+def test_a_broken_archive_leaves_nothing_behind(archive: Path, tmp_path: Path) -> None:
+    archive.write_bytes(b"not a tar file")
+    with pytest.raises(ValueError, match=r"senteval.tar: expected a tar archive of SentEval's data"):
+        load_sts("hub:senteval", "STS12")
+    with tarfile.open(archive, "w") as tar:
+        tar.add(tmp_path / "other", "other.txt")
+    with pytest.raises(
+        ValueError, match=r"senteval.tar: expected SentEval's folders STS and SICK, got neither$"
+    ):
+        load_sts("hub:senteval", "STS12")
+    assert list((tmp_path / "home" / "clusterns").iterdir()) == []
+
+
+def test_mteb_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        rows = {"sentence1": ["a  b", "c"], "sentence2": ["d", "e"], "score": [1.5, 5], "year": ["x", "y"]}
+        return datasets.Dataset.from_dict(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for name in sets_of("hub:mteb"):
+        assert load_sts("hub:mteb", name) == (["a b", "c"], ["d", "e"], [1.5, 5.0])
+    assert asked == [place for name, place in MTEB_DATASETS.items() if name != "STSBenchmark-train"]
+    assert ("mteb/stsbenchmark-sts", "validation") in asked
+    # Its SICK-R is all parts in one, which is no published test set.
+    with pytest.raises(
+        ValueError, match=r"^name: .* 'SICK-R-test', which mteb does not keep apart: .*SICK-R-all"
+    ):
+        load_sts("hub:mteb", "SICK-R-test")
+    with pytest.raises(ValueError, match=r"^name: expected one of STS12, .* got 'STS17'$"):
+        load_sts("hub:mteb", "STS17")
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, split: datasets.Dataset.from_dict({"sentence1": ["a"]})
+    )
+    with pytest.raises(ValueError, match=r"^mteb/sts12-sts: expected the columns .* got sentence1$"):
+        load_sts("hub:mteb", "STS12")
+
+
+def test_an_unreachable_hub_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("many\nlines")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    for source, what in (("hub:mteb", "mteb/sts12-sts"), ("hub:senteval", "hub:senteval")):
+        with pytest.raises(FileNotFoundError, match=rf"^sts_dir: expected {what} .*give a folder") as caught:
+            load_sts(source, "STS12")
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,169 @@
+"""Short-text clustering: k-means on embeddings, judged by the classes that people gave the texts.
+
+Accuracy under the best one-to-one matching of clusters and classes (the Hungarian method), normalised mutual
+information (arithmetic mean of the entropies) and adjusted mutual information. The paper's protocol is
+scikit-learn's k-means on the embeddings as they are, K the number of classes, best of ten starts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .checks import check_choice, check_count
+
+# "kmeans" is scikit-learn's, "spherical" our SphericalKMeans, which goes by cosine.
+ALGORITHMS = ("kmeans", "spherical")
+MEASURES = ("accuracy", "nmi", "ami")
+# Starts of each k-means, of which the one of lowest inertia counts: scikit-learn's default at the time.
+STARTS = 10
+
+
+class LabelledTexts(NamedTuple):
+    """N texts, their class ids (N,) from 0 on, and the classes' names by id."""
+
+    texts: list[str]
+    labels: NDArray[np.int64]
+    classes: list[str]
+
+
+def load_labelled_texts(path: str | os.PathLike[str]) -> LabelledTexts:
+    """Read a file of `label TAB text` lines; a label may be any word, blank lines are left out.
+
+    Raises FileNotFoundError for a missing file, ValueError for a line without label, tab or text, text that
+    is not UTF-8, fewer than two lines or a single class; one line that names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a file of lines `label TAB text`, there is none")
+    try:
+        content = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got byte {error.start} that is not") from error
+    labels, texts = [], []
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        label, tab, text = line.partition("\t")
+        label, text = label.strip(), " ".join(text.split())
+        if not (tab and label and text):
+            missing = "no tab" if not tab else "no label" if not label else "no text"
+            raise ValueError(f"{path}, line {number}: expected a label, a tab and a text, got {missing}")
+        labels.append(label)
+        texts.append(text)
+    if len(texts) < 2:
+        raise ValueError(f"{path}: expected at least two labelled texts, got {len(texts)}")
+    classes = sorted(set(labels))
+    if len(classes) < 2:
+        raise ValueError(f"{path}: expected at least two classes, got only {classes[0]!r}")
+    ids = {name: index for index, name in enumerate(classes)}
+    return LabelledTexts(texts, np.array([ids[label] for label in labels]), classes)
+
+
+def clustering_accuracy(labels: ArrayLike, clusters: ArrayLike) -> float:
+    """Share of N texts whose cluster is matched to their class, under the best one-to-one matching.
+
+    Class ids and cluster ids are integers from 0 on, (N,) each.
+    """
+    label_ids, cluster_ids = np.asarray(labels), np.asarray(clusters)
+    table = np.zeros((int(cluster_ids.max()) + 1, int(label_ids.max()) + 1), dtype=np.int64)
+    np.add.at(table, (cluster_ids, label_ids), 1)
+    return float(table[linear_sum_assignment(table, maximize=True)].sum() / len(label_ids))
+
+
+def evaluate_clustering(
+    name: str,
+    embeddings: Tensor,
+    labels: Sequence[int] | NDArray[np.int64],
+    *,
+    algorithm: str = "kmeans",
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    starts: int = STARTS,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Cluster embeddings (N, D) into as many clusters as there are classes, once for each seed.
+
+    Args:
+        name: of the set, for messages and the progress bar.
+        embeddings: as the model gives them; "kmeans" takes them as they are, "spherical" goes by cosine.
+        labels: class ids (N,).
+        algorithm: "kmeans", scikit-learn's KMeans, or "spherical", `clusterns.SphericalKMeans`.
+        seeds: of the runs; each is the best of `starts` k-means++ starts by inertia.
+        starts: see seeds.
+        progress: show a bar.
+
+    Returns texts, classes, algorithm, starts, seeds, and for each of accuracy, nmi and ami (× 100) its mean,
+    its standard deviation over the seeds (with n − 1; None for one seed) and the runs' values.
+
+    Raises ValueError for embeddings that are not one row a label or not finite, or a single class.
+    """
+    check_choice("algorithm", algorithm, ALGORITHMS)
+    check_count("starts", starts, at_least=1)
+    classes = np.asarray(labels, dtype=np.int64)
+    if embeddings.ndim != 2 or len(embeddings) != len(classes):
+        raise ValueError(
+            f"{name}: expected a label for each embedding, got {len(classes)} labels for embeddings of shape "
+            f"{tuple(embeddings.shape)}"
+        )
+    broken = int((~torch.isfinite(embeddings).all(dim=1)).sum())
+    if broken:
+        raise ValueError(f"{name}: expected finite embeddings, got {broken} texts with NaN or infinity")
+    count = len(np.unique(classes))
+    if count < 2:
+        raise ValueError(f"{name}: expected at least two classes, got {count}")
+    if not seeds:
+        raise ValueError("seeds: expected at least one, got none")
+
+    points = embeddings.float().cpu().numpy()
+    runs: dict[str, list[float]] = {measure: [] for measure in MEASURES}
+    for seed in tqdm(seeds, desc=f"cluster {name}", unit="run", disable=not progress):
+        for measure, value in _judge(classes, _cluster(points, count, algorithm, seed, starts)).items():
+            runs[measure].append(100 * value)
+    return {
+        "texts": len(classes),
+        "classes": count,
+        "algorithm": algorithm,
+        "starts": starts,
+        "seeds": list(seeds),
+        **{
+            measure: {
+                "mean": float(np.mean(values)),
+                "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                "runs": values,
+            }
+            for measure, values in runs.items()
+        },
+    }
+
+
+def _cluster(points: NDArray[np.float32], count: int, algorithm: str, seed: int, starts: int) -> NDArray[Any]:
+    """Cluster id of each point (N, D)."""
+    try:
+        from sklearn.cluster import KMeans
+
+        from .spherical_kmeans import SphericalKMeans
+    except ImportError as error:
+        raise ImportError(
+            f'clustering: expected scikit-learn 1.6 or newer, got: {error}; pip install "clusterns[evaluate]"'
+        ) from error
+    kind = KMeans if algorithm == "kmeans" else SphericalKMeans
+    return kind(count, n_init=starts, random_state=seed).fit(points).labels_
+
+
+def _judge(labels: NDArray[np.int64], clusters: NDArray[Any]) -> dict[str, float]:
+    from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+
+    return {
+        "accuracy": clustering_accuracy(labels, clusters),
+        "nmi": float(normalized_mutual_info_score(labels, clusters)),
+        "ami": float(adjusted_mutual_info_score(labels, clusters)),
+    }

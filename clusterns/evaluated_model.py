@@ -1,0 +1,143 @@
+"""Models to evaluate: any of transformers or sentence-transformers by path or name, pooled as its files say.
+
+Most become a `SentenceEncoder`. A sentence-transformers folder that asks for more (a dense layer, another
+pooling, a prompt before every text, lower-casing) is run by sentence-transformers itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .encoder import SentenceEncoder
+from .model_folder import first_line, read_json, read_modules, resolve
+from .model_settings import SETTINGS_FILE
+
+
+class Encoder(Protocol):
+    """What is evaluated: anything that turns N sentences into an (N, D) tensor."""
+
+    def encode(self, sentences: Sequence[str], *, batch_size: int = 64, progress: bool = False) -> Tensor:
+        """Embeddings (N, D), in the order of the sentences."""
+
+
+class EvaluatedModel(NamedTuple):
+    """An encoder, and what its figures depend on."""
+
+    encoder: Encoder
+    pooling: str
+    max_length: int | None
+    # Whether the model ends in a Normalize module, which no cosine shows but k-means does.
+    normalized: bool
+    library: str
+
+
+class SentenceTransformerEncoder:
+    """A model of sentence-transformers as an `Encoder`; each distinct sentence is encoded once."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def encode(self, sentences: Sequence[str], *, batch_size: int = 64, progress: bool = False) -> Tensor:
+        """Embeddings (N, D) of the sentences, float32 on the CPU."""
+        place = {sentence: row for row, sentence in enumerate(dict.fromkeys(sentences))}
+        vectors = self.model.encode(
+            list(place), batch_size=batch_size, show_progress_bar=progress, convert_to_tensor=True
+        )
+        return vectors.float().cpu()[[place[sentence] for sentence in sentences]]
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str], *, pooling: str | None = None, max_length: int | None = None
+) -> EvaluatedModel:
+    """Load a model to evaluate, on the GPU where there is one.
+
+    Args:
+        name_or_path: a folder or a hub name.
+        pooling: None takes the one that the model's files state; a given one takes the bare transformer with
+            it, whatever modules the folder has.
+        max_length: None takes all the positions the model has, whatever length it was trained with, since
+            the published evaluation does not truncate at 32 tokens.
+
+    Raises ValueError where no file states a pooling and none is given, and what
+    `SentenceEncoder.from_pretrained` raises; one line each.
+    """
+    folder = resolve(name_or_path)
+    modules = read_modules(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if pooling is None and not _states_pooling(folder, modules):
+        raise ValueError(
+            f"model: expected files that state a pooling in {folder}, got none: "
+            "give --pooling (cls, mean ...) as the model was trained"
+        )
+    normalized = pooling is None and "Normalize" in modules
+    foreign = pooling is None and not (folder / SETTINGS_FILE).exists()
+    reason = _beyond_us(folder, modules) if foreign else None
+    if reason is None:
+        try:
+            encoder = SentenceEncoder.from_pretrained(folder, pooling=pooling, max_length=max_length)
+        except ValueError as error:
+            if not foreign:
+                raise
+            reason = first_line(error)
+        else:
+            if max_length is None:
+                encoder.max_length = encoder.longest_input
+            encoder.to(device)
+            return EvaluatedModel(encoder, encoder.pooling, encoder.max_length, normalized, "clusterns")
+    model = _sentence_transformer(folder, device, reason)
+    if max_length is not None:
+        model.max_seq_length = max_length
+    return EvaluatedModel(
+        SentenceTransformerEncoder(model),
+        _stated_pooling(model),
+        model.max_seq_length,
+        normalized,
+        "sentence-transformers",
+    )
+
+
+def _states_pooling(folder: Path, modules: dict[str, str]) -> bool:
+    """Whether the files make an embedding, and not but the states of a transformer."""
+    return (folder / SETTINGS_FILE).exists() or bool(set(modules) - {"Transformer", "Normalize", "Dropout"})
+
+
+def _beyond_us(folder: Path, modules: dict[str, str]) -> str | None:
+    """What a sentence-transformers folder asks for that a SentenceEncoder would pass over without a word."""
+    if len(read_json(folder / "modules.json") or []) != len(modules):
+        return "several modules of one kind"
+    settings = read_json(folder / "config_sentence_transformers.json") or {}
+    prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name"))
+    if prompt:
+        return f"a prompt before every text, {prompt!r}"
+    transformer = folder / modules.get("Transformer", "") / "sentence_bert_config.json"
+    if (read_json(transformer) or {}).get("do_lower_case"):
+        return "text in lower case"
+    return None
+
+
+def _sentence_transformer(folder: Path, device: str, reason: str) -> Any:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ImportError(
+            f"model: expected sentence-transformers for {folder} ({reason}), got: {error}; "
+            'pip install "clusterns[sentence-transformers]"'
+        ) from error
+    try:
+        return SentenceTransformer(str(folder), device=device, local_files_only=True).eval()
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"model: expected a model that sentence-transformers loads in {folder}, got: {first_line(error)}"
+        ) from error
+
+
+def _stated_pooling(model: Any) -> str:
+    """What a SentenceTransformer pools by, in its own words."""
+    modes = [getattr(module, "pooling_mode", None) for module in model]
+    return next((mode if isinstance(mode, str) else "+".join(mode) for mode in modes if mode), "own")

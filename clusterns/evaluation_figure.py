@@ -1,0 +1,84 @@
+"""The picture of an evaluation: STS with intervals, clustering with its spread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .evaluation_tables import TEST_SETS
+
+
+def draw_evaluation(results: Mapping[str, Any], path: Path) -> None:
+    """Draw the results of `evaluate` as an image of the path's suffix (png, svg, pdf).
+
+    One panel of Spearman correlations with their 95 % intervals, and one of clustering accuracies with
+    their standard deviation, where there are any; a colour for each model.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = results["models"]
+    sets = list(dict.fromkeys(name for model in models for name in model["sts"]))
+    tests = [name for name in sets if name in TEST_SETS]
+    columns = [*tests, *(["avg"] if any(model["avg"] for model in models) else [])]
+    columns += [name for name in sets if name not in tests]
+    texts = list(dict.fromkeys(name for model in models for name in model["clustering"]))
+    panels = [panel for panel in ("sts", "clustering") if (columns if panel == "sts" else texts)] or ["sts"]
+    widths = [
+        max(3.0, 0.35 * len(columns if panel == "sts" else texts) * (len(models) + 2)) for panel in panels
+    ]
+    figure, grid = plt.subplots(
+        1,
+        len(panels),
+        figsize=(1.5 + sum(widths), 4.5),
+        width_ratios=widths,
+        layout="constrained",
+        squeeze=False,
+    )
+    for panel, axes in zip(panels, grid[0], strict=True):
+        names = columns if panel == "sts" else texts
+        for index, model in enumerate(models):
+            shift = (index - (len(models) - 1) / 2) * 0.8 / len(models)
+            points = [
+                (place + shift, *bounds)
+                for place, name in enumerate(names)
+                if (bounds := _bounds(model, panel, name)) is not None
+            ]
+            if points:
+                places, values, below, above = zip(*points, strict=True)
+                axes.errorbar(places, values, (below, above), fmt="o", capsize=3, label=model["label"])
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        axes.set_xlim(-0.6, len(names) - 0.4)
+        for place in range(1, len(names)):
+            axes.axvline(place - 0.5, color="0.9", linewidth=0.8, zorder=0)
+        axes.grid(axis="y", alpha=0.3)
+    titles = {
+        "sts": ("STS, 95 % bootstrap intervals", "Spearman × 100"),
+        "clustering": ("clustering, standard deviation over seeds", "accuracy × 100"),
+    }
+    for panel, axes in zip(panels, grid[0], strict=True):
+        title, label = titles[panel]
+        axes.set(title=title, ylabel=label)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _bounds(model: Mapping[str, Any], panel: str, name: str) -> tuple[float, float, float] | None:
+    """Value, and how far the bar reaches below and above it."""
+    if panel == "clustering":
+        found = model["clustering"].get(name)
+        return found and (found["accuracy"]["mean"], *[found["accuracy"]["std"] or 0.0] * 2)
+    found = model["avg"] if name == "avg" else model["sts"].get(name)
+    if not found:
+        return None
+    value = found["spearman"]
+    if found["low"] is None:
+        return value, 0.0, 0.0
+    # The interval of a percentile bootstrap can leave out the value itself, a bar cannot.
+    return value, max(0.0, value - found["low"]), max(0.0, found["high"] - value)

@@ -1,0 +1,94 @@
+"""STS sets from the hub: the archive that SimCSE's authors keep there, and mteb's data sets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+
+from .sts import HUB_MTEB, HUB_SENTEVAL, MTEB_DATASETS, StsSet, append_pair
+
+# SentEval's layout with the published split of SICK, which mteb's data set lacks.
+SENTEVAL_ARCHIVE = ("princeton-nlp/datasets-for-simcse", "senteval.tar")
+OFFLINE = "without a connection give a folder in SentEval's layout"
+
+
+def senteval_folder() -> Path:
+    """Folder of the unpacked archive, in the hub's cache; downloaded and unpacked once.
+
+    Raises FileNotFoundError where the hub cannot be reached, ValueError where the archive is not one.
+    """
+    from huggingface_hub import constants, hf_hub_download
+
+    repository, file = SENTEVAL_ARCHIVE
+    try:
+        archive = Path(hf_hub_download(repository, file, repo_type="dataset"))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"sts_dir: expected {HUB_SENTEVAL} ({repository}) in the cache or a reachable hub, "
+            f"got {type(error).__name__}; {OFFLINE}"
+        ) from error
+    # The snapshot's folder is named by its commit, so a new version is unpacked anew.
+    target = Path(constants.HF_HOME) / "clusterns" / f"senteval-{archive.parent.name}"
+    if not target.is_dir():
+        _unpack(archive, target)
+    return target
+
+
+def _unpack(archive: Path, target: Path) -> None:
+    """Unpack STS and SICK beside `target` and move them there whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar.getmembers():
+                parts = Path(member.name).parts
+                start = next((i for i, part in enumerate(parts) if part in ("STS", "SICK")), None)
+                if start is not None and member.isfile():
+                    member.name = "/".join(parts[start:])
+                    tar.extract(member, staging, filter="data")
+        if not (staging / "STS").is_dir():
+            raise ValueError(f"{archive}: expected SentEval's folders STS and SICK, got neither")
+        try:
+            os.rename(staging, target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster, with the same content
+                raise
+    except tarfile.TarError as error:
+        raise ValueError(f"{archive}: expected a tar archive of SentEval's data ({error})") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_mteb(name: str) -> StsSet:
+    """One of mteb's data sets by our name for it; raises as `load_sts_subsets` does."""
+    if name in ("SICK-R-test", "SICK-R-dev", "SICK-R-train"):
+        raise ValueError(
+            f"name: expected a set of {HUB_MTEB}, got {name!r}, which mteb does not keep apart: "
+            f"it has SICK-R-all, and {HUB_SENTEVAL} has the published parts"
+        )
+    if name not in MTEB_DATASETS:
+        raise ValueError(f"name: expected one of {', '.join(MTEB_DATASETS)}, got {name!r}")
+    import datasets
+
+    repository, split = MTEB_DATASETS[name]
+    try:
+        table = datasets.load_dataset(repository, split=split)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"sts_dir: expected {repository} in the cache or a reachable hub, "
+            f"got {type(error).__name__}; {OFFLINE}"
+        ) from error
+    wanted = ("sentence1", "sentence2", "score")
+    absent = [column for column in wanted if column not in table.column_names]
+    if absent:
+        raise ValueError(
+            f"{repository}: expected the columns {', '.join(wanted)}, got {', '.join(table.column_names)}"
+        )
+    pairs = StsSet([], [], [])
+    columns = (table[column] for column in wanted)
+    for row, (first, second, score) in enumerate(zip(*columns, strict=True)):
+        append_pair(pairs, first, second, score, f"{repository}, {split} row {row}")
+    return pairs

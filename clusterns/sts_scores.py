@@ -1,0 +1,85 @@
+"""STS scores of an encoder after the published protocol, and STS-B dev for training.
+
+The Spearman correlation between cosines and gold scores, times 100, over all pairs of a set, its sub-sets
+concatenated, and the plain mean of the seven test sets: the "all" aggregation of SimCSE and ClusterNS
+(arXiv 2305.09892).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .correlation import spearman
+from .evaluated_model import Encoder
+from .geometry import alignment, uniformity
+from .sts import SEVEN, StsSet, load_sts
+
+# Pairs scored above it are alike, for alignment.
+ALIKE = 4.0
+GEOMETRY_SET = "STSBenchmark-dev"
+
+
+class Vectors:
+    """Embeddings of sentences, each distinct one encoded once, in one call for all of them."""
+
+    def __init__(self, encoder: Encoder, sentences: Iterable[str], batch_size: int, progress: bool) -> None:
+        self._row = {sentence: row for row, sentence in enumerate(dict.fromkeys(sentences))}
+        encoded = encoder.encode(list(self._row), batch_size=batch_size, progress=progress)
+        self.rows = encoded.float().cpu()
+
+    def of(self, sentences: Sequence[str]) -> Tensor:
+        """Their embeddings, (N, D)."""
+        return self.rows[[self._row[sentence] for sentence in sentences]]
+
+
+def sentences_of(sets: Iterable[StsSet]) -> Iterator[str]:
+    """All sentences of the sets, repeated ones too."""
+    for pairs in sets:
+        yield from pairs.first
+        yield from pairs.second
+
+
+def evaluate_sts(
+    encoder: Encoder,
+    sts_dir: str | os.PathLike[str],
+    tasks: Sequence[str] = SEVEN,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Spearman × 100 of each task, by its `load_sts` name, and "avg", their plain mean.
+
+    All tasks are encoded in one call, each distinct sentence once, truncated as the encoder truncates.
+    Raises what `load_sts` and `spearman` raise, and ValueError for no tasks.
+    """
+    if not tasks:
+        raise ValueError("tasks: expected at least one set, got none")
+    sets = {name: load_sts(sts_dir, name) for name in tasks}
+    vectors = Vectors(encoder, sentences_of(sets.values()), batch_size, progress)
+    figures = {
+        name: spearman(name, vectors.of(pairs.first), vectors.of(pairs.second), pairs.scores)
+        for name, pairs in sets.items()
+    }
+    figures["avg"] = sum(figures.values()) / len(figures)
+    return figures
+
+
+def sts_dev(encoder: Encoder, sts_dir: str | os.PathLike[str], batch_size: int = 64) -> dict[str, float]:
+    """STS-B dev: "spearman" × 100, "alignment" of the pairs scored above 4, "uniformity" of all sentences.
+
+    Encodes those sentences only. Uniformity is over the distinct sentences, so that a repeated one is no
+    pair at distance 0.
+    """
+    pairs = load_sts(sts_dir, GEOMETRY_SET)
+    vectors = Vectors(encoder, sentences_of([pairs]), batch_size, progress=False)
+    first, second = vectors.of(pairs.first), vectors.of(pairs.second)
+    figure = spearman(GEOMETRY_SET, first, second, pairs.scores)
+    alike = torch.tensor(pairs.scores) > ALIKE
+    return {
+        "spearman": figure,
+        "alignment": alignment(first[alike], second[alike]),
+        "uniformity": uniformity(vectors.rows),
+    }

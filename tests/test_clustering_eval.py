@@ -1,0 +1,120 @@
+"""Short-text clustering: reading labelled texts, the matching, the figures, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clusterns.clustering_eval import clustering_accuracy, evaluate_clustering, load_labelled_texts
+
+pytest.importorskip("sklearn")
+
+
+def blobs(rows: int = 60, classes: int = 3, spread: float = 0.05) -> tuple[torch.Tensor, np.ndarray]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(rows) % classes
+    noise = spread * torch.randn(rows, 8, generator=generator)
+    return torch.eye(8)[labels] * 3 + noise, labels.numpy()
+
+
+def test_labelled_texts(tmp_path: Path) -> None:
+    path = tmp_path / "texts.tsv"
+    path.write_bytes(
+        b"\xef\xbb\xbf7\tseven  of\tthem\r\n\nsport\t\xe2\x80\xa8 ball \n7\tagain\n"  # a second tab is text
+    )
+    texts, labels, classes = load_labelled_texts(path)
+    assert texts == ["seven of them", "ball", "again"]
+    assert [classes[label] for label in labels] == ["7", "sport", "7"]
+    assert classes == ["7", "sport"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"1\ta\n\tb\n", r"texts.tsv, line 2: expected a label, a tab and a text, got no label$"),
+        (b"1\ta\nb\n", r"line 2: expected a label, a tab and a text, got no tab$"),
+        (b"1\ta\n2\t \n", r"line 2: expected a label, a tab and a text, got no text$"),
+        (b"1\ta\n", r"texts.tsv: expected at least two labelled texts, got 1$"),
+        (b"", r"texts.tsv: expected at least two labelled texts, got 0$"),
+        (b"1\ta\n1\tb\n", r"texts.tsv: expected at least two classes, got only '1'$"),
+        (b"1\ta\n2\t\xff\n", r"texts.tsv: expected UTF-8 text, got byte 6 that is not$"),
+    ],
+)
+def test_malformed_labelled_texts(content: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "texts.tsv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        load_labelled_texts(path)
+    with pytest.raises(FileNotFoundError, match=r"absent.tsv: expected a file of lines .* there is none$"):
+        load_labelled_texts(tmp_path / "absent.tsv")
+
+
+@pytest.mark.parametrize(("classes", "clusters"), [(3, 3), (4, 2), (2, 4)])
+def test_accuracy_is_that_of_the_best_matching(classes: int, clusters: int) -> None:
+    generator = np.random.default_rng(classes)
+    for _ in range(20):
+        labels, found = generator.integers(classes, size=25), generator.integers(clusters, size=25)
+        # Every one-to-one map of clusters to classes; -1 is no class, for a cluster that is left over.
+        targets = [*range(classes), *[-1] * max(0, clusters - classes)]
+        best = max(
+            np.mean(np.array(target)[found] == labels) for target in itertools.permutations(targets, clusters)
+        )
+        assert clustering_accuracy(labels, found) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("algorithm", ["kmeans", "spherical"])
+def test_separate_classes_are_found(algorithm: str) -> None:
+    embeddings, labels = blobs()
+    figures = evaluate_clustering("x", embeddings, labels, algorithm=algorithm, seeds=(0, 1))
+    for measure in ("accuracy", "nmi", "ami"):
+        assert figures[measure]["runs"] == pytest.approx([100, 100])
+        assert (figures[measure]["mean"], figures[measure]["std"]) == (pytest.approx(100), pytest.approx(0))
+    assert (figures["texts"], figures["classes"], figures["seeds"]) == (60, 3, [0, 1])
+
+
+def test_kmeans_takes_the_embeddings_as_they_are_and_spherical_their_directions() -> None:
+    """Two classes that differ in length only: by cosine there is nothing to find."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(80, 4, generator=generator).abs() + 2, dim=1)
+    labels = np.arange(80) % 2
+    embeddings = directions * torch.from_numpy(1.0 + 9 * labels)[:, None]
+    plain = evaluate_clustering("x", embeddings, labels, seeds=[0])
+    by_cosine = evaluate_clustering("x", embeddings, labels, seeds=[0], algorithm="spherical")
+    assert plain["accuracy"]["mean"] == pytest.approx(100)
+    assert by_cosine["accuracy"]["mean"] < 80
+    assert plain["accuracy"]["std"] is None
+
+
+def test_mean_and_spread_are_over_the_seeds() -> None:
+    embeddings, labels = blobs(spread=2.5)
+    figures = evaluate_clustering("x", embeddings, labels, seeds=range(4), starts=1)
+    runs = figures["accuracy"]["runs"]
+    assert len(set(runs)) > 1
+    assert figures["accuracy"]["mean"] == pytest.approx(np.mean(runs))
+    assert figures["accuracy"]["std"] == pytest.approx(np.std(runs, ddof=1))
+    again = evaluate_clustering("x", embeddings, labels, seeds=range(4), starts=1)
+    assert again["accuracy"]["runs"] == runs
+
+
+def test_what_cannot_be_clustered() -> None:
+    embeddings, labels = blobs()
+    with pytest.raises(
+        ValueError, match=r"^x: expected a label for each embedding, got 59 labels for .*\(60, 8\)$"
+    ):
+        evaluate_clustering("x", embeddings, labels[1:])
+    with pytest.raises(ValueError, match=r"^x: expected at least two classes, got 1$"):
+        evaluate_clustering("x", embeddings, labels * 0)
+    embeddings[3, 2] = math.nan
+    with pytest.raises(
+        ValueError, match=r"^x: expected finite embeddings, got 1 texts with NaN or infinity$"
+    ):
+        evaluate_clustering("x", embeddings, labels)
+    with pytest.raises(ValueError, match=r"^algorithm: expected one of 'kmeans', 'spherical', got 'dbscan'$"):
+        evaluate_clustering("x", embeddings, labels, algorithm="dbscan")
+    with pytest.raises(ValueError, match=r"^seeds: expected at least one, got none$"):
+        evaluate_clustering("x", blobs()[0], labels, seeds=())

@@ -1,0 +1,128 @@
+"""Correlations, their bootstrap and the paired test, against scipy and against what must come out."""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import bootstrap, spearmanr
+
+from clusterns.correlation import (
+    bootstrap_correlations,
+    correlation,
+    interval,
+    pair_cosines,
+    paired_difference,
+    spearman,
+)
+
+
+def judged(pairs: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Gold scores with ties, and cosines that follow them with noise."""
+    generator = np.random.default_rng(seed)
+    scores = generator.integers(0, 26, pairs) / 5
+    return scores / 5 + noise * generator.standard_normal(pairs), scores
+
+
+def test_a_perfect_encoder_and_its_reverse() -> None:
+    angles = torch.tensor([0.1, 0.7, 1.3, 2.0])
+    first, second = torch.tensor([[1.0, 0.0]]).repeat(4, 1), torch.stack([angles.cos(), angles.sin()], 1)
+    assert spearman("x", first, second * 7, [5, 4, 2, 1]) == pytest.approx(100)
+    assert spearman("x", first, second, [1, 2, 4, 5]) == pytest.approx(-100)
+
+
+def test_cosines_equal_but_for_rounding_are_ties() -> None:
+    x = torch.tensor([[1.0, 2.0, 3.0], [0.1, 0.2, 0.3], [1.0, 0.0, 0.0]])
+    cosines = pair_cosines("x", x, x * 3)
+    assert len(set(cosines.tolist())) == 1
+    with pytest.raises(
+        ValueError, match=r"^x: expected finite embeddings, got 1 pairs with NaN or infinity$"
+    ):
+        pair_cosines("x", x, torch.tensor([[1.0, 2.0, 3.0], [math.nan, 0.0, 0.0], [1.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(("cosines", "scores"), [([0.1], [1.0]), ([0.1, 0.1], [1.0, 2.0]), ([1, 2], [3, 3])])
+def test_no_correlation_is_an_error(cosines: list[float], scores: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"^set: expected cosines and gold scores that vary, got \d pairs"):
+        correlation("set", cosines, scores)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), min_size=2, max_size=30))
+def test_every_resample_is_scipys_spearman(rows: list[tuple[int, int]]) -> None:
+    x, y = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
+    found = bootstrap_correlations("set", x, y, resamples=7, seed=3)
+    drawn = np.random.default_rng([3, zlib.crc32(b"set")]).integers(len(x), size=(7, len(x)))
+    for figure, row in zip(found, drawn, strict=True):
+        if len(set(x[row])) < 2 or len(set(y[row])) < 2:
+            assert math.isnan(figure)
+        else:
+            assert figure == pytest.approx(100 * spearmanr(x[row], y[row]).statistic, abs=1e-9)
+
+
+def test_resamples_do_not_depend_on_how_many_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = judged(50, 0.2)
+    whole = bootstrap_correlations("set", x, y, resamples=20)
+    monkeypatch.setattr("clusterns.correlation._CELLS", 150)
+    np.testing.assert_allclose(bootstrap_correlations("set", x, y, resamples=20), whole, atol=1e-10)
+
+
+def test_interval_is_that_of_scipy() -> None:
+    x, y = judged(300, 0.25)
+    low, high = interval(bootstrap_correlations("set", x, y, resamples=4000))
+    theirs = bootstrap(
+        (x, y),
+        lambda a, b: 100 * spearmanr(a, b).statistic,
+        paired=True,
+        vectorized=False,
+        n_resamples=1000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    assert low == pytest.approx(theirs.low, abs=0.7)
+    assert high == pytest.approx(theirs.high, abs=0.7)
+    assert low < correlation("set", x, y) < high
+    assert interval(np.array([math.nan])) is None
+    assert interval(np.array([])) is None
+
+
+def test_models_share_the_pairs_drawn_and_sets_do_not() -> None:
+    x, y = judged(80, 0.3)
+    first = bootstrap_correlations("a", x, y, resamples=30)
+    np.testing.assert_array_equal(first, bootstrap_correlations("a", np.exp(x), y, resamples=30))
+    assert not np.array_equal(first, bootstrap_correlations("b", x, y, resamples=30))
+    assert not np.array_equal(first, bootstrap_correlations("a", x, y, resamples=30, seed=1))
+
+
+def test_paired_difference_tells_a_better_model_from_an_equal_one() -> None:
+    good, scores = judged(400, 0.1)
+    generator = np.random.default_rng(1)
+    worse = good + 0.2 * generator.standard_normal(400)
+    drawn = [bootstrap_correlations("set", x, scores) for x in (worse, good)]
+    value = correlation("set", good, scores) - correlation("set", worse, scores)
+    found = paired_difference(value, *drawn)
+    assert 0 < found.low < found.value < found.high
+    assert found.p_value == pytest.approx(2 / 1001)
+    same = paired_difference(0.0, drawn[0], drawn[0])
+    assert (same.value, same.low, same.high, same.p_value) == (0, 0, 0, 1)
+    assert paired_difference(0.0, np.array([math.nan]), np.array([1.0])) is None
+
+
+def test_p_values_of_equal_models_are_seldom_small() -> None:
+    """Two equally noisy models, 300 times: about 5 % below 0.05."""
+    small = 0
+    for trial in range(300):
+        generator = np.random.default_rng(trial)
+        scores = generator.integers(0, 26, 120) / 5
+        drawn, values = [], []
+        for _ in range(2):
+            cosines = scores / 5 + 0.4 * generator.standard_normal(120)
+            drawn.append(bootstrap_correlations("set", cosines, scores, resamples=200, seed=trial))
+            values.append(correlation("set", cosines, scores))
+        small += paired_difference(values[1] - values[0], *drawn).p_value < 0.05
+    assert 3 <= small <= 33

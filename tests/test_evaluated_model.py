@@ -1,0 +1,131 @@
+"""Which pooling a model is evaluated with: what its files say, or an error that asks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import SENTENCES, assert_close, make_encoder
+
+from clusterns.evaluated_model import load_model
+
+TEXTS = [sentence for sentence in SENTENCES if sentence]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    make_encoder(pooling="mean").save(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def bare(saved: Path, tmp_path: Path) -> Path:
+    """The files that transformers alone writes."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(saved / name, folder / name)
+    return folder
+
+
+def foreign(bare: Path, *, pooling: str = "mean", more: tuple = (), **settings: object) -> Path:
+    """A folder as sentence-transformers saves it, without our own settings."""
+    library = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    transformer = modules.Transformer(str(bare))
+    pool = modules.Pooling(transformer.get_embedding_dimension(), pooling)
+    model = library.SentenceTransformer(
+        modules=[transformer, pool, *(make(modules) for make in more)], device="cpu", **settings
+    )
+    model.save(str(bare.parent / "foreign"))
+    return bare.parent / "foreign"
+
+
+def library_vectors(folder: Path) -> torch.Tensor:
+    library = pytest.importorskip("sentence_transformers")
+    return library.SentenceTransformer(str(folder), device="cpu").encode(TEXTS, convert_to_tensor=True)
+
+
+def test_a_bare_checkpoint_asks_for_the_pooling(bare: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^model: expected files that state a pooling in .*bare, got none: "
+    ):
+        load_model(bare)
+    listing = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+    (bare / "modules.json").write_text(json.dumps(listing))
+    with pytest.raises(ValueError, match=r"give --pooling \(cls, mean"):
+        load_model(bare)
+
+
+def test_a_given_pooling_is_taken(bare: Path) -> None:
+    for pooling in ("cls", "mean"):
+        model = load_model(bare, pooling=pooling)
+        assert (model.pooling, model.library) == (pooling, "clusterns")
+        expected = make_encoder(pooling=pooling).encode(TEXTS)
+        assert_close(model.encoder.encode(TEXTS), expected)
+    with pytest.raises(ValueError, match=r"^pooling: expected one of .* got 'sum'$"):
+        load_model(bare, pooling="sum")
+
+
+def test_a_saved_model_knows_its_pooling_and_is_not_truncated(saved: Path) -> None:
+    make_encoder(pooling="mean", max_length=6).save(saved)
+    model = load_model(saved)
+    assert (model.pooling, model.max_length, model.library, model.normalized) == (
+        "mean",
+        24,
+        "clusterns",
+        False,
+    )
+    assert load_model(saved, max_length=5).max_length == 5
+    assert load_model(saved, pooling="cls").pooling == "cls"
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_a_sentence_transformers_folder_knows_its_pooling(pooling: str, bare: Path) -> None:
+    folder = foreign(bare, pooling=pooling, more=(lambda modules: modules.Normalize(),))
+    model = load_model(folder)
+    assert (model.pooling, model.library, model.normalized) == (pooling, "clusterns", True)
+    vectors = torch.nn.functional.normalize(model.encoder.encode(TEXTS), dim=1)
+    assert_close(vectors, library_vectors(folder))
+
+
+@pytest.mark.parametrize(
+    ("settings", "pooling"),
+    [
+        ({"pooling": "max"}, "max"),
+        ({"pooling": "lasttoken"}, "lasttoken"),
+        ({"prompts": {"query": "the cat "}, "default_prompt_name": "query"}, "mean"),
+        ({"more": (lambda modules: modules.Dense(16, 5),)}, "mean"),
+    ],
+)
+def test_what_asks_for_more_is_run_by_sentence_transformers(settings: dict, pooling: str, bare: Path) -> None:
+    folder = foreign(bare, **settings)
+    model = load_model(folder)
+    assert (model.pooling, model.library) == (pooling, "sentence-transformers")
+    vectors = model.encoder.encode([*TEXTS, *reversed(TEXTS)], batch_size=2)
+    assert_close(vectors[: len(TEXTS)], library_vectors(folder))
+    assert_close(vectors[len(TEXTS) :].flip(0), vectors[: len(TEXTS)])
+    # A given pooling takes the bare transformer.
+    assert load_model(folder, pooling="cls").library == "clusterns"
+
+
+def test_lower_case_is_not_passed_over(bare: Path) -> None:
+    folder = foreign(bare)
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 20, "do_lower_case": true}')
+    model = load_model(folder)
+    assert model.library == "sentence-transformers"
+    assert load_model(folder, max_length=7).max_length == 7
+
+
+def test_models_that_cannot_be_loaded(saved: Path, bare: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^model: expected a folder or a hub name"):
+        load_model(str(tmp_path / "absent"))
+    (bare / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"^model: expected tokenizer .* got a folder without$"):
+        load_model(bare, pooling="mean")
+    (saved / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"^model: expected tokenizer .* got a folder without$"):
+        load_model(saved)

@@ -1,0 +1,141 @@
+"""STS scores: against their definition, against known ones, and against sentence-transformers' evaluator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from tiny import ROWS, write_sts_folder
+
+from clusterns.correlation import spearman
+from clusterns.encoder import SentenceEncoder
+from clusterns.geometry import uniformity
+from clusterns.sts import SEVEN, load_sts
+from clusterns.sts_scores import evaluate_sts, sts_dev
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+STS = SHARED / "data" / "sts"
+MINILM = SHARED / "data" / "models" / "all-MiniLM-L6-v2"
+
+needs_minilm = pytest.mark.skipif(
+    not (STS.is_dir() and MINILM.is_dir()), reason="no STS data or all-MiniLM-L6-v2 in ../shared"
+)
+
+
+class Letters:
+    """Embeds a sentence as its letter counts, and keeps a record of its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    def encode(
+        self, sentences: Sequence[str], *, batch_size: int = 64, progress: bool = False
+    ) -> torch.Tensor:
+        self.calls.append(list(sentences))
+        return torch.tensor(
+            [[1.0 + sentence.count(letter) for letter in "abcdefgh"] for sentence in sentences]
+        )
+
+
+class Fixed:
+    """Gives every sentence the same vector."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def encode(
+        self, sentences: Sequence[str], *, batch_size: int = 64, progress: bool = False
+    ) -> torch.Tensor:
+        return torch.full((len(sentences), 3), self.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_sts_folder(tmp_path / "sts")
+
+
+def test_figures_are_spearman_of_all_subsets_together(folder: Path) -> None:
+    place = folder / "STS" / "STS13-en-test"
+    (place / "STS.input.OnWN.txt").write_text("abc\tcba\nfgh\tabc\ndd\tde\n")
+    (place / "STS.gs.OnWN.txt").write_text("2\n3\n5\n")
+    encoder = Letters()
+    figures = evaluate_sts(encoder, folder, progress=False)
+    assert list(figures) == [*SEVEN, "avg"]
+    for name in SEVEN:
+        pairs = load_sts(folder, name)
+        first, second = encoder.encode(pairs.first).double(), encoder.encode(pairs.second).double()
+        cosines = (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1))
+        # Anagrams have the cosine 1 but for the last bits, and are ties.
+        assert figures[name] == pytest.approx(
+            100 * spearmanr(np.round(cosines.numpy(), 10), pairs.scores).statistic, abs=1e-9
+        )
+    assert figures["avg"] == pytest.approx(sum(figures[name] for name in SEVEN) / 7)
+    assert figures["STS13"] != pytest.approx(figures["STS12"], abs=0.1)
+
+
+def test_each_distinct_sentence_is_encoded_once(folder: Path) -> None:
+    encoder = Letters()
+    evaluate_sts(encoder, folder, progress=False)
+    assert len(encoder.calls) == 1
+    assert sorted(encoder.calls[0]) == sorted({sentence for a, b, _ in ROWS for sentence in (a, b)})
+
+
+def test_undefined_figures_are_errors(folder: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^STS12: expected finite embeddings, got 20 pairs with NaN or infinity$"
+    ):
+        evaluate_sts(Fixed(math.nan), folder, progress=False)
+    with pytest.raises(ValueError, match=r"^STSBenchmark-dev: expected finite embeddings"):
+        sts_dev(Fixed(math.inf), folder)
+    for value in (0.0, 0.3):
+        with pytest.raises(
+            ValueError, match=r"^STS12: expected cosines and gold scores that vary, got 20 pairs"
+        ):
+            evaluate_sts(Fixed(value), folder, progress=False)
+    with pytest.raises(ValueError, match=r"^x: expected cosines and gold scores that vary"):
+        spearman("x", torch.eye(3), torch.eye(3).flip(0), [1.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match=r"^tasks: expected at least one"):
+        evaluate_sts(Letters(), folder, tasks=[])
+
+
+def test_sts_dev(folder: Path) -> None:
+    encoder = Letters()
+    figures = sts_dev(encoder, folder)
+    assert len(encoder.calls) == 1
+    assert figures["spearman"] == evaluate_sts(encoder, folder, ["STSBenchmark-dev"], progress=False)["avg"]
+    assert figures["alignment"] == pytest.approx(0, abs=1e-9)  # its one pair above 4 is an anagram
+    assert figures["uniformity"] == pytest.approx(
+        uniformity(encoder.encode(["aab", "abb", "cde", "h", "a b", "b a", "gh"])), rel=1e-9
+    )
+
+
+@needs_minilm
+@pytest.mark.parametrize(("pooling", "known"), [("mean", 86.72), ("cls", 79.73)])
+def test_known_scores_of_minilm(pooling: str, known: float) -> None:
+    encoder = SentenceEncoder.from_pretrained(MINILM, pooling=pooling)
+    assert sts_dev(encoder, STS)["spearman"] == pytest.approx(known, abs=0.05)
+
+
+@needs_minilm
+def test_known_score_of_a_test_set() -> None:
+    encoder = SentenceEncoder.from_pretrained(MINILM)
+    assert evaluate_sts(encoder, STS, ["STS16"], progress=False)["STS16"] == pytest.approx(78.99, abs=0.05)
+
+
+@needs_minilm
+def test_same_score_as_sentence_transformers_evaluator() -> None:
+    """On the same pairs, by its own encoding, cosine and correlation."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+    model = sentence_transformers.SentenceTransformer(str(MINILM), device="cpu")
+    evaluator = EmbeddingSimilarityEvaluator(*load_sts(STS, "SICK-R-dev"), name="pairs", write_csv=False)
+    theirs = 100 * evaluator(model)[evaluator.primary_metric]
+    encoder = SentenceEncoder.from_pretrained(MINILM)
+    ours = evaluate_sts(encoder, STS, ["SICK-R-dev"], progress=False)["SICK-R-dev"]
+    assert ours == pytest.approx(theirs, abs=0.01)
