@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .config import add_arguments, read_config
+from .arguments import add_arguments, read_config, show_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("CLUSTERNS_TRACEBACK"):
             raise
-        print(f"clusterns: error: {' '.join(str(error).split())}", file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
+        print(f"clusterns: error: {rank}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -41,7 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         "train",
         help="train an encoder on sentences",
         description="Train a sentence encoder. With no arguments: a small BERT from scratch on the "
-        "documentation strings of this machine's Python packages, in about two minutes.",
+        "documentation strings of this machine's Python packages, in about two minutes. Several GPUs: "
+        "torchrun --nproc-per-node W -m clusterns train ...",
     )
     add_arguments(train)
     train.set_defaults(command=_train)
@@ -59,6 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _train(given: argparse.Namespace) -> None:
     config = read_config(given)
+    if given.show_config:
+        print(show_config(config), end="")
+        return
     _quiet_transformers()
     from .train import train  # late: --help should not load transformers
 

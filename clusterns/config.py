@@ -1,23 +1,25 @@
-"""Settings of `clusterns train`: one dataclass, from which the command line and config files are read."""
+"""Settings of `clusterns train`: one dataclass, from which the command line is made (`arguments.py`)."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import types
-import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from .backend import BACKENDS
+import torch
+from torch import nn
+
+from .backend import BACKENDS, check_backend
 from .cached import CachedClusterNSLoss
 from .centroids import CENTROID_UPDATES
-from .checks import check_count, check_number
+from .checks import check_choice, check_count, check_number
+from .distributed import GATHERS
 from .functional import FALSE_NEGATIVES
 from .loss import ClusterNSLoss
+from .pooling import HEADS, POOLINGS
+from .presets import PRESETS
 
 
 def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -39,6 +41,12 @@ FROM_SCRATCH: dict[str, Any] = {
 }
 
 
+# Settings that may differ between a run and its resumption: they change where and how fast, not what.
+FREE_ON_RESUME = (
+    "output_dir overwrite_output_dir resume checkpoint_steps keep_checkpoints num_workers device tensorboard"
+).split()
+
+
 @dataclass
 class TrainConfig:
     """Everything `clusterns train` can be told.
@@ -47,51 +55,106 @@ class TrainConfig:
     `from_settings` for its defaults.
     """
 
+    preset: str | None = setting(
+        None, "settings of a published run, model and sentences included; flags override", tuple(PRESETS)
+    )
     model: str | None = setting(
         None, "folder or hub name of a transformers encoder; without it a small BERT starts from scratch"
     )
     train_file: str | None = setting(
         None,
-        "sentences to train on: a txt, csv, tsv, json or jsonl file, or the hub name of a dataset; "
+        "sentences to train on: a txt, csv, tsv, json, jsonl or parquet file, or the hub name of a dataset; "
         "without it the documentation strings of the installed Python packages",
     )
-    text_column: str | None = setting(None, "column of a csv, json or hub dataset that holds the sentences")
+    text_columns: str | None = setting(
+        None,
+        "columns to train on, as in sent0,sent1,hard_neg: one gives two dropout views of each sentence, two "
+        "are pairs, the third is a hard negative",
+    )
     output_dir: str = setting("runs/clusterns", "where the best model, the log and the picture go")
     overwrite_output_dir: bool = setting(False, "write into an output folder that is not empty")
     sts_dir: str | None = setting(
         None, "folder of STS sets in SentEval's layout; STS-B dev then chooses the best checkpoint"
     )
+    checkpoint_steps: int | None = setting(
+        None, "steps between two checkpoints in OUTPUT_DIR/checkpoints; without it there are none"
+    )
+    keep_checkpoints: int = setting(2, "the newest ones, so many")
+    resume: bool = setting(
+        False,
+        "go on from the newest checkpoint in the output folder to the same end; from the beginning where "
+        "there is none yet",
+    )
 
     max_steps: int | None = setting(None, "optimiser steps; without it, --epochs decides")
     epochs: int = setting(1, "passes over the sentences")
-    batch_size: int = setting(256, "sentences in a batch")
+    batch_size: int = setting(256, "sentences in a batch, over all processes")
     mini_batch_size: int | None = setting(
         None,
         "sentences whose activations the encoder holds at a time, for batches beyond its memory: gradients "
         "stay those of the whole batch, a step takes one more forward pass; without it the batch goes whole",
     )
+    accumulation_steps: int = setting(
+        1,
+        "batches whose gradients are averaged in an optimiser step; each has its own loss, so a sentence "
+        "meets the negatives of its batch only: for a truly larger batch use --batch-size with "
+        "--mini-batch-size",
+    )
     learning_rate: float = setting(5e-5, "peak of the linear decay")
     warmup_steps: int = setting(0, "steps in which the learning rate rises")
     weight_decay: float = setting(0.0, "of AdamW")
     max_grad_norm: float = setting(1.0, "gradient clipping")
-    max_length: int = setting(32, "tokens of a training sentence")
-    pooling: str = setting("cls", "embedding of a sentence", ("cls", "mean"))
-    head: str = setting(
-        "train",
-        "Linear+Tanh on the embedding: in training only, as the paper has it, or none",
-        ("train", "none"),
-    )
+    max_length: int = setting(32, "tokens of a training sentence; a template's do not count")
+    unique: bool = setting(True, "a sentence only once in a batch, where it would be its own negative")
     seed: int = setting(42, "of everything random")
     eval_steps: int = setting(125, "steps between two dev evaluations")
     patience: int = setting(3, "stop after so many dev evaluations without a gain; 0 never stops early")
     log_steps: int = setting(5, "steps between two lines of the log")
+    tensorboard: bool = setting(True, "write the figures of the log for TensorBoard too")
+
+    pooling: str | None = setting(
+        None,
+        "embedding of a sentence; default: what the model's files say, else cls, mask with a prompt",
+        POOLINGS,
+    )
+    head: str | None = setting(
+        None,
+        "Linear+Tanh on the embedding: in training only, as the paper has it, always, or none; default: "
+        "what the model's files say, else train",
+        HEADS,
+    )
+    prompt: str | None = setting(
+        None,
+        "published templates around each sentence, the embedding at their mask: PromptBERT's for this "
+        "vocabulary (auto), for BERT's or for RoBERTa's",
+        ("auto", "bert", "roberta"),
+    )
+    template: str | None = setting(
+        None, "template of your own, with [X] for the sentence and [MASK]: of view 1 and evaluation"
+    )
+    second_template: str | None = setting(None, "template of view 2; without it that of view 1")
+    denoise: str = setting(
+        "none",
+        "subtract in training what the template alone gives: without gradient through it (frozen), or with "
+        "(trained)",
+        ("none", "frozen", "trained"),
+    )
+    mlm_weight: float = setting(0.0, "of masked language modelling on a masked copy; SimCSE's is 0.1")
+    mlm_probability: float = setting(0.15, "share of the tokens it masks")
+
     precision: str = setting(
-        "auto", "bf16 autocast; auto where the device computes in it", ("auto", "bf16", "fp32")
+        "auto",
+        "autocast of the encoder: bf16, fp16 with loss scaling (CUDA only), or none; auto is bf16 where the "
+        "device computes in it",
+        ("auto", "bf16", "fp16", "fp32"),
     )
     device: str = setting("auto", "cuda, cpu, mps ...; auto takes the fastest at hand")
+    compile: bool = setting(False, "compile the encoder: the first steps take a minute, the others less")
+    num_workers: int = setting(0, "processes that tokenise ahead of the loop; 0 tokenises in it")
 
     num_clusters: int = setting(128, "K; 0 is SimCSE")
     temperature: float = setting(0.05, "τ")
+    learn_temperature: bool = setting(False, "start from --temperature and learn it, between 0.01 and 1")
     start_cosine: float = setting(0.4, "σ: clustering starts when the mean cosine of a batch falls to it")
     centroid_momentum: float = setting(1e-3, "γ; the learning rate with adamw")
     centroid_update: str = setting("sum", "what moves a centroid", CENTROID_UPDATES)
@@ -102,6 +165,7 @@ class TrainConfig:
     bml_alpha: float = setting(0.2, "α, upper margin")
     bml_beta: float = setting(0.5, "β, lower margin")
     backend: str = setting("auto", "of the loss", BACKENDS)
+    gather: str = setting("all", "how several processes share the positives; ring takes less memory", GATHERS)
 
     @property
     def from_scratch(self) -> bool:
@@ -110,7 +174,17 @@ class TrainConfig:
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> TrainConfig:
-        """Settings by name over the defaults; over `FROM_SCRATCH` where there is no model."""
+        """Settings by name over those of their preset, over the defaults.
+
+        Without a model the defaults are those of `FROM_SCRATCH`. Raises ValueError or TypeError in one line.
+        """
+        preset = settings.get("preset")
+        if preset is not None:
+            check_choice("preset", preset, tuple(PRESETS))
+            defaults = {"output_dir": f"runs/{preset}", **PRESETS[preset]}
+            if settings.get("template") is not None:  # in place of the published ones
+                defaults.pop("prompt", None)
+            settings = {**defaults, **settings}
         config = cls(**settings)
         if config.from_scratch:
             if config.train_file is not None:
@@ -123,27 +197,60 @@ class TrainConfig:
         return config
 
     def check(self) -> None:
-        """Raise `ValueError` with one line for a setting out of range. The loss checks its own."""
-        for name in ("epochs", "batch_size", "max_length", "eval_steps", "log_steps"):
+        """Raise `ValueError` with one line for a setting out of range. Loss and prompt check their own."""
+        for name in (
+            "epochs batch_size accumulation_steps max_length eval_steps log_steps keep_checkpoints"
+        ).split():
             check_count(name, getattr(self, name), at_least=1)
-        for name in ("patience", "num_clusters", "seed", "warmup_steps"):
+        for name in ("patience", "num_clusters", "seed", "warmup_steps", "num_workers"):
             check_count(name, getattr(self, name), at_least=0)
-        for name in ("max_steps", "mini_batch_size"):
+        for name in ("max_steps", "mini_batch_size", "checkpoint_steps"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), at_least=1)
         check_number("learning_rate", self.learning_rate, above=0)
         check_number("max_grad_norm", self.max_grad_norm, above=0)
         check_number("weight_decay", self.weight_decay, at_least=0)
+        check_number("mlm_weight", self.mlm_weight, at_least=0)
+        check_number("mlm_probability", self.mlm_probability, above=0, at_most=0.99)
+        if self.mlm_weight and self.mini_batch_size is not None:
+            raise ValueError(
+                "mlm_weight: expected 0 with mini_batch_size, which has no graph of the whole batch"
+            )
+        if self.template is not None and self.prompt is not None:
+            raise ValueError(
+                f"template: expected none with the prompt {self.prompt!r}, got {self.template!r}"
+            )
+        if self.second_template is not None and self.template is None:
+            raise ValueError("second_template: expected a template for view 1 with it, got none")
+        if self.denoise != "none" and self.prompt is None and self.template is None:
+            raise ValueError(f"denoise: expected 'none' without a prompt or template, got {self.denoise!r}")
 
-    def build_loss(self, embedding_dim: int) -> ClusterNSLoss:
+    def build_prompt(self) -> Any:
+        """The `Prompt` these settings describe, or None."""
+        from .prompts import Prompt  # late: it needs transformers
+
+        if self.template is not None:
+            templates = [self.template, self.second_template]
+            return Prompt(tuple(filter(None, templates)), denoising=self.denoise)
+        return None if self.prompt is None else Prompt(self.prompt, denoising=self.denoise)
+
+    def build_loss(
+        self, embedding_dim: int, process_group: torch.distributed.ProcessGroup | None = None
+    ) -> ClusterNSLoss:
         """The loss these settings describe; K = 0 is plain InfoNCE."""
         make: Callable[..., ClusterNSLoss] = ClusterNSLoss
         if self.mini_batch_size is not None:
             make = functools.partial(CachedClusterNSLoss, mini_batch_size=self.mini_batch_size)
+        try:
+            check_backend(self.backend)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
         return make(
             embedding_dim,
             self.num_clusters,
-            temperature=self.temperature,
+            temperature=(
+                nn.Parameter(torch.tensor(self.temperature)) if self.learn_temperature else self.temperature
+            ),
             start_cosine=self.start_cosine,
             centroid_momentum=self.centroid_momentum,
             centroid_update=self.centroid_update,
@@ -154,91 +261,9 @@ class TrainConfig:
             bml_alpha=self.bml_alpha,
             bml_beta=self.bml_beta,
             backend=self.backend,
+            process_group=process_group,
+            gather=self.gather,
         )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag for each setting, and --config for a file of them."""
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of settings; flags override it")
-    types_of = typing.get_type_hints(TrainConfig)
-    for item in fields(TrainConfig):
-        flag = "--" + item.name.replace("_", "-")
-        default = "" if item.default in (None, False) else f" (default {item.default})"
-        default += f" (from scratch {FROM_SCRATCH[item.name]})" if item.name in FROM_SCRATCH else ""
-        text = item.metadata["help"].replace("%", "%%") + default
-        kind = _plain_type(types_of[item.name])
-        if kind is bool:
-            parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
-            )
-        else:
-            parser.add_argument(
-                flag,
-                type=kind,
-                choices=item.metadata["choices"],
-                metavar=None if item.metadata["choices"] else kind.__name__.upper(),
-                default=argparse.SUPPRESS,
-                help=text,
-            )
-
-
-def read_config(arguments: argparse.Namespace) -> TrainConfig:
-    """Defaults, overridden by the config file, overridden by the flags given."""
-    given = {name: value for name, value in vars(arguments).items() if name in _names()}
-    return TrainConfig.from_settings({**_read_file(arguments.config), **given})
-
-
-def _names() -> set[str]:
-    return {item.name for item in fields(TrainConfig)}
-
-
-def _plain_type(annotation: Any) -> Any:
-    """The type behind `X | None`."""
-    if isinstance(annotation, types.UnionType):
-        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
-    return annotation
-
-
-def _read_file(path: str | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    import yaml
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--config: expected a YAML or JSON file, found none at {path}")
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"--config {path}: expected YAML or JSON, got {' '.join(str(error).split())}"
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: expected settings by name, got {type(content).__name__}")
-    types_of = typing.get_type_hints(TrainConfig)
-    settings = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in types_of:
-            raise ValueError(f"--config {path}: expected a setting of `clusterns train`, got {key!r}")
-        settings[name] = _convert(path, name, value, _plain_type(types_of[name]))
-        choices = TrainConfig.__dataclass_fields__[name].metadata["choices"]
-        if choices and value not in choices:
-            raise ValueError(f"--config {path}: {name}: expected one of {', '.join(choices)}, got {value!r}")
-    return settings
-
-
-def _convert(path: str, name: str, value: Any, kind: Any) -> Any:
-    """Accept exact types, whole numbers for real ones, and YAML's 5e-5, which it reads as a string."""
-    if value is None and TrainConfig.__dataclass_fields__[name].default is None:
-        return None
-    if kind is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
-        return value
-    raise ValueError(f"--config {path}: {name}: expected {kind.__name__}, got {value!r}")
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -4,41 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-COSINES = ("positive_cosine", "nearest_cosine", "hard_negative_cosine", "mean_cosine")
+# What each panel shows of the log, with its label. The cosines from the most alike to the least.
+COSINES = {
+    "positive_cosine": "two views of a sentence",
+    "nearest_cosine": "nearest centroid",
+    "hard_negative_cosine": "hard negative",
+    "centroids_cosine": "between centroids",
+    "mates_cosine": "cluster-mates",
+    "mean_cosine": "all pairs of the batch",
+}
+SHARES = {
+    "with_mates": "sentences with a mate",
+    "cluster_entropy": "entropy of occupancy",
+    "largest_cluster": "largest cluster",
+}
+LOSSES = {"info_nce": "InfoNCE", "mlm": "masked language modelling"}
 
 
 def draw_run(records: Sequence[dict], path: Path) -> None:
-    """Draw loss, cosines and dev score against the step, from the records of log.jsonl, as a PNG."""
+    """Draw the records of log.jsonl against the step, as a PNG: loss, cosines, clusters and dev score."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     terms = [record for record in records if "loss" in record]
-    judged = [record for record in records if "dev" in record]
     starts = [record["step"] for record in records if record.get("event") == "clustering starts"]
-    figure, (loss_axes, cosine_axes, dev_axes) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, grid = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    (loss_axes, cosine_axes), (cluster_axes, dev_axes) = grid
 
-    loss_axes.plot([r["step"] for r in terms], [r["info_nce"] for r in terms], label="InfoNCE")
-    loss_axes.set(title="loss", xlabel="step", ylabel="InfoNCE (nats)")
+    _draw(loss_axes, terms, LOSSES)
+    loss_axes.set(title="loss", ylabel="nats")
+    _draw_beside(loss_axes, terms, "effective_negatives", "effective negatives")
 
-    for name in COSINES:
-        points = [(r["step"], r[name]) for r in terms if name in r]
-        if points:
-            cosine_axes.plot(*zip(*points, strict=True), label=name.replace("_cosine", "").replace("_", " "))
-    cosine_axes.set(title="mean cosines", xlabel="step", ylabel="cosine")
-    cosine_axes.legend(fontsize="small")
+    _draw(cosine_axes, terms, COSINES)
+    cosine_axes.set(title="mean cosines", ylabel="cosine")
 
+    _draw(cluster_axes, terms, SHARES)
+    cluster_axes.set(title="clusters", ylabel="share", ylim=(-0.03, 1.03))
+    _draw_beside(cluster_axes, terms, "empty_clusters", "empty clusters")
+
+    judged = [record for record in records if "dev" in record]
     if judged:
         metric = next(iter(judged[0]["dev"]))
         dev_axes.plot([r["step"] for r in judged], [r["dev"][metric] for r in judged], "o-")
-        dev_axes.set(title=f"dev {metric.replace('_', ' ')}", xlabel="step", ylabel="score × 100")
-    else:
-        dev_axes.text(0.5, 0.5, "no dev set given", ha="center", va="center", transform=dev_axes.transAxes)
-        dev_axes.set(title="dev score", xticks=[], yticks=[])
+        dev_axes.set(title=f"dev {metric.replace('_', ' ')}", ylabel="score × 100")
 
-    for axes in (loss_axes, cosine_axes, dev_axes if judged else cosine_axes):
+    for axes, empty in (
+        (loss_axes, None),
+        (cosine_axes, None),
+        (cluster_axes, "clustering did not start"),
+        (dev_axes, "no dev set given"),
+    ):
+        axes.set_xlabel("step")
+        if not axes.lines:
+            axes.text(0.5, 0.5, empty, ha="center", va="center", transform=axes.transAxes)
+            axes.set(xticks=[], yticks=[], xlabel="", ylabel="", title=axes.get_title() or "dev score")
+            continue
         axes.grid(alpha=0.3)
         for step in starts:
             axes.axvline(step, color="0.4", linestyle="--", linewidth=1)
@@ -57,3 +81,25 @@ def draw_run(records: Sequence[dict], path: Path) -> None:
         )
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _draw(axes: Any, terms: Sequence[dict], names: dict[str, str]) -> None:
+    """One line for each figure that the log has."""
+    for name, label in names.items():
+        points = [(r["step"], r[name]) for r in terms if name in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label)
+    if len(axes.lines) > 1:
+        axes.legend(fontsize="small")
+
+
+def _draw_beside(axes: Any, terms: Sequence[dict], name: str, label: str) -> None:
+    """A figure in a unit of its own, dotted, against an axis on the right."""
+    points = [(r["step"], r[name]) for r in terms if name in r]
+    if not points:
+        return
+    beside = axes.twinx()
+    beside.plot(*zip(*points, strict=True), ":", color="0.4", linewidth=1.2)
+    beside.set_ylabel(f"{label} (dotted)", color="0.4")
+    beside.set_ylim(bottom=0)
+    beside.tick_params(axis="y", colors="0.4")

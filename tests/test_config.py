@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from clusterns.config import FROM_SCRATCH, TrainConfig, add_arguments, read_config
+from clusterns.arguments import add_arguments, read_config
+from clusterns.config import FROM_SCRATCH, TrainConfig
 
 
 def parse(*arguments: str) -> TrainConfig:

@@ -1,0 +1,106 @@
+"""Settings of `clusterns train` from its command line and from config files."""
+
+from __future__ import annotations
+
+import argparse
+import types
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .config import FROM_SCRATCH, TrainConfig, to_dict
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag for each setting, and --config for a file of them."""
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of settings; flags override it")
+    parser.add_argument(
+        "--show-config", action="store_true", help="print all settings as they result, as YAML, and exit"
+    )
+    types_of = typing.get_type_hints(TrainConfig)
+    for item in fields(TrainConfig):
+        flag = "--" + item.name.replace("_", "-")
+        default = "" if item.default in (None, False) else f" (default {item.default})"
+        default += f" (from scratch {FROM_SCRATCH[item.name]})" if item.name in FROM_SCRATCH else ""
+        text = item.metadata["help"].replace("%", "%%") + default
+        kind = _plain_type(types_of[item.name])
+        if kind is bool:
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+            )
+        else:
+            parser.add_argument(
+                flag,
+                type=kind,
+                choices=item.metadata["choices"],
+                metavar=None if item.metadata["choices"] else kind.__name__.upper(),
+                default=argparse.SUPPRESS,
+                help=text,
+            )
+
+
+def read_config(arguments: argparse.Namespace) -> TrainConfig:
+    """Defaults, overridden by the config file, overridden by the flags given."""
+    given = {name: value for name, value in vars(arguments).items() if name in _names()}
+    return TrainConfig.from_settings({**_read_file(arguments.config), **given})
+
+
+def _names() -> set[str]:
+    return {item.name for item in fields(TrainConfig)}
+
+
+def _plain_type(annotation: Any) -> Any:
+    """The type behind `X | None`."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    return annotation
+
+
+def _read_file(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    import yaml
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--config: expected a YAML or JSON file, found none at {path}")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--config {path}: expected YAML or JSON, got {' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: expected settings by name, got {type(content).__name__}")
+    types_of = typing.get_type_hints(TrainConfig)
+    settings = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in types_of:
+            raise ValueError(f"--config {path}: expected a setting of `clusterns train`, got {key!r}")
+        settings[name] = _convert(path, name, value, _plain_type(types_of[name]))
+        choices = TrainConfig.__dataclass_fields__[name].metadata["choices"]
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"--config {path}: {name}: expected one of {', '.join(choices)}, got {value!r}")
+    return settings
+
+
+def _convert(path: str, name: str, value: Any, kind: Any) -> Any:
+    """Accept exact types, whole numbers for real ones, and YAML's 5e-5, which it reads as a string."""
+    if value is None and TrainConfig.__dataclass_fields__[name].default is None:
+        return None
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+        return value
+    raise ValueError(f"--config {path}: {name}: expected {kind.__name__}, got {value!r}")
+
+
+def show_config(config: TrainConfig) -> str:
+    """The settings as YAML, which `--config` reads."""
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=1000)

@@ -1,0 +1,144 @@
+"""The output folder of a training run: who may write into it, its log and its summary.
+
+model files           the best model so far, as transformers and sentence-transformers load it
+loss.safetensors      the clustering state that belongs to it
+log.jsonl             one JSON object a line: terms of a step, dev scores, events
+training.json         settings, versions and, once finished, scores
+training.png          the picture of the run
+checkpoints/          see `checkpoint.py`
+tensorboard/          the log's figures for TensorBoard
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock, Timeout
+
+from . import __version__
+from .config import TrainConfig, to_dict
+from .files import replacing
+
+LOCK, LOG, SUMMARY, PICTURE = ".lock", "log.jsonl", "training.json", "training.png"
+# Of a run, not of its model.
+_OWN = {LOCK, LOG, SUMMARY, PICTURE, "checkpoints", "tensorboard"}
+
+
+@contextlib.contextmanager
+def claimed(output: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
+    """Hold the output folder for one run.
+
+    Raises NotADirectoryError for a file, FileExistsError for a folder that is in use, or that holds files
+    and is neither to be overwritten nor, with `resume`, that of a training.
+    """
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"--output-dir: expected a folder, got the file {output}")
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(
+            f"--output-dir: expected a folder of its own, {output} is in use by a running training"
+        ) from None
+    try:
+        if not overwrite and any(path.name != LOCK for path in output.iterdir()):
+            if not resume:
+                raise FileExistsError(
+                    f"--output-dir: expected a new or empty folder, {output} holds files; choose another or "
+                    "pass --overwrite-output-dir, or --resume to go on with the training in it"
+                )
+            if not (output / SUMMARY).is_file():
+                raise FileExistsError(
+                    f"--resume: expected the output folder of a training, {output} holds other files"
+                )
+        if resume:
+            # What a process that was killed while saving has left: the lock says that none is saving now.
+            left = re.compile(re.escape(f".{output.name}.") + "[a-z0-9_]{8}")
+            for path in output.absolute().parent.iterdir():
+                if left.fullmatch(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
+        yield
+    finally:
+        lock.release()
+        (output / LOCK).unlink(missing_ok=True)
+
+
+def model_files(output: Path) -> list[Path]:
+    """The files of the model that was saved there."""
+    found = []
+    for path in output.iterdir():
+        if path.name in _OWN or path.name.startswith("."):
+            continue
+        found += [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sorted(found)
+
+
+def read_summary(output: Path) -> dict[str, Any]:
+    """training.json, or an empty dict where there is none that can be read."""
+    try:
+        summary = json.loads((output / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def write_summary(output: Path, config: TrainConfig, *, finished: bool, **facts: Any) -> None:
+    """Write training.json whole or not at all: settings, versions, and the facts."""
+    versions = {
+        "clusterns": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    summary = {"finished": finished, "settings": to_dict(config), "versions": versions, **facts}
+    with replacing(output / SUMMARY) as path:
+        path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+class RunLog:
+    """log.jsonl, and its records in memory.
+
+    Args:
+        path: of the file.
+        seconds: that the run has taken already, whose log then goes on; None begins a new one.
+
+    """
+
+    def __init__(self, path: Path, seconds: float | None = None) -> None:
+        self.path = path
+        self.began = time.monotonic() - (seconds or 0.0)
+        self.records: list[dict[str, Any]] = []
+        if seconds is None:
+            path.write_text("", encoding="utf-8")
+        else:
+            self.records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the time in which it stood still."""
+        return time.monotonic() - self.began
+
+    def write(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Append a record, with the time; returns it as written."""
+        record = {**record, "seconds": round(self.seconds, 3)}
+        self.records.append(record)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        return record
+
+    def sync(self) -> None:
+        """Make the disk hold it."""
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
