@@ -1,253 +1,291 @@
-"""From a file or a hub dataset to sentences, and from sentences to the batches of an epoch."""
+"""From rows of text to the batches of an epoch: shuffled, without equal sentences in one, tokenised ahead."""
 
 from __future__ import annotations
 
-import codecs
-import glob
-import logging
 import os
-import re
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from itertools import islice
+from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DatasetGenerationError
-from datasets.utils import are_progress_bars_disabled
-from pandas.errors import ParserWarning
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-# What each kind of file is read with. Tab-separated values have no quoting, so a lone quote is text; "NA"
-# and "null" are words like any other.
-_CSV: dict[str, Any] = {"encoding": "utf-8-sig", "index_col": False, "na_filter": False}
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": ("text", {"encoding": "utf-8-sig"}),
-    ".csv": ("csv", _CSV),
-    ".tsv": ("csv", {**_CSV, "sep": "\t", "quoting": 3}),
-    ".json": ("json", {"encoding": "utf-8-sig"}),
-    ".jsonl": ("json", {"encoding": "utf-8-sig"}),
-}
-# Columns that hold the sentence by convention, the most telling first.
-USUAL_COLUMNS = ("text", "sentence", "sent0")
-Text = TypeVar("Text")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+from .checks import check_count
+from .rows import Row, Rows
+
+Tokenize = Callable[[list[Row]], dict[str, Tensor]]
+# A text is cut to so many characters for each token it may have. BERT's WordPiece gives up on longer words.
+CHARACTERS_PER_TOKEN = 100
+# Where `tokenize` does not tell how many tokens it leaves.
+USUAL_MAX_LENGTH = 512
 
 
-def load_sentences(
-    source: str | os.PathLike[str], *, column: str | None = None, limit: int | None = None
-) -> list[str]:
-    """The sentences of a text, csv, tsv, json or jsonl file, or of a hub dataset's train split.
-
-    Args:
-        source: a file, by its suffix: .txt (a sentence a line), .csv or .tsv (with a header line), .json or
-            .jsonl (objects); or the name of a dataset on the hub.
-        column: of the sentences; None takes the only column of strings, or the one that is called "text",
-            "sentence" or "sent0".
-        limit: sentences at most, from the beginning.
-
-    The sentences come trimmed, in the file's order, without blank ones. A file is read anew each time.
-
-    Raises FileNotFoundError where the file or the dataset is missing or the hub cannot be reached, and
-    ValueError for a file that is a folder, empty, blank, not UTF-8 text or not of its suffix's format, a
-    column that is missing or not one of strings, or a limit below 1; one line each.
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: expected at least 1 sentence, got {limit}")
-    path = Path(source).expanduser()
-    is_name = _HUB_NAME.fullmatch(str(source)) is not None and path.suffix.lower() not in _READERS
-    if is_name and not path.exists():
-        table = _load_hub(str(source))
-    else:
-        table = _load_file(path)
-    if column is None:
-        column = _sentence_column(table, source)
-    elif column not in table.column_names:
-        raise ValueError(f"{source}: expected a column {column!r}, got {_listing(table.column_names)}")
-    elif not _is_text(table.features[column]):
-        raise ValueError(f"{source}: expected strings in column {column!r}, got {table.features[column]}")
-
-    sentences: list[str] = []
-    for batch in table.select_columns(column).iter(batch_size=10_000):
-        trimmed = (sentence.strip() for sentence in batch[column] if sentence is not None)
-        sentences += filter(None, trimmed)
-        if limit is not None and len(sentences) >= limit:
-            return sentences[:limit]
-    if not sentences:
-        raise ValueError(f"{source}: expected sentences, got only blank ones")
-    return sentences
-
-
-def sentence_batches(
-    sentences: Sequence[Text],
+def batches(
+    rows: Sequence[Row],
     *,
     batch_size: int,
-    tokenize: Callable[[list[Text]], Any],
+    tokenize: Tokenize,
     seed: int = 0,
     epoch: int = 0,
+    start: int = 0,
     num_workers: int = 0,
-) -> DataLoader:
-    """One shuffled pass over the sentences, in whole batches; the few that do not fill one are left out.
+    pin_memory: bool = False,
+    prefetch_factor: int = 4,
+    unique: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Batches:
+    """One shuffled pass over the rows, in whole batches of B.
+
+    The order follows from `seed` and `epoch` alone: the number of workers, `start` and the global random
+    state, which stays as it is, change nothing. Another pass over what is returned repeats it.
+
+    With `unique` two equal texts, of whatever columns, are never in one batch of different rows, where they
+    would be each other's negatives. A row whose text is in the batch already waits for the next batch that
+    lacks it; those that waited come first, in the order in which they began to wait. When the rows run out,
+    what does not fill a batch is left out. An epoch with many repetitions may so be shorter than N // B
+    batches. Ranks agree on all of it without a word.
 
     Args:
-        sentences: N strings, or pairs of them.
-        batch_size: sentences in a batch, B.
-        tokenize: makes of a list of B sentences what the loader yields, such as a dict of tensors (B, T);
-            with workers it must pickle.
-        seed, epoch: together they fix the order, which another pass over the loader repeats.
-        num_workers: processes that tokenise; 0 tokenises in this one.
+        rows: N tuples of one to three texts, as of `load_rows`; or a list of such.
+        batch_size: rows in a batch of all ranks, B.
+        tokenize: makes tensors of a list of rows, as `ViewTokenizer` does; with workers it must pickle where
+            processes are spawned, not forked. Texts come cut to 100 characters for each of its `max_length`
+            tokens (512 where it has no such attribute), so that a book in one line costs no more than that.
+        seed, epoch: fix the order together.
+        start: batches of this pass that were already seen; nothing of them is read or tokenised, and what
+            follows is what an uninterrupted pass gives.
+        num_workers: processes that read and tokenise ahead; 0 does so in this one, when a batch is due.
+        pin_memory: for copies to a CUDA device that the host does not wait for; ignored where there is none.
+        prefetch_factor: batches that each worker is ahead.
+        unique: no two equal texts in a batch.
+        rank, world_size: yield rows r·B/W up to (r+1)·B/W of every batch, for rank r of W.
 
-    Returns a DataLoader of N // B batches. The global random state is left as it is.
-
-    Raises ValueError for a batch_size, seed or epoch out of range, or fewer sentences than a batch.
+    Raises ValueError or TypeError with one line for a number out of range, ranks that do not divide the
+    batch, or fewer rows than a batch; while iterating, for fewer distinct rows than a batch.
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("epoch", epoch, 0)):
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if len(sentences) < batch_size:
-        raise ValueError(
-            f"sentences: expected at least batch_size {batch_size} of them, got {len(sentences)}"
-        )
-    # The two numbers are hashed together: their sum would make epoch 1 of seed 0 that of epoch 0 of seed 1.
-    state = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
-    generator = torch.Generator().manual_seed(state)
-    order = torch.randperm(len(sentences), generator=generator)
-    batches = order[: len(order) // batch_size * batch_size].view(-1, batch_size).tolist()
-    return DataLoader(
-        _Texts(sentences),
-        batch_sampler=batches,
-        collate_fn=tokenize,
-        num_workers=num_workers,
-        generator=generator,  # else the loader draws its workers' seed from the global random state
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+        ("epoch", epoch, 0),
+        ("start", start, 0),
+        ("num_workers", num_workers, 0),
+        ("prefetch_factor", prefetch_factor, 1),
+        ("world_size", world_size, 1),
+        ("rank", rank, 0),
+    ):
+        check_count(name, value, at_least=least)
+    if rank >= world_size:
+        raise ValueError(f"rank: expected below world_size {world_size}, got {rank}")
+    if batch_size % world_size:
+        raise ValueError(f"batch_size: expected a multiple of the {world_size} processes, got {batch_size}")
+    if len(rows) < batch_size:
+        raise ValueError(f"rows: expected at least batch_size {batch_size} of them, got {len(rows)}")
+    return Batches(
+        rows=rows,
+        batch_size=batch_size,
+        tokenize=tokenize,
+        seed=seed,
+        epoch=epoch,
+        start=start,
+        loader_options={
+            "num_workers": num_workers,
+            "pin_memory": pin_memory and torch.cuda.is_available(),
+            "prefetch_factor": prefetch_factor if num_workers else None,
+        },
+        unique=unique,
+        rank=rank,
+        world_size=world_size,
     )
 
 
-class _Texts(torch.utils.data.Dataset[Text]):
-    """A sequence as the data set that a DataLoader's types ask for."""
+class Batches:
+    """What `batches` returns: an iterable of what `tokenize` makes of each batch.
 
-    def __init__(self, sentences: Sequence[Text]) -> None:
-        self.sentences = sentences
+    `len()` is the number of batches from `start` on, N // B less `start`; with `unique` at most so many.
+
+    Attributes:
+        deferred: rows that had to wait for a later batch, up to the last batch yielded and from the epoch's
+            first batch, whatever `start` is.
+        left_out: rows of no batch, known when a pass has ended; else None.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        batch_size: int,
+        tokenize: Tokenize,
+        seed: int,
+        epoch: int,
+        start: int,
+        loader_options: dict[str, Any],
+        unique: bool,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.rows, self.batch_size, self.tokenize = rows, batch_size, tokenize
+        self.seed, self.epoch, self.start, self.unique = seed, epoch, start, unique
+        self.loader_options = loader_options
+        share = batch_size // world_size
+        self.share = slice(rank * share, (rank + 1) * share)
+        self.deferred = 0
+        self.left_out: int | None = None
 
     def __len__(self) -> int:
-        return len(self.sentences)
+        return max(len(self.rows) // self.batch_size - self.start, 0)
 
-    def __getitem__(self, index: int) -> Text:
-        return self.sentences[index]
-
-
-def _load_file(path: Path) -> datasets.Dataset:
-    _check_text(path)
-    reader, options = _READERS[path.suffix.lower()]
-    # A cache of its own for each call: the one in the home directory could serve an edited file stale.
-    with tempfile.TemporaryDirectory(prefix="clusterns-") as cache, _quiet_datasets():
-        try:
-            return datasets.load_dataset(
-                reader,
-                data_files=glob.escape(str(path.absolute())),  # a path, not a pattern
-                split="train",
-                cache_dir=cache,
-                keep_in_memory=True,
-                **options,
-            )
-        except (DatasetGenerationError, ParserWarning, ValueError) as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            if "corresponds to no data" in str(cause):
-                raise ValueError(f"{path}: expected sentences, got no rows") from error
-            kind = path.suffix.lower().lstrip(".")
-            raise ValueError(f"{path}: expected a well-formed {kind} file, got {_line(cause)}") from error
-
-
-def _check_text(path: Path) -> None:
-    """Raise in one line where a file is not there, of no known suffix, empty, or not UTF-8 text."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: expected a file of sentences, there is none")
-    if path.is_dir():
-        raise ValueError(f"{path}: expected a file of sentences, got a folder")
-    if path.suffix.lower() not in _READERS:
-        got = repr(path.suffix) if path.suffix else "none"
-        raise ValueError(f"{path}: expected a suffix of {_listing(_READERS)}, got {got}")
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    blank = True
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            if b"\0" in chunk:
-                raise ValueError(f"{path}: expected UTF-8 text, got a binary file")
-            try:
-                decoder.decode(chunk)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: expected UTF-8 text, got other bytes ({error.reason})") from error
-            blank = blank and not chunk.strip()
-        if file.tell() == 0:
-            raise ValueError(f"{path}: expected sentences, got an empty file")
-    if decoder.getstate()[0]:
-        raise ValueError(f"{path}: expected UTF-8 text, got a character cut short at its end")
-    if blank:
-        raise ValueError(f"{path}: expected sentences, got only blank lines")
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        self.deferred, self.left_out = 0, None
+        # The two numbers are hashed together: their sum would make epoch 1 of seed 0 epoch 0 of seed 1.
+        state = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)[0])
+        generator = torch.Generator().manual_seed(state)
+        count = len(self.rows)
+        dtype = torch.int32 if count < 2**31 else torch.int64
+        plan = _Plan(
+            torch.randperm(count, generator=generator, dtype=dtype).numpy(),
+            self.batch_size,
+            _keys_of(self.rows) if self.unique else None,
+        )
+        chosen = (batch[self.share] for batch in islice(plan, self.start, None))
+        limit = CHARACTERS_PER_TOKEN * getattr(self.tokenize, "max_length", USUAL_MAX_LENGTH)
+        loader = DataLoader(
+            _Texts(self.rows, limit),
+            batch_sampler=chosen,
+            collate_fn=self.tokenize,
+            generator=generator,  # else the loader draws its workers' seed from the global random state
+            **self.loader_options,
+        )
+        with _single_threaded_tokenizers(loader.num_workers > 0):
+            iterator = iter(loader)
+        for number, batch in enumerate(iterator, self.start):
+            self.deferred = plan.deferred[number]
+            yield batch
+        self.deferred = plan.deferred[-1]
+        self.left_out = count - self.batch_size * (len(plan.deferred) - 1)
 
 
-def _load_hub(name: str) -> datasets.Dataset:
-    try:
-        return datasets.load_dataset(name, split="train")
-    except (OSError, ValueError) as error:  # not there or no connection; no such split or configuration
-        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
-        raise kind(
-            f"{name}: expected a file that exists or a dataset on the hub with a train split, "
-            f"got {_line(error)}"
-        ) from error
+Keys = Callable[[np.ndarray], Sequence[Sequence[Hashable]]]
 
 
-def _sentence_column(table: datasets.Dataset, source: str | os.PathLike[str]) -> str:
-    """The column of sentences where none was named."""
-    columns = [name for name, feature in table.features.items() if _is_text(feature)]
-    if len(columns) == 1:
-        return columns[0]
-    for name in USUAL_COLUMNS:
-        if name in columns:
-            return name
-    found = _listing(f"{name} ({_kind(feature)})" for name, feature in table.features.items())
-    raise ValueError(
-        f"{source}: expected one column of strings, or one named {_listing(USUAL_COLUMNS)}; "
-        f"name it with column, got {found}"
-    )
+class _Plan:
+    """The rows of one batch after the other, B indices each.
+
+    Attributes:
+        deferred: for each batch the rows that had begun to wait by then, and at the end for the epoch.
+    """
+
+    def __init__(self, order: np.ndarray, batch_size: int, keys: Keys | None) -> None:
+        self.order, self.batch_size, self.keys = order, batch_size, keys
+        self.deferred: list[int] = []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        deferred = 0
+        self.waiting: dict[Hashable, deque[tuple[int, Sequence[Hashable]]]] = {}
+        size, position = self.batch_size, 0
+        while True:
+            batch: list[int] = []
+            present: set[Hashable] = set()
+            if self.waiting:
+                self.take_waiting(batch, present)
+            while len(batch) < size and position < len(self.order):
+                drawn = self.order[position : position + size - len(batch)]
+                position += len(drawn)
+                if self.keys is None:
+                    batch += drawn.tolist()
+                    continue
+                for row, keys in zip(drawn.tolist(), self.keys(drawn), strict=True):
+                    if not self.add(row, keys, batch, present):
+                        deferred += 1
+            self.deferred.append(deferred)
+            if len(batch) < size:
+                if len(self.deferred) == 1:
+                    raise ValueError(
+                        f"rows: expected at least batch_size {size} without a text in common, got "
+                        f"{len(batch)} among {len(self.order)}; the others repeat them"
+                    )
+                return
+            yield batch
+
+    def add(self, row: int, keys: Sequence[Hashable], batch: list[int], present: set[Hashable]) -> bool:
+        """Put a row into the batch, or have it wait for the first text of its that is there already."""
+        for key in keys:
+            if key in present:
+                self.waiting.setdefault(key, deque()).append((row, keys))
+                return False
+        batch.append(row)
+        present.update(keys)
+        return True
+
+    def take_waiting(self, batch: list[int], present: set[Hashable]) -> None:
+        """Of the rows that wait for one text, the first, for as many texts as a batch has room for.
+
+        Twice as many are tried, as a row with several texts may meet another of them in the batch; it then
+        waits for that one.
+        """
+        for key in list(islice(self.waiting, 2 * self.batch_size)):
+            if len(batch) == self.batch_size:
+                return
+            queue = self.waiting[key]
+            row, keys = queue.popleft()
+            if not queue:
+                del self.waiting[key]
+            self.add(row, keys, batch, present)
 
 
-def _is_text(feature: Any) -> bool:
-    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+def _keys_of(rows: Sequence[Row]) -> Keys:
+    """What is equal where texts are."""
+    if isinstance(rows, Rows):
+        return rows.keys
+    return lambda indices: [[text.strip() for text in rows[index]] for index in indices.tolist()]
 
 
-def _kind(feature: Any) -> str:
-    if _is_text(feature):
-        return "strings"
-    return str(feature.dtype) if isinstance(feature, datasets.Value) else type(feature).__name__
+class _Texts(Dataset[Row]):
+    """Rows by their numbers, a batch at once, with their texts cut to so many characters."""
 
+    def __init__(self, rows: Sequence[Row], limit: int) -> None:
+        self.rows, self.limit = rows, limit
 
-def _listing(names: Any) -> str:
-    return ", ".join(names) or "none"
+    def __getitem__(self, index: int) -> Row:
+        return tuple(text[: self.limit] for text in self.rows[index])
 
-
-def _line(error: BaseException) -> str:
-    """The type and the first line of an error's message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    def __getitems__(self, indices: list[int]) -> list[Row]:
+        return [self[index] for index in indices]
 
 
 @contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Without datasets' progress bars and log, and with pandas' doubts about a csv file as errors."""
-    shown, level = not are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)
+def _single_threaded_tokenizers(wanted: bool) -> Iterator[None]:
+    """While workers are started: one thread in each, without tokenizers' warning about the fork."""
+    name = "TOKENIZERS_PARALLELISM"
+    if not wanted or name in os.environ:
+        yield
+        return
+    os.environ[name] = "false"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", ParserWarning)
-            yield
+        yield
     finally:
-        datasets.logging.set_verbosity(level)
-        if shown:
-            datasets.enable_progress_bars()
+        del os.environ[name]
+
+
+# The interface of before, for the loop until it moves to the one above.
+def load_sentences(source: Any, *, column: str | None = None, limit: int | None = None) -> list[str]:
+    """First texts of the rows of a source."""
+    from .sources import load_rows
+
+    return [row[0] for row in load_rows(source, columns=None if column is None else [column], limit=limit)]
+
+
+def sentence_batches(
+    sentences: Sequence[Any], *, tokenize: Callable[[list[Any]], Any], **options: Any
+) -> Any:
+    """Batches of strings, or of tuples of them."""
+    pairs = bool(sentences) and not isinstance(sentences[0], str)
+    rows = sentences if pairs else [(sentence,) for sentence in sentences]
+    return batches(
+        rows,
+        tokenize=tokenize if pairs else lambda rows: tokenize([row[0] for row in rows]),  # type: ignore
+        **options,
+    )

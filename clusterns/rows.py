@@ -1,0 +1,179 @@
+"""Rows of text on disk, mapped into memory: a corpus of any size takes next to none of a process's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import xxhash
+from filelock import FileLock, Timeout
+from huggingface_hub import constants
+
+# Rows of an Arrow record batch; each but the last has exactly as many, so that a row is found by division.
+RECORD_ROWS = 4096
+# An entry of the cache that nobody opened for so long is removed, and what a killed process left half done.
+UNUSED_SECONDS, ABANDONED_SECONDS = 30 * 86_400, 86_400
+_TEXTS, _KEYS, _ABOUT = "texts.arrow", "keys.uint64", "about.json"
+Row = tuple[str, ...]
+
+
+class Rows(Sequence[Row]):
+    """Rows of one to three texts, read from a memory-mapped file one by one as they are asked for.
+
+    `rows[i]` is a tuple of strings, without surrounding white space and none of them blank. It pickles as the
+    place of its files, for the workers of a DataLoader. Arrow's format; what the process holds besides is a
+    small object for each 4,096 rows it has looked at.
+
+    Args:
+        folder: as `write_rows` made it; raises ValueError or OSError where it is damaged.
+
+    Attributes:
+        columns: names of the columns that the texts come from, C.
+        dropped: rows of the source left out because a text of theirs was blank.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        about = json.loads((folder / _ABOUT).read_text())
+        self.columns: tuple[str, ...] = tuple(about["columns"])
+        self.dropped: int = about["dropped"]
+        self._length: int = about["rows"]
+        self._file = pyarrow.ipc.open_file(pyarrow.memory_map(str(folder / _TEXTS)))
+        if self._file.num_record_batches != -(-self._length // RECORD_ROWS):
+            raise ValueError(f"{folder}: expected {self._length} rows, got another number of record batches")
+        self._records: dict[int, list[pyarrow.Array]] = {}
+        self._keys = np.memmap(folder / _KEYS, np.uint64, "r", shape=(self._length, len(self.columns)))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
+        if not -self._length <= index < self._length:
+            raise IndexError(f"index: expected below {self._length} rows, got {index}")
+        record, place = divmod(index % self._length, RECORD_ROWS)
+        columns = self._records.get(record)
+        if columns is None:
+            columns = self._records[record] = self._file.get_batch(record).columns
+        return tuple(column[place].as_py() for column in columns)
+
+    def keys(self, indices: np.ndarray) -> list[list[int]]:
+        """A 64-bit fingerprint of each text of the rows (n,): n lists of C, equal where the texts are."""
+        return self._keys[indices].tolist()
+
+    def __reduce__(self) -> tuple[type[Rows], tuple[Path]]:
+        return Rows, (self.folder,)
+
+
+def cache_folder() -> Path:
+    """Where the files of `Rows` are kept: $CLUSTERNS_CACHE, else clusterns/rows in the Hugging Face cache."""
+    return Path(os.environ.get("CLUSTERNS_CACHE") or Path(constants.HF_HOME) / "clusterns" / "rows")
+
+
+def cached_rows(
+    key: str, source: str, columns: Sequence[str], rows: Callable[[], Iterator[Row | None]], limit: int | None
+) -> Rows:
+    """The rows kept under a key, which says all about their content; made where there are none.
+
+    Processes that ask at the same time wait for the one that makes them, and an entry appears whole or not
+    at all. Arguments as of `write_rows`; raises ValueError for no rows, OSError where they cannot be kept.
+    """
+    folder = cache_folder() / key
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if folder.is_dir():
+                try:
+                    os.utime(folder)
+                    return Rows(folder)
+                except (OSError, ValueError, KeyError):  # damaged, as by a power cut
+                    shutil.rmtree(folder)
+            _remove_old(folder.parent)
+            return write_rows(folder, source, columns, rows(), limit)
+    except OSError as error:
+        if error.filename is None or str(folder.parent) in str(error.filename):
+            raise type(error)(
+                f"{folder.parent}: expected a cache folder to write to, got {error.strerror or error}; "
+                "CLUSTERNS_CACHE names another"
+            ) from error
+        raise
+
+
+def write_rows(
+    folder: Path, source: str, columns: Sequence[str], rows: Iterator[Row | None], limit: int | None
+) -> Rows:
+    """Write rows beside `folder` and move them there whole.
+
+    Args:
+        folder: does not exist yet; its parent does.
+        source: named in errors.
+        columns: names of the C texts of a row.
+        rows: tuples of C trimmed texts, or None for a row that is dropped.
+        limit: rows at most; what follows is not read.
+
+    Raises ValueError where there are none.
+    """
+    dropped = written = 0
+
+    def present() -> Iterator[Row]:
+        nonlocal dropped
+        for row in rows:
+            if row is None:
+                dropped += 1
+            else:
+                yield row
+
+    remaining = islice(present(), limit)
+    schema = pyarrow.schema([(str(number), pyarrow.large_string()) for number in range(len(columns))])
+    staging = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    try:
+        with (
+            (staging / _KEYS).open("wb") as keys,
+            pyarrow.OSFile(str(staging / _TEXTS), "wb") as texts,
+            pyarrow.ipc.new_file(texts, schema) as records,
+        ):
+            while record := list(islice(remaining, RECORD_ROWS)):
+                try:
+                    fingerprints = [[_key(text) for text in row] for row in record]
+                except UnicodeEncodeError as error:  # json can spell them
+                    raise ValueError(f"{source}: expected text, got a lone surrogate in it") from error
+                keys.write(np.array(fingerprints, np.uint64).tobytes())
+                arrays = [
+                    pyarrow.array(column, pyarrow.large_string()) for column in zip(*record, strict=True)
+                ]
+                records.write_batch(pyarrow.record_batch(arrays, schema=schema))
+                written += len(record)
+        if not written:
+            raise ValueError(
+                f"{source}: expected sentences, got {'only blank ones' if dropped else 'no rows'}"
+            )
+        about = {"columns": list(columns), "rows": written, "dropped": dropped, "source": source}
+        (staging / _ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Rows(folder)
+
+
+def _key(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode())
+
+
+def _remove_old(cache: Path) -> None:
+    """Remove entries long unused and what killed processes left, unless in the making."""
+    for entry in cache.iterdir():
+        with suppress(OSError, Timeout):
+            age = time.time() - entry.stat().st_mtime
+            if entry.name.startswith(".") and age > ABANDONED_SECONDS:
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.is_dir() and age > UNUSED_SECONDS:
+                with FileLock(f"{entry}.lock", timeout=0):
+                    shutil.rmtree(entry, ignore_errors=True)
