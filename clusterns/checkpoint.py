@@ -119,12 +119,7 @@ class Checkpoints:
             self.folder.mkdir(exist_ok=True)
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
-            tensors = {
-                f"{place}.{name}": value.detach().cpu().contiguous()
-                for place, module in modules.items()
-                for name, value in module.state_dict().items()
-            }
-            save_file(tensors, staging / MODULES)
+            save_file(_tensors(modules), staging / MODULES)
             torch.save(dict(training), staging / TRAINING)
             shutil.copyfile(log, staging / log.name)
             for path in best:
@@ -197,6 +192,8 @@ class Checkpoints:
             # The log is appended to, and must not change in the checkpoint; a model's files are replaced.
             if target == log:
                 shutil.copyfile(path, beside)
+            elif target.exists() and path.samefile(target):
+                continue  # no kill came between; and renaming a link onto its like does nothing
             else:
                 _link(path, beside)
             os.replace(beside, target)
@@ -207,6 +204,18 @@ class Checkpoints:
         shutil.rmtree(hidden, ignore_errors=True)
         os.rename(path, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """All tensors on the CPU; those that go by two names get a copy for each, as safetensors asks."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for place, module in modules.items():
+        for name, value in module.state_dict().items():
+            value = value.detach().cpu().contiguous()
+            tensors[f"{place}.{name}"] = value.clone() if value.data_ptr() in seen else value
+            seen.add(value.data_ptr())
+    return tensors
 
 
 def _link(path: Path, target: Path) -> None:

@@ -100,10 +100,10 @@ def explained_errors(config: TrainConfig, place: Callable[[], str]) -> Iterator[
 
 def random_states(device: torch.device) -> dict[str, Any]:
     """States of all random generators that a training may draw from; plain values and tensors."""
-    _, keys, *rest = np.random.get_state()  # noqa: NPY002 - the global state is what is meant
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 - the global state is what is meant
     states: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (keys.tolist(), *rest),
+        "numpy": (numpy_state[1].tolist(), *numpy_state[2:]),
         "torch": torch.get_rng_state(),
     }
     if device.type not in ("cpu", "meta"):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .train import Run
 
 # Attributes of the run that JSON holds as they are.
-_PROGRESS = ("epoch batch rows first_scores best_scores best_step evaluations_without_gain").split()
+_PROGRESS = ("epoch batch deferred rows first_scores best_scores best_step evaluations_without_gain").split()
 
 
 def find_checkpoint(config: TrainConfig, output: Path, processes: Processes) -> Checkpoint | None:
@@ -51,19 +51,19 @@ def save_checkpoint(run: Run) -> None:
     random = run.processes.of_all(random_states(run.device))
     if not run.processes.is_first:
         return
-    run.log.sync()
+    run.journal.sync()
     run.checkpoints.save(
         run.step,
         modules=run.modules,
         training={**{name: part.state_dict() for name, part in _parts(run).items()}, "random": random},
         progress={
             **{name: getattr(run, name) for name in _PROGRESS},
-            "seconds": run.log.seconds,
+            "seconds": run.journal.seconds,
             "watch": run.watch.state_dict(),
             "processes": run.processes.size,
             "settings": to_dict(run.config),
         },
-        log=run.log.path,
+        log=run.journal.path,
         best=model_files(run.output) if run.task.dev is not None else [],
     )
 

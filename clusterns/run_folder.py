@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,11 +26,13 @@ from filelock import FileLock, Timeout
 
 from . import __version__
 from .config import TrainConfig, to_dict
+from .evaluation_tables import format_table
 from .files import replacing
 
 LOCK, LOG, SUMMARY, PICTURE = ".lock", "log.jsonl", "training.json", "training.png"
+TENSORBOARD = "tensorboard"
 # Of a run, not of its model.
-_OWN = {LOCK, LOG, SUMMARY, PICTURE, "checkpoints", "tensorboard"}
+_OWN = {LOCK, LOG, SUMMARY, PICTURE, TENSORBOARD, "checkpoints"}
 
 
 @contextlib.contextmanager
@@ -107,38 +107,15 @@ def write_summary(output: Path, config: TrainConfig, *, finished: bool, **facts:
         path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
-class RunLog:
-    """log.jsonl, and its records in memory.
-
-    Args:
-        path: of the file.
-        seconds: that the run has taken already, whose log then goes on; None begins a new one.
-
-    """
-
-    def __init__(self, path: Path, seconds: float | None = None) -> None:
-        self.path = path
-        self.began = time.monotonic() - (seconds or 0.0)
-        self.records: list[dict[str, Any]] = []
-        if seconds is None:
-            path.write_text("", encoding="utf-8")
-        else:
-            self.records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-    @property
-    def seconds(self) -> float:
-        """Since the run began, without the time in which it stood still."""
-        return time.monotonic() - self.began
-
-    def write(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Append a record, with the time; returns it as written."""
-        record = {**record, "seconds": round(self.seconds, 3)}
-        self.records.append(record)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        return record
-
-    def sync(self) -> None:
-        """Make the disk hold it."""
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())
+def report(
+    config: TrainConfig, output: Path, scores: dict[str, dict[str, float]], best_step: int, total_steps: int
+) -> None:
+    """Print what came out, and what to do next."""
+    print()
+    if scores["after"]:
+        print(f"{format_table(scores)}\n\nbest dev score at step {best_step} of {total_steps}")
+    print(f"model, log and picture: {output} ({LOG}, {PICTURE})")
+    if config.from_scratch:
+        print(
+            "a real run, on the paper's sentences:\n  clusterns train --preset bert-base --sts-dir STS_FOLDER"
+        )

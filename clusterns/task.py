@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from .config import TrainConfig
-from .data import load_sentences
 from .docstrings import docstring_corpus, retrieval_score
 from .encoder import SentenceEncoder
 from .geometry import alignment, uniformity
 from .scratch import small_bert, train_tokenizer
+from .sources import load_rows
 from .sts_scores import sts_dev
 
 
@@ -18,38 +19,39 @@ from .sts_scores import sts_dev
 class Task:
     """What a run trains on and how it is judged."""
 
-    # Sentences, whose two views differ by dropout; or pairs of texts that are each other's views.
-    texts: Sequence[str] | Sequence[tuple[str, str]]
+    # Rows of one text, whose two views differ by dropout; of two that are each other's views; or of three,
+    # a pair and its hard negative.
+    rows: Any
     # Scores of an encoder; the first is the one to raise. None where there is nothing to judge by.
     dev: Callable[[SentenceEncoder], dict[str, float]] | None
     # What a vocabulary is made from, where the encoder has none.
-    vocabulary_text: Sequence[str] = ()
+    vocabulary_text: list[str] | None = None
 
 
-def prepare_task(config: TrainConfig) -> Task:
-    """Texts and the dev score: STS-B dev where given, else retrieval on held-out documentation."""
+def prepare_task(config: TrainConfig, say: Callable[[str], None]) -> Task:
+    """Rows of text and the dev score: STS-B dev where given, else retrieval on held-out documentation."""
     dev = None
     if config.sts_dir is not None:
         sts_dir = config.sts_dir
         dev = lambda encoder: sts_dev(encoder, sts_dir)  # noqa: E731
     if config.train_file is not None:
-        sentences = load_sentences(config.train_file, column=config.text_column)
-        print(f"{len(sentences):,} sentences, for example: {sentences[0]!r}", flush=True)
+        columns = config.text_columns.split(",") if config.text_columns else None
+        rows = load_rows(config.train_file, columns=columns)
+        say(f"{len(rows):,} rows, for example: {rows[0]}")
         if dev is None:
-            print("no --sts-dir: nothing to choose the best checkpoint by, the last one is kept", flush=True)
-        return Task(sentences, dev)
+            say("no --sts-dir: nothing to choose the best checkpoint by, the last one is kept")
+        return Task(rows, dev)
     corpus = docstring_corpus(seed=config.seed)
     if dev is None:
         dev = lambda encoder: documentation_scores(encoder, corpus.queries, corpus.documents)  # noqa: E731
-        print(f"dev: find the description of each of {len(corpus.queries):,} functions by its summary line")
+        say(f"dev: find the description of each of {len(corpus.queries):,} functions by its summary line")
     if not config.from_scratch:
-        print(f"{len(corpus.sentences):,} sentences from documentation strings", flush=True)
-        return Task(corpus.sentences, dev)
+        say(f"{len(corpus.sentences):,} sentences from documentation strings")
+        return Task([(sentence,) for sentence in corpus.sentences], dev)
     # Two dropout views of one sentence teach a random network next to nothing; neighbours do.
-    print(
+    say(
         f"{len(corpus.sentences):,} sentences from documentation strings; the two views of a text are "
-        f"neighbours, {len(corpus.neighbours):,} pairs, for example:\n  {corpus.neighbours[0]}",
-        flush=True,
+        f"neighbours, {len(corpus.neighbours):,} pairs, for example:\n  {corpus.neighbours[0]}"
     )
     return Task(corpus.neighbours, dev, corpus.sentences)
 
@@ -66,11 +68,14 @@ def documentation_scores(
 
 def prepare_encoder(config: TrainConfig, task: Task) -> SentenceEncoder:
     """Load the encoder, or make a small BERT and a WordPiece vocabulary for the sentences."""
+    prompt = config.build_prompt()
     if config.model is not None:
-        return SentenceEncoder.from_pretrained(config.model, pooling=config.pooling)
-    tokenizer = train_tokenizer(task.vocabulary_text)
+        return SentenceEncoder.from_pretrained(
+            config.model, pooling=config.pooling, head=config.head, prompt=prompt
+        )
+    tokenizer = train_tokenizer(task.vocabulary_text or [])
     # One layer, and words that stand out from positions: what learns most in two minutes.
     bert = small_bert(
         tokenizer, seed=config.seed, hidden_size=256, layers=1, heads=4, word_std=0.2, position_std=0.01
     )
-    return SentenceEncoder(bert, tokenizer, pooling=config.pooling)
+    return SentenceEncoder(bert, tokenizer, pooling=config.pooling, head=config.head, prompt=prompt)

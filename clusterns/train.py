@@ -1,286 +1,349 @@
 """`clusterns train`: sentences in, a sentence encoder out.
 
-The loop: two dropout views of each sentence, [CLS] through a head, `ClusterNSLoss`, AdamW with linear decay,
-a dev score every few hundred steps, the best checkpoint kept.
+The loop: two views of each sentence, an embedding of each through a head, `ClusterNSLoss`, AdamW with linear
+decay, a dev score every few hundred steps, the best model kept. The same code runs in one process and in
+those that torchrun starts. In shapes B is the rows of a batch (this process's share of them) and V their
+views: 2, or 3 with hard negatives.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
-import math
-import time
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 from .cached import CachedClusterNSLoss
-from .config import TrainConfig, to_dict
-from .data import sentence_batches
+from .checkpoint import Checkpoint, Checkpoints
+from .config import TrainConfig
+from .data import Batches, batches
+from .devices import Precision, adamw, explained_errors
 from .encoder import SentenceEncoder
-from .evaluation_tables import format_table
 from .figure import draw_run
-from .loss import ClusterNSLoss
+from .journal import Journal
+from .mlm import MaskedLanguageHead, TokenMasker, TrainingModel
+from .processes import Processes, joined
+from .resume import find_checkpoint, load_checkpoint, save_checkpoint
+from .run_folder import LOG, PICTURE, TENSORBOARD, claimed, read_summary, report, write_summary
 from .task import Task, prepare_encoder, prepare_task
+from .watch import Watch, measure
 
-REAL_RUN = (
-    "clusterns train --model bert-base-uncased --train-file wiki1m_for_simcse.txt --sts-dir STS_FOLDER "
-    "--output-dir runs/bert-base --bml-weight 1e-3 --bml-alpha 0 --bml-beta 0.3"
-)
+Scores = dict[str, float]
+Inputs = dict[str, Tensor]
+TEMPERATURES = (0.01, 1.0)  # bounds of a learned one
 
 
-def train(config: TrainConfig) -> dict[str, dict[str, float]]:
-    """Run a whole training; returns the dev scores "before" and "after" (of the best checkpoint).
+def train(config: TrainConfig) -> dict[str, Scores]:
+    """Run a whole training; returns the dev scores "before" and "after" (of the best model).
 
-    Writes into `output_dir`: the encoder as transformers and sentence-transformers load it,
-    `loss.safetensors` (the clustering state that belongs to it), `training.json` (settings and scores),
-    `log.jsonl` and `training.png`.
+    `run_folder.py` lists what it writes into `output_dir`. With `config.resume` it goes on from the newest
+    checkpoint there and ends as without the interruption: to the bit, but for the times in the log, on a
+    device that computes the same bits twice, as the CPU does.
 
-    Raises `ValueError` or `OSError` with one line for bad settings, data, models and folders.
+    Raises `ValueError` or `OSError` with one line for bad settings, data, models, folders and checkpoints, a
+    loss that is no number, and a full device or disk.
     """
     config.check()
     output = Path(config.output_dir)
-    with claimed(output, config.overwrite_output_dir):
+    with joined(config.device) as processes, contextlib.ExitStack() as stack:
+        if processes.is_first:
+            overwrite, resume = config.overwrite_output_dir, config.resume
+            stack.enter_context(claimed(output, overwrite=overwrite, resume=resume))
+        summary = processes.of_first(read_summary(output))
+        if config.resume and summary.get("finished"):
+            processes.say(f"{output}: this training has ended already")
+            return summary["scores"]
+        checkpoint = find_checkpoint(config, output, processes)
         set_seed(config.seed)
-        device = choose_device(config.device)
-        task = prepare_task(config)
-        encoder = prepare_encoder(config, task).to(device)
-        loss_fn = config.build_loss(encoder.embedding_dim).to(device)
-        run = Run(config, output, task, encoder, loss_fn, device)
-        run.loop()
-        scores = {"before": run.first_scores, "after": run.best_scores}
-        write_whole(
-            output / "training.json",
-            {"settings": to_dict(config), "scores": scores, "best_step": run.best_step},
-        )
-        draw_run(run.records, output / "training.png")
-        report(config, output, scores, run)
-    return scores
+        task = prepare_task(config, processes.say)
+        encoder = prepare_encoder(config, task).to(processes.device)
+        run = Run(config, output, task, encoder, processes)
+        run.begin(checkpoint)
+        with explained_errors(config, lambda: f"step {run.step}"):
+            run.loop()
+        return run.finish()
 
 
 class Run:
-    """State of the loop: model, optimiser, log and the best score so far."""
+    """State of the loop: model, optimiser, place in the data, log and the best score so far."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        output: Path,
-        task: Task,
-        encoder: SentenceEncoder,
-        loss_fn: ClusterNSLoss,
-        device: torch.device,
+        self, config: TrainConfig, output: Path, task: Task, encoder: SentenceEncoder, processes: Processes
     ):
         self.config, self.output, self.task = config, output, task
-        self.encoder, self.loss_fn, self.device = encoder, loss_fn, device
-        self.total_steps = config.max_steps or config.epochs * len(self.batches(0))
-        self.optimizer = torch.optim.AdamW(
-            encoder.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        self.encoder, self.processes, self.device = encoder, processes, processes.device
+        self.precision = Precision.choose(config.precision, self.device)
+        self.loss_fn = config.build_loss(encoder.embedding_dim, processes.group).to(self.device)
+        # What a checkpoint holds, by the name it has there.
+        self.modules: dict[str, nn.Module] = {"encoder": encoder, "loss": self.loss_fn}
+        self.masker: TokenMasker | None = None
+        if config.mlm_weight:
+            self.masker = TokenMasker(encoder.tokenizer, config.mlm_probability, config.seed)
+            self.modules["mlm"] = MaskedLanguageHead(encoder.transformer, config.model).to(self.device)
+            processes.say(f"head of masked language modelling: {self.modules['mlm'].origin}")
+        if config.compile:
+            encoder.transformer.compile()
+        self.model = processes.wrap(TrainingModel(encoder, self.modules.get("mlm")))
+        # On several ranks the backward pass averages the gradients, but within this.
+        self.no_sync: Callable[[], Any] = getattr(self.model, "no_sync", contextlib.nullcontext)
+
+        self.tokenize = encoder.view_tokenizer(max_length=config.max_length)
+        self.rows, self.views = len(task.rows), max(2, len(task.rows[0]))
+        per_epoch = len(self.batches(0, 0)) // config.accumulation_steps
+        self.total_steps = config.max_steps or config.epochs * per_epoch
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = adamw(
+            {"params": self.parameters, "weight_decay": config.weight_decay},
+            {"params": list(self.loss_fn.parameters()), "weight_decay": 0.0},  # a learned temperature
+            learning_rate=config.learning_rate,
         )
         self.schedule = get_linear_schedule_with_warmup(self.optimizer, config.warmup_steps, self.total_steps)
-        self.autocast_dtype = choose_precision(config.precision, device)
-        self.records: list[dict] = []
-        self.first_scores: dict[str, float] = {}
-        self.best_scores: dict[str, float] = {}
+        self.scaler = self.precision.scaler()
+        self.checkpoints = Checkpoints(output, config.keep_checkpoints)
+        self.watch = Watch(self.loss_fn, config.batch_size)
+
+        self.step = 0  # optimiser steps so far
+        self.epoch, self.batch = 0, 0  # place of the next batch
+        self.deferred = 0  # rows of the epoch that had to wait for a later batch
+        self.first_scores: Scores = {}
+        self.best_scores: Scores = {}
         self.best_step = 0
         self.evaluations_without_gain = 0
+        self.bad_step = torch.full((), -1, device=self.device)  # the first with a loss that is no number
+
+    def begin(self, checkpoint: Checkpoint | None) -> None:
+        """Start a log, or go on from a checkpoint."""
+        config, is_first = self.config, self.processes.is_first
+        if checkpoint is not None:
+            load_checkpoint(self, checkpoint)
+        else:
+            self.processes.part_random_states(config.seed)
+        if checkpoint is None and is_first:
+            self.checkpoints.clear()
+            shutil.rmtree(self.output / TENSORBOARD, ignore_errors=True)
+            write_summary(self.output, config, finished=False)
+        self.journal = Journal(
+            self.output / LOG,
+            seconds=checkpoint.progress["seconds"] if checkpoint else None,
+            step=self.step,
+            tensorboard=self.output / TENSORBOARD if config.tensorboard else None,
+            silent=not is_first,
+        )
+        self.data = self.stream()
 
     def loop(self) -> None:
         """Train to the last step or to the early stop."""
-        (self.output / "log.jsonl").unlink(missing_ok=True)
-        self.began = time.monotonic()
-        self.judge(0)
-        step = 0
+        if self.step == 0:
+            self.judge()
         self.encoder.train()
-        with tqdm(total=self.total_steps, desc="train", unit="step", smoothing=0.1) as bar:
-            for step, inputs in enumerate(self.stream(), start=1):
-                terms = self.step(inputs, bar, step)
+        total, silent = self.total_steps, not self.processes.is_first
+        with tqdm(total=total, initial=self.step, desc="train", unit="step", disable=silent) as bar:
+            while self.step < self.total_steps and not self.is_to_stop:
+                self.step += 1
+                last = self.step == self.total_steps
+                logged = last or self.step % self.config.log_steps == 0
+                terms = self.train_step(watched=logged)
                 bar.update()
-                if step % self.config.log_steps == 0 or step == self.total_steps:
-                    self.log_terms(step, terms, bar)
-                if step % self.config.eval_steps == 0 and step < self.total_steps and self.judge(step, bar):
-                    break
-        if step == self.total_steps:
-            self.judge(step)
-        if self.task.dev is None:
-            self.save(step)
+                if logged:
+                    self.log_terms(terms, bar)
+                if last or self.step % self.config.eval_steps == 0:
+                    self.judge()
+                if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
+                    self.check_finite()
+                    save_checkpoint(self)
 
-    def batches(self, epoch: int) -> DataLoader:
-        """Tokenised batches of one epoch, in an order that seed and epoch decide."""
-        texts: Sequence[Any] = self.task.texts
-        return sentence_batches(
-            texts,
+    def stream(self) -> Generator[tuple[Inputs, Inputs | None]]:
+        """Token ids (V·B, T) of batch after batch, on the device, without end; and a masked copy for MLM."""
+        while True:
+            loader = self.batches(self.epoch, self.batch)
+            for inputs in loader:
+                self.batch, self.deferred = self.batch + 1, loader.deferred
+                masked = None
+                if self.masker is not None:
+                    masked = self.masker(inputs, self.processes.rank, self.epoch, self.batch)
+                yield self.to_device(inputs), masked and self.to_device(masked)
+            self.tell_repeats()
+            self.epoch, self.batch, self.deferred = self.epoch + 1, 0, 0
+
+    def tell_repeats(self) -> None:
+        """Whether rows of this epoch had to wait for a batch without an equal text."""
+        if self.deferred:
+            text = f"{self.deferred:,} rows waited for a batch without an equal text"
+            self.journal.event(self.step, "equal texts", text, rows=self.deferred)
+
+    def batches(self, epoch: int, start: int) -> Batches:
+        """This process's share of an epoch's batches from number `start` on, tokenised."""
+        return batches(
+            self.task.rows,
             batch_size=self.config.batch_size,
-            tokenize=self.tokenize_views,
+            tokenize=self.tokenize,
             seed=self.config.seed,
             epoch=epoch,
+            start=start,
+            num_workers=self.config.num_workers,
+            pin_memory=self.device.type == "cuda",
+            unique=self.config.unique,
+            rank=self.processes.rank,
+            world_size=self.processes.size,
         )
 
-    def tokenize_views(self, texts: list) -> dict[str, Tensor]:
-        """Token ids and mask (2B, T): the first views, then the second ones in the same order."""
-        if isinstance(texts[0], tuple):
-            first, second = zip(*texts, strict=True)
-            return self.encoder.tokenize([*first, *second], max_length=self.config.max_length)
-        inputs = self.encoder.tokenize(texts, max_length=self.config.max_length)
-        return {name: torch.cat([value, value]) for name, value in inputs.items()}
+    def to_device(self, inputs: Inputs) -> Inputs:
+        """Copies that the host does not wait for where its memory is pinned."""
+        return {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
 
-    def stream(self) -> Iterator[dict[str, Tensor]]:
-        """Batches on the device until the last step, epoch after epoch."""
-        batches = (inputs for epoch in itertools.count() for inputs in self.batches(epoch))
-        for inputs in itertools.islice(batches, self.total_steps):
-            yield {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
-
-    def step(self, inputs: dict[str, Tensor], bar: tqdm, step: int) -> dict[str, Tensor]:
-        """One optimiser step on both views (2B, T); returns the terms of the loss, on the device."""
-        was_active = self.loss_fn.clustering_active
-        loss = self.loss(inputs)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
+    def train_step(self, *, watched: bool) -> dict[str, Tensor]:
+        """One optimiser step; where it is watched, returns its figures, 0-d on the device."""
+        count = self.config.accumulation_steps
+        every: list[dict[str, Tensor]] = []
+        for number in range(count):
+            inputs, masked = next(self.data)
+            with self.no_sync() if number + 1 < count else contextlib.nullcontext():
+                loss, terms = self.loss(inputs, masked, watched=watched)
+                self.scaler.scale(loss / count).backward()
+            every.append(terms)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        total = torch.stack([terms["loss"] for terms in every]).sum()
+        if not self.scaler.is_enabled():  # which leaves out steps of an infinite gradient
+            total = total + norm
+        self.bad_step = torch.where((self.bad_step < 0) & ~total.isfinite(), self.step, self.bad_step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.schedule.step()
-        terms = self.loss_fn.last
-        if self.loss_fn.clustering_active and not was_active:
-            cosine = float(terms["mean_cosine"])
-            bar.write(
-                f"step {step}: clustering starts with {self.loss_fn.num_clusters} centroids "
-                f"(mean cosine {cosine:.3f} <= {self.config.start_cosine})"
-            )
-            self.log({"step": step, "event": "clustering starts", "mean_cosine": cosine})
-        return terms
+        self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.loss_fn.temperature, nn.Parameter):
+            self.loss_fn.temperature.data.clamp_(*TEMPERATURES)
+        if not watched:
+            return {}
+        names = [name for name in every[-1] if all(name in terms for terms in every)]
+        mean = {name: torch.stack([terms[name] for terms in every]).mean() for name in names}
+        return {**mean, "gradient_norm": norm}
 
-    def loss(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Loss of both views (2B, T); with --mini-batch-size by gradient caching."""
+    def loss(
+        self, inputs: Inputs, masked: Inputs | None, *, watched: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss, 0-d, of the V views of B rows (V·B, T), and its terms."""
+        was_active = self.loss_fn.clustering_active
+        mlm = None
         if isinstance(self.loss_fn, CachedClusterNSLoss):
-            first, second = ({name: value.chunk(2)[i] for name, value in inputs.items()} for i in (0, 1))
-            return self.loss_fn(self.encode, first, second)
-        anchors, positives = self.encode(inputs).chunk(2)  # (B, D) each
-        return self.loss_fn(anchors, positives)
-
-    def encode(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Training embeddings (rows, D) of token ids and mask (rows, T)."""
-        with self.autocast():
-            return self.encoder(inputs, head=self.config.head == "train")
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """bf16 where the device computes in it."""
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
-
-    def log_terms(self, step: int, terms: dict[str, Tensor], bar: tqdm) -> None:
-        """Read the terms of one step from the device; stop where the loss is no number."""
-        values = {name: float(value) for name, value in terms.items()}
-        if not math.isfinite(values["loss"]):
-            kept = f"the best model so far is in {self.output}" if self.best_step else "no model was saved"
-            raise ValueError(f"step {step}: expected a finite loss, got {values['loss']}; {kept}")
-        bar.set_postfix(loss=f"{values['loss']:.4f}", cosine=f"{values['mean_cosine']:.3f}")
-        self.log({"step": step, **values, "learning_rate": self.schedule.get_last_lr()[0]})
-
-    def log(self, record: dict) -> None:
-        """Append one line to log.jsonl."""
-        record = {**record, "seconds": round(time.monotonic() - self.began, 3)}
-        self.records.append(record)
-        with (self.output / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def judge(self, step: int, bar: tqdm | None = None) -> bool:
-        """Score the encoder on dev, keep it if it is the best so far; True when it is time to stop early."""
-        if self.task.dev is None:
-            return False
-        scores = self.task.dev(self.encoder)
-        name, score = next(iter(scores.items()))
-        self.log({"step": step, "dev": scores})
-        tqdm.write(f"step {step}: dev " + ", ".join(f"{key} {value:.2f}" for key, value in scores.items()))
-        if step == 0:
-            self.first_scores = self.best_scores = scores
-            self.save(0)
-            return False
-        if score > self.best_scores[name]:
-            self.best_scores, self.best_step, self.evaluations_without_gain = scores, step, 0
-            self.save(step)
-            return False
-        self.evaluations_without_gain += 1
-        stop = 0 < self.config.patience <= self.evaluations_without_gain
-        if stop and bar is not None:
-            bar.write(f"step {step}: {self.evaluations_without_gain} evaluations without a gain, stopping")
-        return stop
-
-    def save(self, step: int) -> None:
-        """Keep the encoder and the clustering state that belongs to it."""
-        state = {**self.loss_fn.state_dict(), "step": torch.tensor(step)}
-        self.encoder.save(self.output, beside={"loss.safetensors": state})
-
-
-def choose_device(name: str) -> torch.device:
-    """The named device, or the fastest at hand."""
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: expected a device of this machine, got {name!r} ({error})") from None
-    return device
-
-
-def choose_precision(precision: str, device: torch.device) -> torch.dtype | None:
-    """bfloat16 for autocast, or None for float32."""
-    if precision == "auto":
-        supported = {
-            "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-            "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
-        }
-        precision = "bf16" if supported.get(device.type, lambda: False)() else "fp32"
-    return torch.bfloat16 if precision == "bf16" else None
-
-
-@contextlib.contextmanager
-def claimed(output: Path, overwrite: bool) -> Iterator[None]:
-    """Hold the output folder for one run; refuse one that is in use or not empty."""
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"--output-dir: expected a folder, got the file {output}")
-    output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise FileExistsError(
-            f"--output-dir: expected a folder of its own, {output} is in use by a running training"
-        ) from None
-    try:
-        if not overwrite and any(path.name != ".lock" for path in output.iterdir()):
-            raise FileExistsError(
-                f"--output-dir: expected a new or empty folder, {output} holds files; "
-                "choose another or pass --overwrite-output-dir"
+            seen: list[Tensor] = []  # (rows, D) of each mini-batch, in order
+            parts = zip(*(value.chunk(self.views) for value in inputs.values()), strict=True)
+            views = [dict(zip(inputs, part, strict=True)) for part in parts]  # V of tensors (B, T)
+            loss = self.loss_fn(self.encoding(seen), *views, no_sync=self.no_sync)
+            embeddings = torch.cat(seen).chunk(self.views)  # V of (B, D)
+        else:
+            with self.precision.autocast():
+                together, mlm = self.model(inputs, masked)  # (V·B, D), 0-d
+            embeddings = together.chunk(self.views)  # V of (B, D)
+            loss = self.loss_fn(*embeddings)
+        terms = dict(self.loss_fn.last)
+        if mlm is not None and masked is not None:
+            # The mean over the masked tokens of all ranks, whose gradients are averaged.
+            count = mlm.new_tensor(len(masked["labels"]))
+            total, tokens = self.processes.sum(torch.stack([mlm.detach(), count]))
+            loss = loss + self.config.mlm_weight * self.processes.size * mlm / tokens
+            terms["mlm"] = total / tokens
+            terms["loss"] = terms["loss"] + self.config.mlm_weight * terms["mlm"]
+        if self.loss_fn.clustering_active and not was_active:
+            cosine, clusters = float(terms["mean_cosine"]), self.loss_fn.num_clusters
+            self.journal.event(
+                self.step,
+                "clustering starts",
+                f"clustering starts with {clusters} centroids "
+                f"(mean cosine {cosine:.3f} <= {self.config.start_cosine})",
+                mean_cosine=cosine,
             )
-        yield
-    finally:
-        lock.release()
-        (output / ".lock").unlink(missing_ok=True)
+        if watched:
+            whole = [self.processes.rows_of_all(view.detach()) for view in embeddings]
+            terms |= measure(*whole, loss_fn=self.loss_fn, clustered="nearest_cosine" in terms)
+        return loss, terms
 
+    def encoding(self, seen: list[Tensor]) -> Callable[[Inputs], Tensor]:
+        """What gives the embeddings (rows, D) of token ids (rows, T), and notes those of the first pass."""
 
-def write_whole(path: Path, value: dict) -> None:
-    """Write JSON whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+        def encode(inputs: Inputs) -> Tensor:
+            with self.precision.autocast():
+                embeddings = self.model(inputs)[0]
+            if not torch.is_grad_enabled():
+                seen.append(embeddings)
+            return embeddings
 
+        return encode
 
-def report(config: TrainConfig, output: Path, scores: dict[str, dict[str, float]], run: Run) -> None:
-    """What came out, and what to do next."""
-    print()
-    if run.task.dev is not None:
-        print(format_table(scores))
-        print(f"\nbest dev score at step {run.best_step} of {run.total_steps}")
-    print(f"model, log and picture: {output} (log.jsonl, training.png)")
-    if config.from_scratch:
-        print(f"a real run, on the paper's sentences:\n  {REAL_RUN}")
+    def log_terms(self, terms: dict[str, Tensor], bar: tqdm) -> None:
+        """Read the figures of this step from the device, and log them."""
+        if not self.processes.is_first:
+            return
+        self.check_finite()
+        values = dict(zip(terms, torch.stack([*terms.values()]).tolist(), strict=True))
+        values["learning_rate"] = self.schedule.get_last_lr()[0]
+        if isinstance(self.loss_fn.temperature, nn.Parameter):
+            values["temperature"] = float(self.loss_fn.temperature.detach())
+        bar.set_postfix(loss=f"{values['loss']:.4f}", cosine=f"{values['mean_cosine']:.3f}")
+        self.journal.figures(self.step, values)
+        for event, text in self.watch.look(self.step, values):
+            self.journal.event(self.step, event, text)
+
+    def check_finite(self) -> None:
+        """Stop where a loss or gradient was no number; torchrun then stops the other ranks."""
+        step = int(self.bad_step) if self.processes.is_first else -1
+        if step < 0:
+            return
+        kept = f"the best model so far, of step {self.best_step}, is in {self.output}"
+        last = self.checkpoints.last()
+        good = f"; the last good checkpoint is {last}" if last else ""
+        raise ValueError(
+            f"step {step}: expected a finite loss and gradient, got NaN or infinity; "
+            f"{kept if self.best_scores else 'no model was saved'}{good}; lower --learning-rate"
+        )
+
+    @property
+    def is_to_stop(self) -> bool:
+        """Whether the dev score has not risen for too long."""
+        return 0 < self.config.patience <= self.evaluations_without_gain
+
+    def judge(self) -> None:
+        """Score the encoder on dev, on one rank, and keep it if it is the best so far."""
+        if self.task.dev is None:
+            return
+        self.check_finite()
+        scores = self.processes.of_first(self.task.dev(self.encoder) if self.processes.is_first else {})
+        name, score = next(iter(scores.items()))
+        self.journal.scores(self.step, scores)
+        if not self.best_scores or score > self.best_scores[name]:
+            self.first_scores = self.first_scores or scores
+            self.best_scores, self.best_step, self.evaluations_without_gain = scores, self.step, 0
+            self.save()
+            return
+        self.evaluations_without_gain += 1
+        if self.is_to_stop:
+            self.journal.say(self.step, f"{self.config.patience} evaluations without a gain, stopping")
+
+    def save(self) -> None:
+        """Keep the encoder and the clustering state that belongs to it."""
+        if self.processes.is_first:
+            state = {**self.loss_fn.state_dict(), "step": torch.tensor(self.step)}
+            self.encoder.save(self.output, beside={"loss.safetensors": state})
+
+    def finish(self) -> dict[str, Scores]:
+        """The last model where there is no best one; summary, picture and what to do next."""
+        scores = {"before": self.first_scores, "after": self.best_scores}
+        if not self.processes.is_first:
+            return scores
+        if self.task.dev is None:
+            self.save()
+        self.data.close()  # ends the processes that tokenise
+        self.tell_repeats()
+        for event, text in self.watch.end(self.step):
+            self.journal.event(self.step, event, text)
+        self.journal.close()
+        draw_run(self.journal.records, self.output / PICTURE)
+        write_summary(self.output, self.config, scores=scores, best_step=self.best_step, finished=True)
+        report(self.config, self.output, scores, self.best_step, self.total_steps)
+        return scores

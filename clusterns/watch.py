@@ -5,9 +5,9 @@ All of it is computed on the steps that are logged, and only there.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from .normalization import unit_rows, without_autocast
 
 # Anchors whose softmax is looked at; all of their negatives are.
 SAMPLED_ANCHORS = 256
-# Warnings, each with its evidence: steps before which nothing is said, and logged steps in a row it takes.
-PATIENCE_STEPS, IN_A_ROW = 50, 3
+# Steps before which embeddings may look collapsed, and logged steps in a row that a warning takes.
+EARLIEST_STEP, IN_A_ROW = 50, 3
 # A largest cluster with this share of the batch, or a positive this little above the mean, is a collapse.
 LARGEST_SHARE, LEAST_GAP = 0.5, 0.05
 
@@ -104,17 +104,16 @@ def _effective_negatives(
 
 
 class Watch:
-    """Warns of runs that go wrong, once of each kind.
+    """Warns of runs that go wrong, once of each kind. A warning is its name and a text that says what to do.
 
     Args:
-        tell: gets each warning, as a name for the log and a text for the reader.
         loss_fn: whose settings the advice names.
         batch_size: B.
 
     """
 
-    def __init__(self, tell: Callable[[str, str], None], loss_fn: ClusterNSLoss, batch_size: int) -> None:
-        self.tell, self.loss_fn, self.batch_size = tell, loss_fn, batch_size
+    def __init__(self, loss_fn: ClusterNSLoss, batch_size: int) -> None:
+        self.loss_fn, self.batch_size = loss_fn, batch_size
         self.lowest_cosine: float | None = None
         self.lowest_step = 0
         self.in_a_row: dict[str, int] = {}
@@ -122,117 +121,55 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; JSON can hold it."""
-        return {
-            "lowest_cosine": self.lowest_cosine,
-            "lowest_step": self.lowest_step,
-            "in_a_row": dict(self.in_a_row),
-            "told": list(self.told),
-        }
+        names = ("lowest_cosine", "lowest_step", "in_a_row", "told")
+        return {name: copy.copy(getattr(self, name)) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        self.lowest_cosine, self.lowest_step = state["lowest_cosine"], state["lowest_step"]
-        self.in_a_row, self.told = dict(state["in_a_row"]), list(state["told"])
+        for name in self.state_dict():
+            setattr(self, name, copy.copy(state[name]))
 
-    def look(self, step: int, values: Mapping[str, float]) -> None:
-        """At the figures of a logged step."""
-        cosine = values["mean_cosine"]
+    def look(self, step: int, values: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        """At the figures of a logged step; yields warnings."""
+        cosine, positive = values["mean_cosine"], values["positive_cosine"]
         if not self.loss_fn.clustering_active and (self.lowest_cosine is None or cosine < self.lowest_cosine):
             self.lowest_cosine, self.lowest_step = cosine, step
-        if step >= PATIENCE_STEPS:
-            self._count(
+        if self._lasts("embeddings collapsed", step >= EARLIEST_STEP and positive - cosine < LEAST_GAP):
+            yield (
                 "embeddings collapsed",
-                values["positive_cosine"] - cosine < LEAST_GAP,
-                f"two views of a sentence (cosine {values['positive_cosine']:.3f}) are hardly more alike "
-                f"than any two sentences ({cosine:.3f}); lower --learning-rate, and see whether the "
-                "sentences differ",
+                f"two views of a sentence (cosine {positive:.3f}) are hardly more alike than any two "
+                f"sentences ({cosine:.3f}); lower --learning-rate, and see whether the sentences differ",
             )
-        if "largest_cluster" in values and self.loss_fn.num_clusters > 2:
-            share, empty = values["largest_cluster"], values["empty_clusters"]
-            self._count(
+        share, clusters = values.get("largest_cluster", 0.0), self.loss_fn.num_clusters
+        if self._lasts("clusters collapsed", clusters > 2 and share >= LARGEST_SHARE):
+            yield (
                 "clusters collapsed",
-                share >= LARGEST_SHARE,
-                f"one of {self.loss_fn.num_clusters} clusters holds {share:.0%} of the batch and {empty:.0f} "
-                "are empty; lower --start-cosine, so that they are seeded from sentences further apart, or "
-                "lower --centroid-momentum",
+                f"one of {clusters} clusters holds {share:.0%} of the batch and "
+                f"{values['empty_clusters']:.0f} are empty; lower --start-cosine, so that they are seeded "
+                "from sentences further apart, or lower --centroid-momentum",
             )
 
-    def close(self, step: int) -> None:
-        """At the end of a run: whether clustering, if it was wanted, has ever started."""
+    def end(self, step: int) -> Iterator[tuple[str, str]]:
+        """Of the run; yields a warning where clustering, though wanted, has never started."""
         if not self.loss_fn.num_clusters or self.loss_fn.clustering_active or self.lowest_cosine is None:
             return
         sigma, clusters = self.loss_fn.start_cosine, self.loss_fn.num_clusters
-        text = (
-            f"clustering never started in {step} steps, all of them plain InfoNCE: "
-            f"the lowest mean cosine seen is {self.lowest_cosine:.3f}, at step {self.lowest_step}, "
-        )
         if self.lowest_cosine > sigma:
-            text += (
-                f"and --start-cosine is {sigma:g}; raise it above {self.lowest_cosine:.2f}, or train longer"
+            advice = (
+                f"while --start-cosine is {sigma:g}; raise it above {self.lowest_cosine:.2f}, or train longer"
             )
         else:
-            text += f"but a batch of {self.batch_size} cannot seed --num-clusters {clusters}"
-        self._tell("clustering never started", text)
+            advice = f"low enough, but a batch of {self.batch_size} cannot seed --num-clusters {clusters}"
+        yield (
+            "clustering never started",
+            f"clustering never started, all {step} steps were plain InfoNCE: the lowest mean cosine seen was "
+            f"{self.lowest_cosine:.3f}, at step {self.lowest_step}, {advice}",
+        )
 
-    def _count(self, name: str, is_so: bool, text: str) -> None:
+    def _lasts(self, name: str, is_so: bool) -> bool:
+        """Whether it is so on several logged steps in a row, for the first time."""
         self.in_a_row[name] = self.in_a_row.get(name, 0) + 1 if is_so else 0
-        if self.in_a_row[name] >= IN_A_ROW:
-            self._tell(name, text)
-
-    def _tell(self, name: str, text: str) -> None:
-        if name not in self.told:
-            self.told.append(name)
-            self.tell(name, text)
-
-
-# Where the figures of log.jsonl stand in TensorBoard; "..._cosine" stand under cosine/.
-_GROUPS = {
-    "loss": ("loss", "info_nce", "bml", "mlm"),
-    "clusters": ("empty_clusters", "largest_cluster", "cluster_entropy", "with_mates"),
-    "negatives": ("effective_negatives",),
-}
-
-
-class Scalars:
-    """The figures of log.jsonl as TensorBoard scalars, in OUTPUT_DIR/tensorboard; nothing where not wanted.
-
-    Raises ImportError with one line where TensorBoard is not installed.
-    """
-
-    def __init__(self, folder: Path, *, wanted: bool, step: int) -> None:
-        self.writer: Any = None
-        if not wanted:
-            return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                f"--tensorboard: expected TensorBoard, got: {error}; "
-                'pip install "clusterns[train]" or pass --no-tensorboard'
-            ) from error
-        # Events of a run that was killed beyond the checkpoint are no longer shown.
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1)
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """One record of the log."""
-        if self.writer is None:
-            return
-        step = record["step"]
-        numbers = {f"dev/{name}": value for name, value in record.get("dev", {}).items()}
-        if "loss" in record:
-            numbers |= {scalar_tag(name): record[name] for name in record if name not in ("step", "seconds")}
-        for tag, value in numbers.items():
-            self.writer.add_scalar(tag, value, step)
-
-    def close(self) -> None:
-        """Write what is still on its way."""
-        if self.writer is not None:
-            self.writer.close()
-
-
-def scalar_tag(name: str) -> str:
-    """The TensorBoard tag of a figure of the log."""
-    if name.endswith("_cosine"):
-        return f"cosine/{name.removesuffix('_cosine')}"
-    group = next((group for group, names in _GROUPS.items() if name in names), "training")
-    return f"{group}/{name}"
+        if self.in_a_row[name] < IN_A_ROW or name in self.told:
+            return False
+        self.told.append(name)
+        return True

@@ -1,0 +1,69 @@
+"""What the tests of training share: sentences, a tiny model on disk, a dev set, and how to call it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+
+from clusterns.cli import main
+from clusterns.encoder import SentenceEncoder
+from clusterns.scratch import small_bert, train_tokenizer
+
+WORDS = "a cat dog bird sees hears eats likes the red blue old young small house tree river car".split()
+
+
+def sentences(count: int) -> list[str]:
+    """Distinct ones, the same each time."""
+    generator = random.Random(1)
+    distinct: dict[str, None] = {}
+    while len(distinct) < count:
+        distinct[" ".join(generator.choices(WORDS, k=generator.randint(4, 9)))] = None
+    return list(distinct)
+
+
+def save_tiny_model(folder: Path, dropout: float = 0.1) -> Path:
+    """Folder of a random two-layer BERT with a vocabulary for `sentences`."""
+    tokenizer = train_tokenizer(sentences(400), vocab_size=500)
+    torch.manual_seed(0)
+    bert = small_bert(tokenizer, seed=0, hidden_size=32, layers=2, heads=2, dropout=dropout)
+    SentenceEncoder(bert, tokenizer).save(folder)
+    return folder
+
+
+def write_dev(root: Path) -> Path:
+    """STS-B dev whose gold score is the share of common words."""
+    folder = root / "STS" / "STSBenchmark"
+    folder.mkdir(parents=True)
+    texts = sentences(120)
+    rows = []
+    for first, second in zip(texts[::2], texts[1::2], strict=True):
+        common = len(set(first.split()) & set(second.split())) / len(set(first.split() + second.split()))
+        rows.append(f"main\tsource\t2015\t0\t{min(5.0, 10 * common):.3f}\t{first}\t{second}")
+        rows.append(f"main\tsource\t2015\t0\t5.000\t{first}\t{first} too")
+    (folder / "sts-dev.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def flags(model: Path, train_file: Path, output: Path, *more: str) -> list[str]:
+    """A command line of `clusterns`; what is in `more` overrides."""
+    fixed = "--batch-size 32 --learning-rate 1e-3 --num-clusters 4 --start-cosine 1 --log-steps 1"
+    paths = ["--model", str(model), "--train-file", str(train_file), "--output-dir", str(output)]
+    return ["train", *paths, *fixed.split(), "--precision", "fp32", "--device", "cpu", *more]
+
+
+def log_of(output: Path) -> list[dict]:
+    """The records of log.jsonl."""
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def refused(capsys, arguments: list[str]) -> str:
+    """The one line that the command ends with."""
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    message = lines[-1]
+    assert message.startswith("clusterns: error: ")
+    assert "Traceback" not in "\n".join(lines)
+    return message
