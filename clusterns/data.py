@@ -268,24 +268,3 @@ def _single_threaded_tokenizers(wanted: bool) -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
-
-
-# The interface of before, for the loop until it moves to the one above.
-def load_sentences(source: Any, *, column: str | None = None, limit: int | None = None) -> list[str]:
-    """First texts of the rows of a source."""
-    from .sources import load_rows
-
-    return [row[0] for row in load_rows(source, columns=None if column is None else [column], limit=limit)]
-
-
-def sentence_batches(
-    sentences: Sequence[Any], *, tokenize: Callable[[list[Any]], Any], **options: Any
-) -> Any:
-    """Batches of strings, or of tuples of them."""
-    pairs = bool(sentences) and not isinstance(sentences[0], str)
-    rows = sentences if pairs else [(sentence,) for sentence in sentences]
-    return batches(
-        rows,
-        tokenize=tokenize if pairs else lambda rows: tokenize([row[0] for row in rows]),  # type: ignore
-        **options,
-    )

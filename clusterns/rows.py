@@ -157,7 +157,11 @@ def write_rows(
             )
         about = {"columns": list(columns), "rows": written, "dropped": dropped, "source": source}
         (staging / _ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-        staging.rename(folder)
+        try:
+            staging.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster, with the same content
+                raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Rows(folder)
@@ -175,5 +179,7 @@ def _remove_old(cache: Path) -> None:
             if entry.name.startswith(".") and age > ABANDONED_SECONDS:
                 shutil.rmtree(entry, ignore_errors=True)
             elif entry.is_dir() and age > UNUSED_SECONDS:
-                with FileLock(f"{entry}.lock", timeout=0):
+                lock = Path(f"{entry}.lock")
+                with FileLock(lock, timeout=0):
                     shutil.rmtree(entry, ignore_errors=True)
+                    lock.unlink()

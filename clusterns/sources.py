@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import xxhash
 from tqdm.auto import tqdm
 
 from .checks import check_count
@@ -77,8 +79,6 @@ def load_rows(
     table, digest = _open(str(source))
     names = _choose(str(source), table, columns)
     key = "-".join([f"v{_VERSION}", digest, *names, str(limit)])
-    import xxhash
-
     return cached_rows(
         xxhash.xxh3_128_hexdigest(key.encode()),
         str(source),
@@ -115,29 +115,42 @@ def _open(source: str) -> tuple[Table, str]:
 
 
 def _hub_file(source: str, repository: str, file: str) -> Path:
+    """A file of a hub dataset's repository, from the cache where it is there."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
+        with suppress(LocalEntryNotFoundError):
+            return Path(hf_hub_download(repository, file, repo_type="dataset", local_files_only=True))
+        _reach(repository)
         return Path(hf_hub_download(repository, file, repo_type="dataset"))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the hub, of its client, of what that uses to connect
         raise FileNotFoundError(
             f"{source}: expected {file} of {repository} in the cache or a reachable hub, got "
-            f"{type(error).__name__}; without a connection download "
+            f"{_first_line(error)}; without a connection download "
             f"https://huggingface.co/datasets/{repository}/resolve/main/{file} and give its path instead"
         ) from error
 
 
 def _hub_table(name: str, configuration: str | None) -> tuple[Table, str]:
+    """The train split of a hub dataset, and what names its content."""
     import datasets
 
     try:
+        if not datasets.config.HF_HUB_OFFLINE:
+            _reach(name)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{name}: expected a file that exists or a dataset on the hub, got {_first_line(error)}; without "
+            "a connection HF_HUB_OFFLINE=1 takes a cached dataset"
+        ) from error
+    try:
         dataset = datasets.load_dataset(name, configuration, split="train")
-    except (OSError, ValueError) as error:  # not there or no connection; no such split or configuration
+    except (OSError, ValueError) as error:  # not in the cache; no such split or configuration
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise kind(
             f"{name}: expected a file that exists or a dataset on the hub with a train split, "
-            f"got {type(error).__name__}: {reason}"
+            f"got {_first_line(error)}"
         ) from error
 
     def read(names: Sequence[str]) -> Iterator[tuple[int, tuple]]:
@@ -148,6 +161,18 @@ def _hub_table(name: str, configuration: str | None) -> tuple[Table, str]:
                 yield number, values
 
     return Table(arrow_kinds(dataset.features.arrow_schema), read), dataset._fingerprint
+
+
+def _reach(repository: str) -> None:
+    """One quick question: the downloads' own attempts take half a minute to fail, with a dozen messages."""
+    from huggingface_hub import HfApi
+
+    HfApi().repo_info(repository, repo_type="dataset", timeout=10)
+
+
+def _first_line(error: BaseException) -> str:
+    """The type and the first line of an error's message."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def _choose(source: str, table: Table, columns: Sequence[str] | None) -> list[str]:
@@ -177,7 +202,14 @@ def _choose(source: str, table: Table, columns: Sequence[str] | None) -> list[st
 
 def _trimmed(source: str, table: Table, names: Sequence[str]) -> Iterator[Row | None]:
     """Rows as `write_rows` takes them."""
-    rows = tqdm(table.read(names), desc=f"reading {Path(source).name}", unit=" rows", delay=2, leave=False)
+    rows = tqdm(
+        table.read(names),
+        desc=f"reading {Path(source).name}",
+        unit=" rows",
+        delay=2,
+        mininterval=1,
+        leave=False,
+    )
     for number, values in rows:
         texts = []
         for name, value in zip(names, values, strict=True):

@@ -23,6 +23,12 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _row_cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing of the tests is left in the user's cache; processes that they start inherit it."""
+    os.environ["CLUSTERNS_CACHE"] = str(tmp_path_factory.mktemp("rows"))
+
+
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
     torch.manual_seed(0)

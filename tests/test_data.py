@@ -2,201 +2,332 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from clusterns.data import load_sentences, sentence_batches
+from clusterns.data import CHARACTERS_PER_TOKEN, Batches, _Texts, batches
+from clusterns.rows import Rows
+from clusterns.scratch import train_tokenizer
+from clusterns.sources import load_rows
+from clusterns.views import ViewTokenizer
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-# Characters that str.splitlines() splits at and a text file does not.
-NOT_NEWLINES = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def one_line(caught: pytest.ExceptionInfo[Exception], *parts: str) -> None:
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
+Row = tuple[str, ...]
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.txt", "One two.\n\n  Three, four.  \r\nNA\n \nLast"),
-        ("bom.txt", "\ufeffOne two.\nThree, four.\nNA\nLast\n"),
-        ("a.csv", 'number,line\n1,One two.\n2,"Three, four."\n3,NA\n4,\n5,Last\n'),
-        ("bom.csv", '\ufeffline\nOne two.\n"Three, four."\nNA\nLast\n'),
-        ("a.tsv", "number\tline\n1\tOne two.\n2\tThree, four.\n3\tNA\n4\tLast\n"),
-        ("a.json", json.dumps([{"line": text} for text in ("One two.", "Three, four.", "NA", "", "Last")])),
-        (
-            "a.jsonl",
-            '{"line":"One two."}\n{"line":"Three, four."}\n{"line":"NA"}\n{"line":null}\n{"line":"Last"}',
-        ),
-        ("odd name [1]*.TXT", "One two.\nThree, four.\nNA\nLast\n"),
-    ],
-)
-def test_every_format_gives_the_trimmed_sentences(
-    tmp_path: Path, name: str, content: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    path = write(tmp_path / name, content)
-    assert load_sentences(path) == ["One two.", "Three, four.", "NA", "Last"]
-    assert load_sentences(str(path), limit=2) == ["One two.", "Three, four."]
-    assert capfd.readouterr() == ("", "")
+def distinct(count: int) -> list[Row]:
+    return [(f"line {i}",) for i in range(count)]
 
 
-def test_only_a_newline_ends_a_sentence(tmp_path: Path) -> None:
-    lines = [f"before{char}after" for char in NOT_NEWLINES]
-    assert load_sentences(write(tmp_path / "a.txt", "\n".join(lines))) == lines
+def epoch_of(rows: list[Row] | Rows, size: int, **options: object) -> list[list[Row]]:
+    return list(batches(rows, batch_size=size, tokenize=list, **options))  # type: ignore[arg-type]
 
 
-def test_a_lone_quote_in_a_tsv_is_text(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.tsv", 'text\n"Unclosed quote\nNext one\n')
-    assert load_sentences(path) == ['"Unclosed quote', "Next one"]
+def on_disk(tmp_path: Path, rows: list[Row]) -> Rows:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(dict(zip("abc", row, strict=False))) + "\n" for row in rows))
+    return load_rows(path, columns=list("abc")[: len(rows[0])])
 
 
-def test_columns(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", "sent0,sent1,score\na,b,1\nc,d,2\n")
-    assert load_sentences(path) == ["a", "c"]
-    assert load_sentences(path, column="sent1") == ["b", "d"]
-    with pytest.raises(ValueError, match="column") as caught:
-        load_sentences(path, column="sent2")
-    one_line(caught, str(path), "'sent2'", "sent0, sent1, score")
-    with pytest.raises(ValueError, match="strings in column 'score', got") as caught:
-        load_sentences(path, column="score")
-    one_line(caught, str(path))
-    with pytest.raises(ValueError, match="name it with column") as caught:
-        load_sentences(write(tmp_path / "b.csv", "left,right\na,b\n"))
-    one_line(caught, "b.csv", "left (strings), right (strings)")
+def test_an_epoch_holds_every_row_at_most_once_in_whole_batches() -> None:
+    epoch = epoch_of(distinct(103), 10)
+    assert [len(batch) for batch in epoch] == [10] * 10
+    assert len({row for batch in epoch for row in batch}) == 100
+    assert epoch_of(distinct(7), 7)[0] != distinct(7)
 
 
-def test_an_edited_file_is_read_anew_and_no_cache_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    path = write(tmp_path / "a.txt", "first\n")
-    stamp = path.stat()
-    assert load_sentences(path) == ["first"]
-    write(path, "other\n")
-    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    assert load_sentences(path) == ["other"]
-    assert list(tmp_path.iterdir()) == [path]
+def test_the_order_is_torchs_permutation() -> None:
+    state = int(np.random.SeedSequence((3, 2)).generate_state(1, np.uint64)[0])
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(state))
+    epoch = epoch_of(distinct(64), 8, seed=3, epoch=2)
+    assert [row for batch in epoch for row in batch] == [(f"line {i}",) for i in order.tolist()]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("a.txt", "", "empty file"),
-        ("a.csv", "", "empty file"),
-        ("a.txt", " \n\n\t\r\n", "only blank lines"),
-        ("a.csv", "text\n", "no rows"),
-        ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', "text (Json)"),
-        ("a.json", "[]", "no rows"),
-        ("a.csv", 'text,n\n"",1\n" ",2\n', "only blank ones"),
-        ("a.txt", b"abc\0def\n", "binary"),
-        ("a.txt", "two words\n".encode("utf-16"), "binary"),
-        ("a.txt", b"caf\xe9 au lait\n", "UTF-8"),
-        ("a.txt", b"cut short \xe2\x82", "UTF-8"),
-        ("a.csv", "text,n\na,1\nb,2,3\n", "line 3"),
-        ("a.csv", "text\nwell, unquoted\n", "well-formed csv"),
-        ("a.csv", 'text\n"never closed\nb\n', "well-formed csv"),
-        ("a.json", '[{"text": "a"}, {"text": ', "well-formed json"),
-        ("a.jsonl", '{"text": "a"}\nnot json\n', "well-formed jsonl"),
-        ("a.csv", "n\n1\n2\n", "column of strings"),
-        ("a.parquet", "PAR1", "suffix"),
-        ("suffixless", "a sentence\n", "suffix"),
-    ],
-)
-def test_bad_files_give_one_line(
-    tmp_path: Path, name: str, content: str | bytes, expected: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    path = write(tmp_path / name, content)
-    with pytest.raises(ValueError, match=r".") as caught:
-        load_sentences(path)
-    one_line(caught, str(path), expected)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_missing_and_wrong_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for missing in (tmp_path / "none.txt", "none.csv", "./none", "some/folder/none.jsonl"):
-        with pytest.raises(FileNotFoundError, match="there is none") as caught:
-            load_sentences(missing)
-        one_line(caught, str(missing).removeprefix("./"))
-    with pytest.raises(ValueError, match="folder") as folder:
-        load_sentences(tmp_path)
-    one_line(folder, str(tmp_path))
-    with pytest.raises(ValueError, match="limit: expected at least 1 sentence, got 0"):
-        load_sentences("any.txt", limit=0)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="dataset on the hub") as offline:
-        load_sentences("nobody/no-such-dataset")
-    one_line(offline, "nobody/no-such-dataset")
-
-
-def test_real_files() -> None:
-    if not SHARED.is_dir():
-        pytest.skip(f"no real data at {SHARED}")
-    path = SHARED / "wiki_sentences.txt"
-    lines = path.read_bytes().decode().split("\n")
-    assert load_sentences(path) == [line.strip() for line in lines if line.strip()]
-    triplets = SHARED / "snli_triplets.csv"
-    first, second = load_sentences(triplets), load_sentences(triplets, column="sent1")
-    assert len(first) == len(second) == 27_195
-    assert first[0] != second[0]
-
-
-def batches_of(count: int, size: int, **options: int) -> list[list[str]]:
-    return list(sentence_batches([str(i) for i in range(count)], batch_size=size, tokenize=list, **options))
-
-
-def test_an_epoch_holds_every_sentence_at_most_once_in_whole_batches() -> None:
-    batches = batches_of(103, 10)
-    assert [len(batch) for batch in batches] == [10] * 10
-    assert len({text for batch in batches for text in batch}) == 100
-    assert batches_of(7, 7)[0] != [str(i) for i in range(7)]
-
-
-def test_seed_and_epoch_fix_the_order_and_nothing_else_does() -> None:
+@pytest.mark.parametrize("unique", [True, False])
+def test_seed_and_epoch_fix_the_order_and_nothing_else_does(unique: bool) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = batches_of(64, 8, seed=3, epoch=2)
+    first = epoch_of(distinct(64), 8, seed=3, epoch=2, unique=unique)
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(2)
-    assert batches_of(64, 8, seed=3, epoch=2) == first
-    others = [batches_of(64, 8, seed=seed, epoch=epoch) for seed, epoch in ((3, 1), (2, 2), (2, 3), (4, 1))]
-    assert all(other != first for other in others)
+    assert epoch_of(distinct(64), 8, seed=3, epoch=2, unique=unique) == first
+    for seed, epoch in ((3, 1), (2, 2), (2, 3), (4, 1)):
+        assert epoch_of(distinct(64), 8, seed=seed, epoch=epoch, unique=unique) != first
 
 
-def test_a_loader_repeats_its_pass_and_tokenizes() -> None:
-    def tokenize(texts: list[str]) -> dict[str, torch.Tensor]:
-        return {"length": torch.tensor([len(text) for text in texts])}
+def test_another_pass_repeats_the_first_and_tokenizes() -> None:
+    def tokenize(rows: list[Row]) -> dict[str, torch.Tensor]:
+        return {"length": torch.tensor([len(text) for (text,) in rows])}
 
-    loader = sentence_batches(["a", "bb", "ccc", "dddd"], batch_size=2, tokenize=tokenize, seed=5)
+    loader = batches([("a",), ("bb",), ("ccc",), ("dddd",)], batch_size=2, tokenize=tokenize, seed=5)
     passes = [torch.cat([batch["length"] for batch in loader]) for _ in range(2)]
     assert len(loader) == 2
     assert torch.equal(passes[0], passes[1])
     assert passes[0].sort().values.tolist() == [1, 2, 3, 4]
 
 
-def test_workers_give_the_same_batches() -> None:
-    assert batches_of(20, 4, seed=1, num_workers=1) == batches_of(20, 4, seed=1)
+def repetitive(count: int, texts: int, columns: int = 1, seed: int = 0) -> list[Row]:
+    draws = np.random.default_rng(seed).integers(0, texts, (count, columns))
+    return [tuple(f"text {i}" for i in row) for row in draws]
+
+
+def assert_unique(batch: list[Row]) -> None:
+    counts = Counter(text.strip() for row in batch for text in set(row))
+    assert max(counts.values()) == 1
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+def test_no_text_is_in_two_rows_of_a_batch(tmp_path: Path, columns: int) -> None:
+    rows = repetitive(2000, 300, columns)
+    loader = batches(rows, batch_size=16, tokenize=list)
+    epoch: list[list[Row]] = list(loader)  # type: ignore[arg-type]
+    for batch in epoch:
+        assert len(batch) == 16
+        assert_unique(batch)
+    used = Counter(row for batch in epoch for row in batch)
+    assert not used - Counter(rows)  # each row once
+    assert loader.deferred > 50
+    assert loader.left_out == 2000 - 16 * len(epoch)
+    assert len(epoch) > 115
+    stored = on_disk(tmp_path, rows)
+    assert epoch_of(stored, 16) == epoch  # by fingerprints as by the texts themselves
+
+
+def test_without_unique_a_batch_may_repeat_itself() -> None:
+    rows = [("same",)] * 8
+    loader = batches(rows, batch_size=4, tokenize=list, unique=False)
+    assert list(loader) == [rows[:4], rows[:4]]
+    assert (loader.deferred, loader.left_out) == (0, 0)
+
+
+def test_a_row_that_waits_comes_in_the_next_batch_that_lacks_its_text() -> None:
+    """Worked by hand on the order that seed and epoch give."""
+    texts = ["x", "x", "x", "a", "b", "c", "d", "e"]
+    order = [row for batch in epoch_of(distinct(8), 8) for row in batch]
+    rows: list[Row] = [("",)] * 8
+    for text, (line,) in zip(texts, order, strict=True):
+        rows[int(line.split()[1])] = (text,)
+    loader = batches(rows, batch_size=2, tokenize=list)
+    assert list(loader) == [[("x",), ("a",)], [("x",), ("b",)], [("x",), ("c",)], [("d",), ("e",)]]
+    assert loader.deferred == 2
+
+
+def test_equal_texts_within_a_row_and_white_space() -> None:
+    rows = [("a", "a"), ("b ", "c"), (" b", "d"), ("e", "f")]
+    epoch = epoch_of(rows, 2)
+    assert any(("a", "a") in batch for batch in epoch)
+    assert not any({("b ", "c"), (" b", "d")} <= set(batch) for batch in epoch)
+
+
+def test_few_distinct_texts_end_in_an_error_or_a_shorter_epoch() -> None:
+    with pytest.raises(ValueError, match="expected at least batch_size 8 without a text in common, got 5"):
+        epoch_of([(str(i % 5),) for i in range(100)], 8)
+    rows = [("same",)] * 50 + distinct(50)
+    loader = batches(rows, batch_size=10, tokenize=list)
+    epoch: list[list[Row]] = list(loader)  # type: ignore[arg-type]
+    assert 5 <= len(epoch) <= 6
+    assert len(loader) == 10
+    assert loader.left_out == 100 - 10 * len(epoch)
+    assert loader.left_out is not None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(8, 120),
+    texts=st.integers(8, 60),
+    columns=st.integers(1, 3),
+    size=st.sampled_from([2, 4, 6]),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+def test_start_and_ranks_give_parts_of_the_same_epoch(
+    count: int, texts: int, columns: int, size: int, seed: int, data: st.DataObject
+) -> None:
+    rows = [
+        tuple(f"text {i}" for i in row)
+        for row in np.random.default_rng(seed).integers(0, texts, (count, columns))
+    ]
+    try:
+        epoch = epoch_of(rows, size, seed=seed)
+    except ValueError:
+        assert len({text for row in rows for text in row}) < 3 * size * columns  # a batch may truly not exist
+        return
+    for batch in epoch:
+        assert_unique(batch)
+    start = data.draw(st.integers(0, len(epoch) + 1))
+    resumed = batches(rows, batch_size=size, tokenize=list, seed=seed, start=start)
+    whole = batches(rows, batch_size=size, tokenize=list, seed=seed)
+    assert list(resumed) == epoch[start:] == list(whole)[start:]
+    assert (resumed.deferred, resumed.left_out) == (whole.deferred, whole.left_out)
+    shares = [epoch_of(rows, size, seed=seed, rank=rank, world_size=2) for rank in range(2)]
+    assert [first + second for first, second in zip(*shares, strict=True)] == epoch
+
+
+def test_the_count_of_deferred_rows_is_of_the_batches_seen(tmp_path: Path) -> None:
+    """However far ahead the workers are, and wherever the pass began."""
+    rows = on_disk(tmp_path, repetitive(400, 60))
+
+    def counts(**options: int) -> list[int]:
+        loader = batches(rows, batch_size=8, tokenize=list, **options)
+        return [loader.deferred for _ in loader]
+
+    every = counts()
+    assert every[-1] > every[0]
+    assert counts(num_workers=2) == every
+    assert counts(start=5) == every[5:]
+
+
+def test_start_tokenizes_and_reads_nothing_of_what_was_seen() -> None:
+    tokenized, read = [], []
+
+    class Read(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    rows = Read(distinct(100))
+    loader = batches(rows, batch_size=10, tokenize=tokenized.append, start=8, unique=False)
+    assert (len(loader), len(list(loader))) == (2, 2)
+    assert len(tokenized) == 2
+    assert len(read) == 20
+    for past in (10, 11):
+        loader = batches(rows, batch_size=10, tokenize=list, start=past)
+        assert (len(loader), list(loader)) == (0, [])
+
+
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_give_the_same_batches(tmp_path: Path, num_workers: int, start: int) -> None:
+    rows = on_disk(tmp_path, repetitive(400, 150, 2))
+    expected = epoch_of(rows, 8, seed=1)
+    assert epoch_of(rows, 8, seed=1, num_workers=num_workers, start=start) == expected[start:]
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    epoch_of(rows, 8, seed=1, num_workers=num_workers, prefetch_factor=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_a_spawned_worker_gets_pickles(tmp_path: Path) -> None:
+    texts = _Texts(on_disk(tmp_path, distinct(20)), 6)
+    assert pickle.loads(pickle.dumps(texts)).__getitems__([3, 14]) == [("line 3",), ("line 1",)]
+
+
+def test_real_processes_agree_on_every_batch(tmp_path: Path) -> None:
+    """Each with hash seeds of its own, so that nothing hangs on the order of a set of strings."""
+    rows = repetitive(600, 120, 2)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"anchor": a, "positive": p}) + "\n" for a, p in rows))
+    code = """
+import json, sys
+from clusterns.data import batches
+from clusterns.sources import load_rows
+rows = load_rows(sys.argv[1]) if sys.argv[3] == "0" else list(load_rows(sys.argv[1]))
+print(json.dumps(list(batches(rows, batch_size=12, tokenize=list, rank=int(sys.argv[2]), world_size=3))))
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(path), str(rank), str(rank % 2)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONHASHSEED": str(rank)},
+        )
+        for rank in range(3)
+    ]
+    shares = [json.loads(process.communicate()[0]) for process in processes]
+    union = [[tuple(row) for share in parts for row in share] for parts in zip(*shares, strict=True)]
+    assert union == epoch_of(rows, 12)
+    assert all(len(part) == 4 for part in shares[0])
+
+
+def test_a_long_text_is_cut_before_it_is_tokenized() -> None:
+    class Lengths:
+        max_length = 32
+
+        def __call__(self, rows: list[Row]) -> list[list[int]]:
+            return sorted([len(text) for text in row] for row in rows)
+
+    rows = [("short", "s"), ("long " * 20_000, "l")]
+    assert list(batches(rows, batch_size=2, tokenize=Lengths())) == [[[5, 1], [32 * CHARACTERS_PER_TOKEN, 1]]]
+    assert list(batches(rows, batch_size=2, tokenize=lambda rows: max(map(len, dict(rows))))) == [51_200]
+
+
+def test_cutting_leaves_the_tokens_as_they_are(tmp_path: Path) -> None:
+    words = [("several words of several lengths, indeed " * 2_500,), ("a",)]
+    tokenizer = train_tokenizer([text for (text,) in words])
+    tokenize = ViewTokenizer(tokenizer, max_length=32)
+    (batch,) = batches(words, batch_size=2, tokenize=tokenize, unique=True)
+    order = sorted([tokenize(words), tokenize(words[::-1])], key=lambda whole: not same(whole, batch))
+    assert same(order[0], batch)
+    assert batch["input_ids"].shape == (4, 32)
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_workers_tokenize_without_a_warning_about_the_fork(tmp_path: Path) -> None:
+    """In a process whose tokenizer has used its threads, and has them again afterwards."""
+    code = """
+import os
+from clusterns.data import batches
+from clusterns.scratch import train_tokenizer
+from clusterns.views import ViewTokenizer
+rows = [(f"sentence number {i}",) for i in range(64)]
+tokenize = ViewTokenizer(train_tokenizer([row[0] for row in rows]), max_length=8)
+tokenize(rows)
+shapes = [
+    [batch["input_ids"].shape for batch in batches(rows, batch_size=16, tokenize=tokenize, num_workers=n)]
+    for n in (0, 2)
+]
+assert shapes[0] == shapes[1] and len(shapes[0]) == 4, shapes
+assert "TOKENIZERS_PARALLELISM" not in os.environ
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_pinned_memory_is_only_for_a_gpu(recwarn: pytest.WarningsRecorder) -> None:
+    def tokenize(rows: list[Row]) -> dict[str, torch.Tensor]:
+        return {"x": torch.zeros(len(rows))}
+
+    (batch,) = batches(distinct(4), batch_size=4, tokenize=tokenize, pin_memory=True)
+    assert batch["x"].is_pinned() == torch.cuda.is_available()
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 5}, "sentences: expected at least batch_size 5 of them, got 4"),
+        ({"batch_size": 5}, "rows: expected at least batch_size 5 of them, got 4"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"batch_size": 2, "seed": -1}, "seed: expected at least 0, got -1"),
         ({"batch_size": 2, "epoch": -1}, "epoch: expected at least 0, got -1"),
+        ({"batch_size": 2, "start": -1}, "start: expected at least 0, got -1"),
+        ({"batch_size": 2, "num_workers": -1}, "num_workers: expected at least 0, got -1"),
+        ({"batch_size": 2, "prefetch_factor": 0}, "prefetch_factor: expected at least 1, got 0"),
+        ({"batch_size": 2, "rank": 2, "world_size": 2}, "rank: expected below world_size 2, got 2"),
+        ({"batch_size": 3, "world_size": 2}, "batch_size: expected a multiple of the 2 processes, got 3"),
     ],
 )
 def test_bad_batch_arguments(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        sentence_batches(list("abcd"), tokenize=list, **options)
+        batches(distinct(4), tokenize=list, **options)  # type: ignore[arg-type]
+
+
+def test_real_triplets(shared: Path) -> None:
+    rows = load_rows(shared / "data" / "snli_triplets.csv")
+    loader: Batches = batches(rows, batch_size=256, tokenize=list)
+    epoch: list[list[Row]] = list(loader)  # type: ignore[arg-type]
+    assert len(epoch) == len(loader) == 106
+    for batch in epoch:
+        assert_unique(batch)
+    assert 0 < loader.deferred < 1000

@@ -1,0 +1,450 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from huggingface_hub import constants
+
+from clusterns.rows import ABANDONED_SECONDS, RECORD_ROWS, UNUSED_SECONDS
+from clusterns.sources import HUB_FILES, load_rows
+
+# Characters that str.splitlines() splits at and a text file does not.
+NOT_NEWLINES = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+ROWS = [("One two.",), ("Three, four.",), ("NA",), ("Last",)]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("CLUSTERNS_CACHE", str(folder))
+    return folder
+
+
+def entries(cache: Path) -> list[str]:
+    return [entry.name for entry in cache.iterdir() if entry.is_dir()]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def write_parquet(path: Path, **columns: list) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def fails(source: object, *parts: str, kind: type[Exception] = ValueError, **options: object) -> None:
+    with pytest.raises(kind) as caught:
+        load_rows(source, **options)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (str(source), *parts):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "One two.\n\n  Three, four.  \r\nNA\n \nLast"),
+        ("bom.txt", "\ufeffOne two.\nThree, four.\nNA\nLast\n"),
+        ("a.csv", 'number,line\n1,One two.\n2,"Three, four."\n3,NA\n\n4,\n5,Last\n'),
+        ("bom.csv", '\ufeffline\r\nOne two.\r\n"Three, four."\r\nNA\r\nLast\r\n'),
+        ("a.tsv", "number\tline\n1\tOne two.\n2\tThree, four.\n3\tNA\n4\tLast\n"),
+        ("a.json", json.dumps([{"line": text} for text in ("One two.", "Three, four.", "NA", "", "Last")])),
+        ("lines.json", '{"line":"One two."}\n{"line":"Three, four."}\n\n{"line":"NA"}\n{"line":"Last"}\n'),
+        (
+            "a.jsonl",
+            '{"line":"One two.","n":1}\n{"line":"Three, four."}\n{"line":"NA"}\n{"line":null}\n'
+            '{"line":"Last"}',
+        ),
+        ("odd name [1]*.TXT", "One two.\nThree, four.\nNA\nLast\n"),
+    ],
+)
+def test_every_format_gives_the_trimmed_rows(
+    tmp_path: Path, name: str, content: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / name, content)
+    assert list(load_rows(path)) == ROWS
+    assert list(load_rows(str(path), limit=2)) == ROWS[:2]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_parquet(tmp_path: Path) -> None:
+    texts = ["One two.", " Three, four.", "NA", None, "Last"]
+    path = write_parquet(tmp_path / "a.parquet", line=texts, n=[1, 2, 3, 4, 5])
+    assert list(load_rows(path)) == ROWS
+    large = pyarrow.table({"line": pyarrow.array(texts, pyarrow.large_string())})
+    pyarrow.parquet.write_table(large, tmp_path / "large.parquet", row_group_size=2)
+    assert list(load_rows(tmp_path / "large.parquet")) == ROWS
+
+
+def test_only_a_newline_ends_a_sentence(tmp_path: Path) -> None:
+    lines = [f"before{char}after" for char in NOT_NEWLINES]
+    assert list(load_rows(write(tmp_path / "a.txt", "\n".join(lines)))) == [(line,) for line in lines]
+
+
+def test_quotes(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", 'text\n"Unclosed quote\nNext one\n')
+    assert list(load_rows(path)) == [('"Unclosed quote',), ("Next one",)]
+    path = write(tmp_path / "a.csv", 'text,other\n"two\nlines, ""quoted""",b\nc,d\n')
+    assert list(load_rows(path, columns="text")) == [('two\nlines, "quoted"',), ("c",)]
+
+
+@pytest.mark.parametrize(
+    ("header", "chosen"),
+    [
+        ("sent0,sent1,hard_neg", "sent0,sent1,hard_neg"),
+        ("hard_neg,sent1,other,sent0", "sent0,sent1,hard_neg"),
+        ("sent0,sent1", "sent0,sent1"),
+        ("anchor,positive,negative", "anchor,positive,negative"),
+        ("sentence2,sentence1,source", "sentence1,sentence2"),
+        ("premise,entailment,contradiction", "premise,entailment,contradiction"),
+        ("title,text", "text"),
+        ("title,sentence", "sentence"),
+        ("anything", "anything"),
+    ],
+)
+def test_usual_columns(tmp_path: Path, header: str, chosen: str) -> None:
+    names = header.split(",")
+    path = write(tmp_path / "a.csv", header + "\n" + ",".join(f"the {name}" for name in names) + "\n")
+    rows = load_rows(path)
+    assert rows.columns == tuple(chosen.split(","))
+    assert list(rows) == [tuple(f"the {name}" for name in chosen.split(","))]
+
+
+def test_named_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "sent0,sent1,n\na,b,1\nc,d,2\n")
+    assert list(load_rows(path, columns=["sent1"])) == [("b",), ("d",)]
+    assert list(load_rows(path, columns="sent1, sent0")) == [("b", "a"), ("d", "c")]
+    assert list(load_rows(path)) == [("a", "b"), ("c", "d")]
+    fails(path, "column 'sent2'", "sent0, sent1, n", columns="sent0,sent2")
+    with pytest.raises(ValueError, match="columns: expected one to three, got 4"):
+        load_rows(path, columns="sent0,sent1,n,n")
+    with pytest.raises(ValueError, match="columns: expected one to three, got 0"):
+        load_rows(path, columns=[])
+    path = write_parquet(tmp_path / "a.parquet", text=["a"], score=[1.0])
+    fails(path, "text in column 'score', got double", columns="text,score")
+
+
+def test_columns_that_nothing_tells_must_be_named(tmp_path: Path) -> None:
+    fails(write(tmp_path / "a.csv", "left,right\na,b\n"), "columns", "left (text), right (text)")
+    # Pairs with a score are not all alike: as positives half of them would be wrong.
+    fails(write(tmp_path / "b.csv", "sentence1,sentence2,score\na,b,1\n"), "score (numbers)")
+    fails(write(tmp_path / "c.tsv", "sent0\tsent1\tlabel\na\tb\tneutral\n"), "label (text)")
+
+
+def test_a_row_with_a_blank_text_is_dropped_and_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "sent0,sent1\na,b\n ,c\nd,\ne,f\n,\n")
+    rows = load_rows(path)
+    assert list(rows) == [("a", "b"), ("e", "f")]
+    assert rows.dropped == 3
+    assert load_rows(path, columns="sent0").dropped == 2
+    assert load_rows(path, limit=1).dropped == 0
+
+
+def test_rows_are_a_sequence(tmp_path: Path) -> None:
+    count = 2 * RECORD_ROWS + 3
+    rows = load_rows(write(tmp_path / "a.txt", "".join(f"line {i}\n" for i in range(count))))
+    assert len(rows) == count
+    assert list(rows) == [(f"line {i}",) for i in range(count)]
+    assert rows[-1] == rows[count - 1] == (f"line {count - 1}",)
+    assert rows[-count] == ("line 0",)
+    for index in (count, -count - 1):
+        with pytest.raises(IndexError):
+            rows[index]
+    exact = load_rows(tmp_path / "a.txt", limit=RECORD_ROWS)
+    assert len(list(exact)) == RECORD_ROWS
+
+
+def test_keys_are_equal_where_texts_are(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "sent0,sent1\na,b\nb,a\nc,c\n")
+    rows = load_rows(path)
+    (a, b), (b_again, a_again), (c, c_again) = rows.keys(pytest.importorskip("numpy").arange(3))
+    assert (a, b, c) == (a_again, b_again, c_again)
+    assert len({a, b, c}) == 3
+
+
+def test_an_unchanged_file_is_parsed_once_and_an_edited_one_anew(tmp_path: Path, cache: Path) -> None:
+    path = write(tmp_path / "a.txt", "first\n")
+    stamp = path.stat()
+    first = load_rows(path)
+    again = load_rows(path)
+    assert again.folder == first.folder
+    assert len(entries(cache)) == 1
+    write(path, "other\n")  # as many bytes
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert list(load_rows(path)) == [("other",)]
+    assert list(first) == [("first",)]
+    path.unlink()
+    fails(path, "there is none", kind=FileNotFoundError)
+
+
+def test_arguments_do_not_share_an_entry(tmp_path: Path, cache: Path) -> None:
+    path = write(tmp_path / "a.csv", "sent0,sent1\na,b\nc,d\n")
+    for options in ({}, {"limit": 1}, {"columns": "sent1"}, {"columns": "sent1,sent0"}):
+        load_rows(path, **options)
+    assert len(entries(cache)) == 4
+    tabs = write(tmp_path / "a.tsv", 'text\n"a"\n')
+    commas = write(tmp_path / "b.csv", 'text\n"a"\n')
+    assert (load_rows(tabs)[0], load_rows(commas)[0]) == (('"a"',), ("a",))
+
+
+@pytest.mark.parametrize("file", ["texts.arrow", "keys.uint64", "about.json"])
+@pytest.mark.parametrize("damage", ["cut", "absent"])
+def test_a_damaged_entry_is_made_anew(tmp_path: Path, cache: Path, file: str, damage: str) -> None:
+    path = write(tmp_path / "a.txt", "".join(f"line {i}\n" for i in range(100)))
+    place = load_rows(path).folder / file
+    if damage == "absent":
+        place.unlink()
+    else:
+        place.write_bytes(place.read_bytes()[:-40])
+    assert list(load_rows(path)) == [(f"line {i}",) for i in range(100)]
+
+
+def test_a_failure_leaves_no_entry(tmp_path: Path, cache: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,n\n" + "a,1\n" * (2 * RECORD_ROWS) + "b\n")
+    for _ in range(2):
+        fails(path, f"line {2 * RECORD_ROWS + 2}:")
+    assert not [entry for entry in cache.iterdir() if entry.is_dir()]
+
+
+def test_old_entries_are_removed_when_a_new_one_is_made(tmp_path: Path, cache: Path) -> None:
+    old, used = (load_rows(write(tmp_path / f"{name}.txt", name)).folder for name in ("old", "used"))
+    abandoned, fresh = cache / ".abandoned", cache / ".fresh"
+    abandoned.mkdir()
+    fresh.mkdir()
+    now = time.time()
+    for folder, age in ((old, UNUSED_SECONDS), (used, UNUSED_SECONDS), (abandoned, ABANDONED_SECONDS)):
+        os.utime(folder, (now - age - 60, now - age - 60))
+    load_rows(tmp_path / "used.txt")
+    load_rows(write(tmp_path / "new.txt", "new"))
+    assert (old.exists(), used.exists(), abandoned.exists(), fresh.exists()) == (False, True, False, True)
+
+
+LOAD = "import sys; from clusterns.sources import load_rows; rows = load_rows(sys.argv[1]); "
+
+
+def start(code: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", LOAD + code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_process_leaves_the_cache_usable(tmp_path: Path, cache: Path) -> None:
+    count = 400_000
+    path = write(tmp_path / "a.txt", "".join(f"line {i}\n" for i in range(count)))
+    process = start("", path)
+    deadline = time.time() + 60
+    while time.time() < deadline and not list(cache.glob(".*/texts.arrow")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert list(cache.glob(".*/texts.arrow")), "it was to be killed while writing"
+    assert not entries(cache) or entries(cache)[0].startswith(".")
+    assert len(load_rows(path)) == count
+
+
+def test_processes_that_load_at_once_share_an_entry(tmp_path: Path, cache: Path) -> None:
+    path = write(tmp_path / "a.txt", "".join(f"line {i}\n" for i in range(50_000)))
+    processes = [start("print(len(rows), rows[49_999][0], rows.folder)", path) for _ in range(2)]
+    outputs = [process.communicate() for process in processes]
+    assert outputs[0] == outputs[1]
+    assert outputs[0] == (f"50000 line 49999 {cache / entries(cache)[0]}\n", "")
+    assert len(entries(cache)) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """Anonymous memory, the process's own: pages of a mapped file are the system's to drop."""
+    small = write(tmp_path / "small.txt", "a sentence\n" * 10)
+    large = write(tmp_path / "large.txt", "".join(f"{i:>200}\n".replace(" ", ".") for i in range(200_000)))
+    code = """
+from clusterns.data import batches
+def own():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+list(batches(rows, batch_size=10, tokenize=len, unique=False))
+before = own()
+rows = load_rows(sys.argv[2])
+assert sum(batches(rows, batch_size=1000, tokenize=len)) == len(rows) == 200_000
+mapped = open("/proc/self/maps").read()
+print(own() - before, str(rows.folder / "texts.arrow") in mapped)
+"""
+    out, error = start(code, small, large).communicate()
+    grown, mapped = out.split()
+    assert (error, mapped) == ("", "True")
+    assert float(grown) < 15  # the file has 38 MiB, a list of its sentences takes 54
+
+
+def test_rows_pickle_as_a_place(tmp_path: Path) -> None:
+    rows = load_rows(write(tmp_path / "a.txt", "".join(f"line {i}\n" for i in range(10_000))))
+    pickled = pickle.dumps(rows)
+    assert len(pickled) < 1000
+    assert list(pickle.loads(pickled)) == list(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "", "empty file"),
+        ("a.csv", "", "empty file"),
+        ("a.parquet", "", "empty file"),
+        ("a.txt", " \n\n\t\r\n", "only blank lines"),
+        ("a.csv", "\n\n", "only blank lines"),
+        ("a.csv", "text\n", "no rows"),
+        ("a.json", "[]", "no rows"),
+        ("a.csv", 'text,n\n"",1\n" ",2\n', "only blank ones"),
+        ("a.jsonl", '{"text": null}\n{"text": " "}\n', "only blank ones"),
+        ("a.txt", b"abc\0def\n", "binary"),
+        ("a.txt", "two words\n".encode("utf-16"), "binary"),
+        ("a.txt", b"fine\ncaf\xe9 au lait\n", "line 2: expected UTF-8"),
+        ("a.csv", b"text\nfine\ncaf\xe9\n", "line 3: expected UTF-8"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', "line 1: expected UTF-8"),
+        ("a.json", b'[{"text": "caf\xe9"}]\n', "UTF-8"),
+        ("a.txt", b"cut short \xe2\x82", "UTF-8"),
+        ("a.csv", "text,n\na,1\nb,2,3\n", "line 3: expected a well-formed csv file, 2 fields"),
+        ("a.csv", "text,n\na,1\nb\n", "line 3: expected a well-formed csv file, 2 fields"),
+        ("a.tsv", "text\tn\na\t1\nb\n", "line 3: expected a well-formed tsv file, 2 fields"),
+        ("a.csv", 'text,n\n"two\nlines",1\nb,2,3\n', "line 4"),
+        ("a.csv", "text\nwell, unquoted\n", "well-formed csv"),
+        ("a.csv", 'text\n"never closed\nb\n', "well-formed csv"),
+        ("a.csv", 'text,n\n"closed" early,1\n', "line 2: expected a well-formed csv"),
+        ("a.csv", "text,text\na,b\n", "different names"),
+        ("a.csv", "n\n1\n2\n", "column of text"),
+        ("a.json", '[{"text": "a"}, {"text": ', "well-formed json"),
+        ("a.json", '["a", "b"]', "object 1: expected an object"),
+        ("a.json", '"a"', "list of objects"),
+        ("a.jsonl", '{"text": "a"}\nnot json\n', "line 2: expected a well-formed jsonl"),
+        ("a.jsonl", '{"text": "a"}\n["b"]\n', "line 2: expected an object"),
+        ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', "text (int)"),
+        ("a.jsonl", '{"text": "a"}\n' * 2000 + '{"text": 3}\n', "line 2001: expected text in column 'text'"),
+        ("a.jsonl", '{"text": "\\ud800"}\n', "lone surrogate"),
+        ("a.parquet", "PAR1 and no more of it", "well-formed parquet"),
+        ("a.xlsx", "a sentence\n", "suffix of .txt"),
+        ("suffixless", "a sentence\n", "got none"),
+    ],
+)
+def test_bad_files_give_one_line(
+    tmp_path: Path, name: str, content: str | bytes, expected: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fails(write(tmp_path / name, content), expected)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_parquet_file_cut_short_or_damaged_inside(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", text=[f"line {i}" for i in range(10_000)])
+    whole = path.read_bytes()
+    fails(write(path, whole[:-30]), "well-formed parquet")
+    fails(write(path, whole[:4] + b"\xff" * 1000 + whole[1004:]), "well-formed parquet")
+
+
+def test_missing_and_wrong_sources(tmp_path: Path) -> None:
+    for missing in (tmp_path / "none.txt", "none.csv", "./none", "some/folder/none.jsonl"):
+        fails(missing, "there is none", kind=FileNotFoundError)
+    fails(tmp_path, "folder")
+    with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
+        load_rows("any.txt", limit=0)
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "a sentence\n")
+    path.chmod(0)
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
+    if root:  # who may read everything
+        for folder in (tmp_path, *tmp_path.parents[:2]):
+            folder.chmod(0o755)
+        os.seteuid(65534)
+    try:
+        fails(path, "readable file, got Permission denied", kind=PermissionError)
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.txt", "a sentence\n")
+    occupied = write(tmp_path / "occupied", "a file, no folder")
+    monkeypatch.setenv("CLUSTERNS_CACHE", str(occupied))
+    with pytest.raises(OSError, match="CLUSTERNS_CACHE names another") as caught:
+        load_rows(path)
+    assert str(caught.value).startswith(f"{occupied}: expected a cache folder")
+
+
+def test_a_sentence_of_100_000_characters(tmp_path: Path) -> None:
+    long = "word " * 20_000
+    for name, content in (
+        ("a.txt", f"{long}\nshort\n"),
+        ("a.csv", f'text\n"{long}"\nshort\n'),
+        ("a.jsonl", json.dumps({"text": long}) + '\n{"text": "short"}\n'),
+    ):
+        assert list(load_rows(write(tmp_path / name, content))) == [(long.strip(),), ("short",)]
+    longer = "x" * 1_000_000  # beyond the csv module's own limit, which is as it was afterwards
+    assert list(load_rows(write(tmp_path / "b.csv", f"text\n{longer}\n"))) == [(longer,)]
+    import csv
+
+    assert csv.field_size_limit() == 131_072
+
+
+@pytest.mark.parametrize("name", ["wiki1m", "princeton-nlp/datasets-for-simcse", "ours/set:some/file.jsonl"])
+def test_a_file_of_a_hub_repository_from_the_hubs_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    repository, file = HUB_FILES.get(name) or name.split(":")
+    place = tmp_path / f"datasets--{repository.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("abc123")
+    target = place / "snapshots" / "abc123" / file
+    target.parent.mkdir(parents=True)
+    target.write_text('{"text": "One two."}\n' if file.endswith("jsonl") else "One two.\n")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert list(load_rows(name)) == [("One two.",)]
+
+
+def test_without_a_connection_one_line_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    url = "https://huggingface.co/datasets/princeton-nlp/datasets-for-simcse/resolve/main/"
+    for name in ("wiki1m", "princeton-nlp/datasets-for-simcse"):
+        fails(name, f"download {url}wiki1m_for_simcse.txt", kind=FileNotFoundError)
+    fails("nli", f"{url}nli_for_simcse.csv", kind=FileNotFoundError)
+    fails("nobody/no-such-dataset", "dataset on the hub", kind=FileNotFoundError)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*arguments: object, **options: object) -> datasets.Dataset:
+        asked.append((*arguments, options["split"]))
+        texts = {"premise": ["a", " b "], "entailment": ["c", "d"], "n": [1, 2]}
+        return datasets.Dataset.from_dict(texts)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    rows = load_rows("nobody/pairs")
+    assert rows.columns == ("premise", "entailment")
+    assert list(rows) == [("a", "c"), ("b", "d")]
+    assert list(load_rows("nobody/pairs:some-configuration", columns="premise")) == [("a",), ("b",)]
+    assert asked == [("nobody/pairs", None, "train"), ("nobody/pairs", "some-configuration", "train")]
+    fails("nobody/pairs", "text in column 'n', got int64", columns="n")
+
+
+def test_real_files(shared: Path) -> None:
+    path = shared / "data" / "wiki_sentences.txt"
+    lines = path.read_bytes().decode().split("\n")
+    assert list(load_rows(path)) == [(line.strip(),) for line in lines if line.strip()]
+    triplets = load_rows(shared / "data" / "snli_triplets.csv")
+    assert (len(triplets), triplets.columns) == (27_195, ("sent0", "sent1", "hard_neg"))
+    assert all(len(row) == 3 for row in triplets)
