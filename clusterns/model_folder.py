@@ -28,7 +28,10 @@ VOCABULARY_FILES = (
     *("spiece.model", "spm.model", "sentencepiece.bpe.model"),
 )
 # What a hub repository is asked for: no ONNX, TensorFlow or other copies of the weights.
-HUB_FILES = ("*.json", "*.txt", "*.model", "model*.safetensors", "0_Transformer/*")
+HUB_FILES = (
+    *("*.json", "*.txt", "*.model", "model*.safetensors", "0_Transformer/*"),
+    *("head.safetensors", "*_Dense/model.safetensors"),
+)
 
 # The keys that every sentence-transformers reads: version 6 still maps them to its new ones.
 POOLING_KEYS = {

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from test_sentence_transformers import TEXTS
 from tiny import make_encoder
+from tiny_prompt import make_kind
 
 from clusterns.cli import main
 
@@ -28,6 +29,7 @@ def place(tmp_path_factory):
     for name in ("bert-base-uncased", "runs/mine"):
         (folder / name).parent.mkdir(exist_ok=True)
         make_encoder().save(folder / name)
+    make_kind("roberta").save(folder / "roberta-base")
     (folder / "sentences.txt").write_text("\n".join(TEXTS * 2) + "\n")
     return folder
 
@@ -40,6 +42,7 @@ def run(folder, *command: str) -> str:
 
 PRINTS = {
     "loss.md": ["True", "True", "\\d"],
+    "models.md": ["4 torch.Size\\(.1, 16.\\)", "True"],
     "quickstart.md": ["tensor"],
     "sentence-transformers.md": ["info_nce"],
 }

@@ -156,3 +156,21 @@ def test_bad_arguments() -> None:
         encoder.tokenize([])
     with pytest.raises(ValueError, match=r"^batch_size: expected at least 1, got 0$"):
         encoder.encode(SENTENCES, batch_size=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_encode_computes_in_the_dtype_it_is_told(dtype: torch.dtype) -> None:
+    encoder = make_encoder(pooling="mean")
+    dtypes: set[torch.dtype] = set()
+    query = encoder.transformer.encoder.layer[0].attention.self.query
+    query.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    expected = encoder.encode(SENTENCES)
+    dtypes.clear()
+    with torch.autocast("cpu", dtype=torch.float16):  # the caller's, which does not count
+        vectors = encoder.encode(SENTENCES, dtype=dtype)
+    assert dtypes == {dtype}
+    assert vectors.dtype == torch.float32
+    error = float((vectors - expected).abs().max())
+    assert 0 < error < 0.1 if dtype == torch.bfloat16 else error < 1e-6
+    with pytest.raises(ValueError, match=r"^dtype: expected float32, bfloat16 or float16, got torch.int64$"):
+        encoder.encode(SENTENCES, dtype=torch.int64)

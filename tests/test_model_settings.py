@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tiny_prompt import make_kind, make_prompted
 from transformers import AutoModel, AutoTokenizer
 
 from clusterns.encoder import SentenceEncoder
+from clusterns.model_folder import HUB_FILES
 from clusterns.prompts import PUBLISHED, Prompt
 
 TEXTS = [*SENTENCES, "the cat sat on the mat far far far home home", " the cat ", "a [MASK] cat", "far?"]
@@ -74,6 +76,14 @@ def test_a_prompt_model_in_plain_transformers(tmp_path: Path) -> None:
     assert place.sum(dim=1).tolist() == [1] * len(TEXTS)
     with torch.no_grad():
         assert_close(model(**tokens).last_hidden_state[place], encoder.encode(TEXTS), tolerance=1e-4)
+
+
+def test_what_is_read_is_downloaded(tmp_path: Path) -> None:
+    make_prompted("bert").save(tmp_path)
+    make_kind("bert", head="always").save(tmp_path)
+    files = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"tokenizer/tokenizer.json", "2_Dense/model.safetensors", "clusterns.json"} < set(files)
+    assert [file for file in files if not any(fnmatch(file, pattern) for pattern in HUB_FILES)] == []
 
 
 def test_settings_file(tmp_path: Path) -> None:
