@@ -56,6 +56,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_evaluate_arguments(evaluate)
     evaluate.set_defaults(command=_evaluate)
+
+    report = commands.add_parser(
+        "report",
+        help="look inside the clusters of a run or model",
+        description="Write one HTML page on how sentences cluster: sizes, sentences nearest each centroid, "
+        "hard and false negatives, a map, cosines, the run's curves; and the case studies as CSV.",
+    )
+    _add_report_arguments(report)
+    report.set_defaults(command=_report)
     return parser
 
 
@@ -115,6 +124,39 @@ def _evaluate(given: argparse.Namespace) -> int:
     from .evaluate import run  # late: --help should not load transformers
 
     return run(settings.pop("models"), **settings)
+
+
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="RUN_OR_MODEL", help="output folder of a training run, or any encoder")
+    add("--sentences", required=True, metavar="FILE", help="txt, csv, tsv, json, jsonl or parquet file")
+    add("--output", required=True, metavar="PAGE.html", help="the page")
+    add("--csv", dest="csv_file", metavar="FILE", help="the case studies; default: the page's name with .csv")
+    add(
+        "--num-clusters",
+        type=int,
+        metavar="INT",
+        help="cluster the sentences anew into so many; default: a run's own centroids, else one for 40",
+    )
+    for flag, default, text in (
+        ("--limit", 5000, "sentences at most, from the beginning"),
+        ("--map-sentences", 3000, "of them on the map, at most"),
+        ("--examples", 20, "sentences shown with their negatives"),
+        ("--nearest", 5, "sentences shown for each centroid"),
+        ("--batch-size", 64, "sentences encoded at a time"),
+        ("--seed", 42, "of sample, map and k-means"),
+    ):
+        add(flag, type=int, default=default, metavar="INT", help=f"{text} (default {default})")
+    add("--map", dest="map_method", choices=("tsne", "pca"), default="tsne", help="default tsne")
+    add("--pooling", metavar="NAME", help="cls, mean ...; default: what the model's files say")
+
+
+def _report(given: argparse.Namespace) -> int:
+    settings = {name: value for name, value in vars(given).items() if name != "command"}
+    _quiet_transformers()
+    from .report import write_report
+
+    return write_report(**settings)
 
 
 def _quiet_transformers() -> None:

@@ -53,7 +53,11 @@ class SentenceTransformerEncoder:
 
 
 def load_model(
-    name_or_path: str | os.PathLike[str], *, pooling: str | None = None, max_length: int | None = None
+    name_or_path: str | os.PathLike[str],
+    *,
+    pooling: str | None = None,
+    max_length: int | None = None,
+    truncate: bool = False,
 ) -> EvaluatedModel:
     """Load a model to evaluate, on the GPU where there is one.
 
@@ -63,6 +67,7 @@ def load_model(
             it, whatever modules the folder has.
         max_length: None takes all the positions the model has, whatever length it was trained with, since
             the published evaluation does not truncate at 32 tokens.
+        truncate: with no max_length, keep the one that the model's files state.
 
     Raises ValueError where no file states a pooling and none is given, and what
     `SentenceEncoder.from_pretrained` raises; one line each.
@@ -86,7 +91,7 @@ def load_model(
                 raise
             reason = first_line(error)
         else:
-            if max_length is None:
+            if max_length is None and not truncate:
                 encoder.max_length = encoder.longest_input
             encoder.to(device)
             return EvaluatedModel(encoder, encoder.pooling, encoder.max_length, normalized, "clusterns")

@@ -1,0 +1,189 @@
+"""`clusterns report`: a look inside the clusters of a training run, or of any model, as one HTML page."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from . import __version__
+from .checks import check_choice, check_count
+from .cluster_view import plane, view_clusters
+from .encoder import SentenceEncoder
+from .evaluated_model import load_model
+from .files import check_folder_of, replacing
+from .model_folder import first_line, resolve
+from .report_figures import draw_cosines, draw_curves, draw_sizes
+from .report_page import render, write_case_studies
+from .sources import load_rows
+
+STATE_FILE, LOG_FILE = "loss.safetensors", "log.jsonl"
+MAPS = ("tsne", "pca")
+# Sentences for each cluster of k-means where no number is given, and the most clusters then.
+PER_CLUSTER, MOST_CLUSTERS = 40, 128
+
+
+def write_report(
+    model: str | os.PathLike[str],
+    sentences: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    csv_file: str | os.PathLike[str] | None = None,
+    num_clusters: int | None = None,
+    limit: int = 5000,
+    map_sentences: int = 3000,
+    map_method: str = "tsne",
+    examples: int = 20,
+    nearest: int = 5,
+    pooling: str | None = None,
+    batch_size: int = 64,
+    seed: int = 42,
+    progress: bool = True,
+) -> int:
+    """Write the page, and its case studies as CSV beside it; each whole or not at all.
+
+    Args:
+        model: output folder of a training run, whose centroids and log are shown, or any model as
+            `load_model` takes it, whose embeddings are clustered anew by `SphericalKMeans`.
+        sentences: file or hub dataset, see `load_rows`; the first text of a row. Repeated ones count once.
+        output: the HTML page.
+        csv_file: the case studies; None is the page with the suffix .csv.
+        num_clusters: K of a clustering anew; given, it leaves a run's own centroids aside. None is one for
+            40 sentences, at most 128.
+        limit: sentences at most, from the beginning.
+        map_sentences: of them on the map, at most.
+        map_method: "tsne" or "pca".
+        examples: case studies, a random sample.
+        nearest: sentences shown for each centroid and each role.
+        pooling: see `load_model`.
+        batch_size: sentences that are encoded at a time.
+        seed: of the sample, the map and k-means.
+        progress: show bars.
+
+    A run's centroids live where its loss sees the sentences: behind the projection head, where it trained
+    with one. Then so do the embeddings shown.
+
+    Returns 0. Raises ValueError or OSError in one line for bad input, as fewer than two sentences.
+    """
+    output = Path(output)
+    check_folder_of("--output", output)
+    csv_file = output.with_suffix(".csv") if csv_file is None else Path(csv_file)
+    check_folder_of("--csv", csv_file)
+    if csv_file.absolute() == output.absolute():
+        raise ValueError(f"--output: expected a page beside the table {csv_file}, got the same file")
+    check_choice("--map", map_method, MAPS)
+    for name, value, least in (
+        *(("--limit", limit, 2), ("--map-sentences", map_sentences, 2), ("--examples", examples, 0)),
+        *(("--nearest", nearest, 1), ("--seed", seed, 0)),
+    ):
+        check_count(name, value, at_least=least)
+    if num_clusters is not None:
+        check_count("--num-clusters", num_clusters, at_least=2)
+
+    texts = list(dict.fromkeys(row[0] for row in load_rows(sentences, limit=limit)))
+    if len(texts) < 2:
+        raise ValueError(f"--sentences: expected at least two different sentences, got one in {sentences}")
+    folder = resolve(model)
+    loaded = load_model(folder, pooling=pooling, truncate=True)
+    encoder = loaded.encoder
+    embeddings = encoder.encode(texts, batch_size=batch_size, progress=progress)
+    centroids = None if num_clusters is not None else run_centroids(folder)
+    if centroids is not None:
+        embeddings = _as_the_loss_sees(encoder, embeddings, centroids, folder)
+        source = f"of the run, {STATE_FILE}"
+    else:
+        _check_finite(embeddings)
+        count = num_clusters or max(2, min(MOST_CLUSTERS, len(texts) // PER_CLUSTER))
+        centroids = _cluster(embeddings, count, seed)
+        source = "by k-means over these sentences"
+    view = view_clusters(texts, embeddings, centroids, source)
+
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+    mapped = order[:map_sentences].sort().values
+    chosen = view.examples(examples, nearest, seed)
+    pictures = {"sizes": draw_sizes(view.sizes), "cosines": draw_cosines(view.cosine_samples(seed))}
+    records = _records(folder / LOG_FILE)
+    if any("loss" in record for record in records):
+        pictures["curves"] = draw_curves(records)
+    page = render(
+        view,
+        chosen,
+        plane(view.unit[mapped], map_method, seed),
+        mapped.tolist(),
+        pictures,
+        title=f"Inside the clusters of {folder.resolve().name if Path(model).is_dir() else model}",
+        about={
+            "model": str(model),
+            "pooling": loaded.pooling,
+            "sentences": f"{len(texts):,} different ones of {sentences}",
+            "written by": f"clusterns {__version__}, torch {torch.__version__}",
+        },
+        map_method=map_method,
+        nearest=nearest,
+    )
+    with replacing(output) as path:
+        path.write_text(page, encoding="utf-8")
+    with replacing(csv_file) as path:
+        write_case_studies(view, chosen, path)
+    print(f"{len(texts):,} sentences, {len(view.centroids)} centroids {source}: {output}, {csv_file}")
+    return 0
+
+
+def run_centroids(folder: Path) -> Tensor | None:
+    """Centroids (K, D) of a training run, or None where the folder has none or clustering never started."""
+    path = folder / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: expected the state of a loss, got: {first_line(error)}") from error
+    centroids, initialized = state.get("centroids"), state.get("initialized")
+    if centroids is None or initialized is None or not bool(initialized) or len(centroids) < 2:
+        return None
+    return centroids
+
+
+def _as_the_loss_sees(encoder: Any, embeddings: Tensor, centroids: Tensor, folder: Path) -> Tensor:
+    """Embeddings (N, D) behind the head that a run trained with, where it has one."""
+    if centroids.shape[1] != embeddings.shape[1]:
+        raise ValueError(
+            f"{folder / STATE_FILE}: expected centroids of width {embeddings.shape[1]} as the embeddings, "
+            f"got {centroids.shape[1]}"
+        )
+    if not isinstance(encoder, SentenceEncoder) or encoder.head_use != "train":
+        return embeddings
+    with torch.no_grad():
+        return encoder.project(embeddings.to(next(encoder.parameters()).device)).cpu()
+
+
+def _check_finite(embeddings: Tensor) -> None:
+    broken = int((~torch.isfinite(embeddings).all(dim=1)).sum())
+    if broken:
+        raise ValueError(f"model: expected finite embeddings, got {broken} sentences with NaN or infinity")
+
+
+def _cluster(embeddings: Tensor, count: int, seed: int) -> Tensor:
+    """Centroids (K, D) of the embeddings (N, D)."""
+    from .spherical_kmeans import SphericalKMeans
+
+    if count > len(embeddings):
+        raise ValueError(
+            f"--num-clusters: expected at most one for each of {len(embeddings)} sentences, got {count}"
+        )
+    return SphericalKMeans(count, random_state=seed).fit(embeddings).cluster_centers_
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The log of a run, without the line that a run still going on may be writing; empty without a log."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON object a line, got: {first_line(error)}") from error
