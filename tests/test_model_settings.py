@@ -42,8 +42,11 @@ def trusts(encoder: SentenceEncoder) -> bool:
     return encoder.prompt is not None and encoder.prompt.evaluation_denoising
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("bert", name) for name in ENCODERS]
+    + [("roberta", name) for name in ("mean-first-last", "prompt", "custom prompt", "denoised")],
+)
 def test_saved_encoders_give_the_same_vectors(kind: str, name: str, tmp_path: Path) -> None:
     encoder = make_kind(kind, max_length=9, **ENCODERS[name])
     vectors = encoder.encode(TEXTS)
