@@ -66,7 +66,8 @@ def batches(
         rank, world_size: yield rows r·B/W up to (r+1)·B/W of every batch, for rank r of W.
 
     Raises ValueError or TypeError with one line for a number out of range, ranks that do not divide the
-    batch, or fewer rows than a batch; while iterating, for fewer distinct rows than a batch.
+    batch, or fewer rows than a batch; while iterating, ValueError for fewer distinct rows than a batch, and
+    what `tokenize` raises, be it in a worker.
     """
     for name, value, least in (
         ("batch_size", batch_size, 1),
@@ -161,11 +162,28 @@ class Batches:
         )
         with _single_threaded_tokenizers(loader.num_workers > 0):
             iterator = iter(loader)
-        for number, batch in enumerate(iterator, self.start):
+        number = self.start
+        while (batch := _next(iterator)) is not _END:
             self.deferred = plan.deferred[number]
+            number += 1
             yield batch
         self.deferred = plan.deferred[-1]
         self.left_out = count - self.batch_size * (len(plan.deferred) - 1)
+
+
+_END = object()
+
+
+def _next(iterator: Iterator[Any]) -> Any:
+    """The next batch, or _END; an error of a worker in one line, as it was there."""
+    try:
+        return next(iterator, _END)
+    except (ValueError, TypeError, OSError) as error:
+        lines = str(error).strip().splitlines()
+        if not lines or not lines[0].startswith("Caught "):
+            raise
+        # The message is the worker's traceback, whose last line is "ValueError: what went wrong".
+        raise type(error)(lines[-1].partition(": ")[2]) from error
 
 
 Keys = Callable[[np.ndarray], Sequence[Sequence[Hashable]]]

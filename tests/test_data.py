@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -293,6 +294,26 @@ assert "TOKENIZERS_PARALLELISM" not in os.environ
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_tokenize_raises_arrives_in_one_line(num_workers: int) -> None:
+    def tokenize(rows: list[Row]) -> None:
+        raise ValueError("template: expected a slot for the sentence")
+
+    with pytest.raises(ValueError, match=r"^template: expected a slot for the sentence$"):
+        list(batches(distinct(4), batch_size=2, tokenize=tokenize, num_workers=num_workers))
+    with pytest.raises(ValueError, match=r"^rows: expected at least batch_size 4 without .*repeat them$"):
+        list(batches([("a",)] * 4, batch_size=4, tokenize=list, num_workers=num_workers))
+
+
+def test_a_pass_given_up_leaves_no_worker() -> None:
+    before = set(multiprocessing.active_children())
+    passing = iter(batches(distinct(100), batch_size=2, tokenize=list, num_workers=2))
+    next(passing)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    del passing
+    assert not set(multiprocessing.active_children()) - before
 
 
 def test_pinned_memory_is_only_for_a_gpu(recwarn: pytest.WarningsRecorder) -> None:
