@@ -4,7 +4,7 @@
 #   CLUSTERNS_SECONDS       time for everything (default 540)
 #   CLUSTERNS_TEST_SECONDS  most of it for the tests (default a third)
 #   CLUSTERNS_LARGE_SECONDS most of it for the large batches (default a third, at most 300)
-#   CLUSTERNS_STAGES        some of "tests step large exactness" (default the first three); one call each gives
+#   CLUSTERNS_STAGES        some of "tests step large exactness training" (default the first three); one call each gives
 #                           each all the time: CLUSTERNS_STAGES="large exactness" CLUSTERNS_LARGE_SECONDS=300
 #   PYTHON                  the interpreter that has torch (default python3)
 # Wheels in .whl/ (rivals that are not installed) are used from a temporary folder.
@@ -19,8 +19,8 @@ test_seconds=${CLUSTERNS_TEST_SECONDS:-$((total / 3))}
 stages=" ${CLUSTERNS_STAGES:-tests step large} "
 for stage in $stages; do
     case $stage in
-        tests | step | large | exactness) ;;
-        *) echo "CLUSTERNS_STAGES: expected some of 'tests step large exactness', got $stage" >&2 && exit 2 ;;
+        tests | step | large | exactness | training) ;;
+        *) echo "CLUSTERNS_STAGES: expected some of 'tests step large exactness training', got $stage" >&2 && exit 2 ;;
     esac
 done
 wants() { [[ $stages == *" $1 "* ]]; }
@@ -148,6 +148,15 @@ if wants exactness && (($(left 20) > 30)); then
     if ((gpu)); then batches=64,300,1024,4096,16384,65536; else export TRITON_INTERPRET=1; fi
     timeout --kill-after=5 "$(left 20)" "$python" bench/exactness.py "${arguments[@]}" --batches $batches \
         --output "$out/exactness.csv" 2>"$out/exactness-errors.log" | tee "$out/exactness.log"
+    if ((PIPESTATUS[0] != 0)); then status=1; fi
+fi
+
+if wants training && (($(left 20) > 60)); then
+    echo "== training, $(left 20) s"
+    sizes=(--layers 12 --hidden 768 --batch 256 --steps 210 --rounds 1) # BERT-base, its published batch
+    if ((!gpu)); then sizes=(--layers 1 --hidden 64 --batch 32 --clusters 8 --steps 6 --rounds 1 --memory-batches 32); fi
+    timeout --kill-after=5 "$(left 20)" "$python" bench/training.py "${arguments[@]}" "${sizes[@]}" \
+        --output "$out/training.json" 2>"$out/training-errors.log" | tee "$out/training.log"
     if ((PIPESTATUS[0] != 0)); then status=1; fi
 fi
 

@@ -56,3 +56,25 @@ def test_exactness_by_every_backend_and_dtype(tmp_path):
     assert len(rows) == 3 * 3 * 2  # dtypes, backends, λ
     assert {row["within"] for row in rows} == {row["repeatable"] for row in rows} == {"True"}
     assert rows[0]["command"].startswith("TRITON_INTERPRET=1 python ")
+
+
+def test_training_in_its_parts(tmp_path):
+    """With sentences per second of three trainers, and the memory of a step."""
+    pytest.importorskip("accelerate")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    small = "--layers 1 --hidden 64 --batch 16 --clusters 8 --steps 6 --rounds 1 --memory-batches 16".split()
+    command = [
+        sys.executable,
+        str(BENCH / "training.py"),
+        *small,
+        "--output",
+        str(tmp_path / "training.json"),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    content = json.loads((tmp_path / "training.json").read_text())
+    assert len(content["whole"]) == 3
+    assert all(row["sentences_per_second"] > 0 for row in content["whole"].values())
+    assert {"data", "encoder", "optimiser", "loss: clusterns", "loss: published"} <= content["parts"].keys()
+    assert all(row["peak_mib"] > 0 for row in content["memory"])
+    assert len(content["memory"]) == 3
