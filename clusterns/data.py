@@ -57,8 +57,8 @@ def batches(
             processes are spawned, not forked. Texts come cut to 100 characters for each of its `max_length`
             tokens (512 where it has no such attribute), so that a book in one line costs no more than that.
         seed, epoch: fix the order together.
-        start: batches of this pass that were already seen; nothing of them is read or tokenised, and what
-            follows is what an uninterrupted pass gives.
+        start: batches of this pass that were already seen; they are not tokenised, only the fingerprints of
+            their texts are looked at, and what follows is what an uninterrupted pass gives.
         num_workers: processes that read and tokenise ahead; 0 does so in this one, when a batch is due.
         pin_memory: for copies to a CUDA device that the host does not wait for; ignored where there is none.
         prefetch_factor: batches that each worker is ahead.

@@ -75,7 +75,8 @@ class Rows(Sequence[Row]):
 
 def cache_folder() -> Path:
     """Where the files of `Rows` are kept: $CLUSTERNS_CACHE, else clusterns/rows in the Hugging Face cache."""
-    return Path(os.environ.get("CLUSTERNS_CACHE") or Path(constants.HF_HOME) / "clusterns" / "rows")
+    named = os.environ.get("CLUSTERNS_CACHE")
+    return Path(named).expanduser().absolute() if named else Path(constants.HF_HOME) / "clusterns" / "rows"
 
 
 def cached_rows(
@@ -157,6 +158,9 @@ def write_rows(
             )
         about = {"columns": list(columns), "rows": written, "dropped": dropped, "source": source}
         (staging / _ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+        for file in staging.iterdir():  # a power cut leaves whole files or no entry
+            with file.open("rb+") as written_file:
+                os.fsync(written_file.fileno())
         try:
             staging.rename(folder)
         except OSError:

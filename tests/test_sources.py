@@ -380,6 +380,22 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert str(caught.value).startswith(f"{occupied}: expected a cache folder")
 
 
+def test_a_full_disk_leaves_no_entry(tmp_path: Path, cache: Path) -> None:
+    """By a limit on the size of files, which fails in the same calls."""
+    resource = pytest.importorskip("resource", reason="limits of Unix")
+    path = write(tmp_path / "a.txt", "".join(f"line {i}\n" for i in range(100_000)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large.* CLUSTERNS_CACHE names another") as caught:
+            load_rows(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert not entries(cache)
+    assert len(load_rows(path)) == 100_000
+
+
 def test_a_sentence_of_100_000_characters(tmp_path: Path) -> None:
     long = "word " * 20_000
     for name, content in (
