@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,14 +88,19 @@ class Processes:
         if self.size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
+        # No buffer changes in training. torch 2.13 has a new name for leaving them alone.
+        names = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         return DistributedDataParallel(
-            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            model, device_ids=devices, gradient_as_bucket_view=True, **{sync: False}
         )
 
 
 @contextlib.contextmanager
 def joined(device_name: str) -> Iterator[Processes]:
     """Meet the ranks that torchrun started, where it did; gloo on the CPU, nccl on CUDA devices.
+
+    A process group that the caller has set up is used as it is.
 
     A rank that fails ends its process, and torchrun the others; no rank waits for one that is gone.
 
@@ -116,17 +122,22 @@ def joined(device_name: str) -> Iterator[Processes]:
             )
         device = torch.device("cuda", place)
         torch.cuda.set_device(device)
+    is_own = not dist.is_initialized()
     try:
-        if device.type == "cuda":
+        if not is_own:
+            pass
+        elif device.type == "cuda":
             dist.init_process_group("nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
         yield Processes(rank, size, device)
+        dist.barrier()  # the first one still writes when the others are done
     except RuntimeError as error:
         # A peer's death shows as a plain RuntimeError of gloo, or one of torch.distributed's own kinds.
         if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Connection")):
             line = str(error).strip().splitlines()[0]
-            raise ConnectionError(f"rank {rank}: lost the other processes of the run ({line})") from error
+            raise ConnectionError(f"lost the other processes of the run ({line})") from error
         raise
     # Not after an error: destroying a group waits for calls that the others may never make.
-    dist.destroy_process_group()
+    if is_own:
+        dist.destroy_process_group()

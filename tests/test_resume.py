@@ -30,7 +30,7 @@ EVERYTHING = (
 def place(tmp_path_factory):
     """A folder with model, sentences and dev set."""
     root = tmp_path_factory.mktemp("resume")
-    save_tiny_model(root / "model")
+    save_tiny_model(root / "model", pooling="mean", std=0.2)
     (root / "sentences.txt").write_text("\n".join(sentences(130)) + "\n")
     write_dev(root / "sts")
     return root

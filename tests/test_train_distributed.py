@@ -1,0 +1,102 @@
+"""Two real processes under torchrun train as one does on the same batches."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_problems import flags, log_of, save_tiny_model, sentences, write_dev
+
+WORKER = Path(__file__).parent / "train_distributed_worker.py"
+# What is computed by one process and by two, on the same batches and without dropout.
+RUNS = {
+    "published": "--max-steps 6 --eval-steps 3",
+    "options": "--max-steps 4 --accumulation-steps 2 --learn-temperature --gather ring --num-workers 1",
+    "cached": "--max-steps 4 --mini-batch-size 5 --accumulation-steps 2",
+    "triplets": "--max-steps 4 --text-columns sent0,sent1,hard_neg --prompt bert --denoise trained",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model without dropout, sentences, triplets and a dev set."""
+    root = tmp_path_factory.mktemp("distributed")
+    save_tiny_model(root / "model", dropout=0.0, pooling="mean", std=0.2)
+    texts = sentences(390)
+    (root / "sentences.txt").write_text("\n".join(texts) + "\n")
+    with (root / "triplets.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["sent0", "sent1", "hard_neg"])
+        rows.writerows(zip(texts[:130], texts[130:260], texts[260:], strict=True))
+    write_dev(root / "sts")
+    return root
+
+
+def arguments(place: Path, name: str, output: Path) -> list[str]:
+    file = "triplets.csv" if name == "triplets" else "sentences.txt"
+    more = [*RUNS[name].split(), "--no-tensorboard"]
+    if name == "published":
+        more += ["--sts-dir", str(place / "sts")]
+    return flags(place / "model", place / file, output, *more)
+
+
+def run(processes: int, *job: str, fails: bool = False) -> str:
+    """Start one process, or two ranks; returns what they said."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    # One thread each: of a model this small two threads only wait for each other.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *job], capture_output=True, text=True, timeout=240, check=False, env=environment
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_two_processes_train_as_one(place, tmp_path):
+    one, two = (
+        {name: arguments(place, name, tmp_path / f"{count}-{name}") for name in RUNS}
+        for count in ("one", "two")
+    )
+    run(1, str(WORKER), json.dumps({"runs": [*one.values()]}))
+    run(2, "-m", "clusterns", *two.pop("published"))
+    run(2, str(WORKER), json.dumps({"runs": [*two.values()]}))
+    for name in RUNS:
+        folders = [tmp_path / f"{count}-{name}" for count in ("one", "two")]
+        theirs, ours = ([record for record in log_of(folder) if "loss" in record] for folder in folders)
+        assert len(ours) == len(theirs) > 0
+        for record, other in zip(ours, theirs, strict=True):
+            assert record.keys() == other.keys()
+            for key in record.keys() - {"seconds"}:
+                assert record[key] == pytest.approx(other[key], rel=2e-4, abs=2e-5), (name, key)
+        for file in ("model.safetensors", "loss.safetensors"):
+            yours, mine = (load_file(folder / file) for folder in folders)
+            assert mine.keys() == yours.keys()
+            for key, value in mine.items():
+                # What changes no embedding has rounding for a gradient, which AdamW makes large: the bias of
+                # keys, and of the last layer where the template's own state is subtracted.
+                if not key.endswith(("key.bias", "layer.1.output.LayerNorm.bias")):
+                    torch.testing.assert_close(value, yours[key], rtol=1e-3, atol=5e-4)
+    assert [r["dev"] for r in log_of(tmp_path / "two-published") if "dev" in r]
+
+
+@pytest.mark.parametrize(
+    ("rank", "method", "step"), [(1, "train_step", 3), (0, "judge", 2)], ids=["training", "evaluation"]
+)
+def test_an_error_on_one_rank_ends_both(place, tmp_path, rank, method, step):
+    began = time.monotonic()
+    runs = [arguments(place, "published", tmp_path / "run")]
+    job = {"runs": runs, "fails": {"rank": rank, "method": method, "step": step}}
+    said = run(2, str(WORKER), json.dumps(job), fails=True)
+    where = f"rank {rank}: " if rank else ""
+    assert f"clusterns: error: {where}{method}: expected to go on, was made to fail" in said
+    assert time.monotonic() - began < 120  # gloo itself would wait for half an hour

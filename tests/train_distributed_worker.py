@@ -1,0 +1,40 @@
+"""Started by torchrun, or alone: several trainings one after the other, perhaps with a rank that fails.
+
+train_distributed_worker.py '{"runs": [[arguments], ...], "fails": {"rank": 1, "method": "train_step", "step": 3}}'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import torch
+
+from clusterns import train
+from clusterns.cli import main
+
+
+def fail(rank: int, method: str, step: int) -> None:
+    """Make a method of the run raise on one rank from a step on."""
+    whole = getattr(train.Run, method)
+
+    def failing(self, *arguments, **keywords):
+        if self.step >= step:
+            raise ValueError(f"{method}: expected to go on, was made to fail at step {self.step}")
+        return whole(self, *arguments, **keywords)
+
+    if int(os.environ["RANK"]) == rank:
+        setattr(train.Run, method, failing)
+
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    if "fails" in job:
+        fail(**job["fails"])
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    for arguments in job["runs"]:
+        status = main(arguments)
+        if status:
+            sys.exit(status)
