@@ -240,8 +240,8 @@ class SentenceEncoder(nn.Module):
         if denoise:
             if self.denoiser is None:
                 raise ValueError("denoise: expected an encoder with denoising, got one without")
-            # After the sentences: within autocast the first cast of a weight is kept for all later uses, and
-            # one made without gradient would cut the sentences' off.
+            # After the sentences: autocast in older versions of torch keeps a weight's cast that was made
+            # without gradient for all later uses.
             pooled = pooled - self.denoiser(
                 self.transformer, inputs["attention_mask"], inputs.get("template")
             )
