@@ -49,7 +49,8 @@ def pytest_terminal_summary(terminalreporter, config):
         for contender, row in sorted(rows.items(), key=lambda item: item[1]["median_ms"]):
             if ours and "peak_mib" in row:
                 row["memory_ratio"] = row["peak_mib"] / ours["peak_mib"]
-            columns = [f"{contender:24} {row['median_ms']:10.2f} ms  loss {row['loss']:.6f}"]
+            columns = [f"{contender:24} {row['median_ms']:10.2f} ms"]
+            columns += [f"loss {row['loss']:.6f}"] if "loss" in row else []
             columns += [f"{row['time_ratio']:8.2f}x time"] if "time_ratio" in row else []
             columns += [f"{row['peak_mib']:8.0f} MiB peak"] if "peak_mib" in row else []
             columns += [f"{row['memory_ratio']:6.2f}x memory"] if "memory_ratio" in row else []
