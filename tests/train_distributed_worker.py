@@ -1,6 +1,6 @@
 """Started by torchrun, or alone: several trainings one after the other, perhaps with a rank that fails.
 
-train_distributed_worker.py '{"runs": [[arguments], ...], "fails": {"rank": 1, "method": "train_step", "step": 3}}'
+train_distributed_worker.py '{"runs": [[arguments], ...], "fails": {"rank": 1, "method": "judge", "step": 3}}'
 """
 
 from __future__ import annotations
