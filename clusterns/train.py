@@ -50,6 +50,7 @@ def train(config: TrainConfig) -> dict[str, Scores]:
     loss that is no number, and a full device or disk.
     """
     config.check()
+    config.build_prompt()  # says what is wrong with a template before the data is read
     output = Path(config.output_dir)
     with joined(config.device) as processes, contextlib.ExitStack() as stack:
         if processes.is_first:

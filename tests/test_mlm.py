@@ -1,0 +1,129 @@
+"""The masked copy, the head and its tied embedding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import make_encoder, make_tokenizer
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    ElectraConfig,
+    ElectraModel,
+    GPT2Config,
+    GPT2Model,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from clusterns.mlm import MaskedLanguageHead, TokenMasker, TrainingModel
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(mask_token="[MASK]", unk_token="[UNK]")
+
+
+def small(kind, **settings):
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return kind(**{"vocab_size": 30, "max_position_embeddings": 40, **sizes, **settings})
+
+
+def test_the_copy_is_masked_and_the_original_is_not(tokenizer):
+    masker = TokenMasker(tokenizer, 0.5, seed=3)
+    ids = torch.randint(4, 20, (60, 12))
+    ids[:, 0], ids[:, 9] = tokenizer.cls_token_id, tokenizer.sep_token_id
+    ids[:, 10:] = tokenizer.pad_token_id
+    mask = (ids != tokenizer.pad_token_id).long()
+    before = ids.clone()
+    masked = masker({"input_ids": ids, "attention_mask": mask, "template": torch.zeros(60)}, 0, 1)
+    assert torch.equal(ids, before)
+    assert masked.keys() == {"input_ids", "attention_mask", "places", "labels"}
+    changed = (masked["input_ids"] != ids).flatten().nonzero()[:, 0]
+    assert set(changed.tolist()) <= set(masked["places"].tolist())
+    assert torch.equal(ids.flatten()[masked["places"]], masked["labels"])
+    columns = masked["places"] % 12
+    assert columns.min() > 0  # never a special token or padding
+    assert columns.max() < 9
+    share = len(masked["places"]) / (60 * 8)
+    assert 0.4 < share < 0.6
+    now = masked["input_ids"].flatten()[masked["places"]]
+    assert 0.7 < (now == tokenizer.mask_token_id).double().mean() < 0.9
+    # The numbers of a call decide, and the global random state takes no part.
+    state = torch.get_rng_state()
+    again, other = (masker({"input_ids": ids, "attention_mask": mask}, 0, n) for n in (1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(again["input_ids"], masked["input_ids"])
+    assert not torch.equal(other["input_ids"], masked["input_ids"])
+
+
+def test_a_tokenizer_without_mask():
+    with pytest.raises(ValueError, match="mlm_weight: expected 0 for a tokenizer without a mask token"):
+        TokenMasker(make_tokenizer(), 0.1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [(BertForMaskedLM, BertConfig), (RobertaForMaskedLM, RobertaConfig)],
+    ids=["bert", "roberta"],
+)
+def test_the_pretrained_head_gives_what_transformers_gives(kind, config, tmp_path):
+    whole = kind(small(config, type_vocab_size=2, pad_token_id=0)).eval()
+    with torch.no_grad():
+        for name, value in whole.named_parameters():
+            if "LayerNorm" not in name and "layer_norm" not in name:
+                value.normal_(std=0.3)
+    whole.save_pretrained(tmp_path)
+    transformer = type(whole.base_model).from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    head = MaskedLanguageHead(transformer, str(tmp_path))
+    assert head.origin == "of the checkpoint"
+    ids = torch.randint(3, 30, (4, 9))
+    places = torch.tensor([1, 5, 13, 30])
+    labels = torch.full((36,), -100)
+    labels[places] = ids.flatten()[places]
+    expected = whole(input_ids=ids, labels=labels.view(4, 9)).loss
+    states = transformer(input_ids=ids).last_hidden_state.flatten(0, 1)[places]
+    loss = head(states, labels[places])
+    torch.testing.assert_close(loss / len(places), expected)
+    # The gradient reaches the encoder's embedding also as the output's, and the head does not own it.
+    embedding = transformer.get_input_embeddings().weight
+    assert not any(value is embedding for value in head.parameters())
+    assert all(value.shape != embedding.shape for value in head.state_dict().values())
+    through_output = torch.autograd.grad(head(states.detach(), labels[places]), embedding)[0]
+    assert through_output.abs().sum() > 0
+
+
+def test_a_new_head_where_the_checkpoint_has_none(tmp_path):
+    encoder = make_encoder()
+    encoder.save(tmp_path)
+    assert MaskedLanguageHead(encoder.transformer, str(tmp_path)).origin == "new"
+    assert MaskedLanguageHead(encoder.transformer, None).origin == "new"
+
+
+def test_other_architectures():
+    """ELECTRA's embedding is narrower than its states, which its head knows; GPT-2 has no such head."""
+    electra = ElectraModel(small(ElectraConfig, embedding_size=8))
+    loss = MaskedLanguageHead(electra, None)(torch.randn(3, 16), torch.tensor([4, 5, 6]))
+    assert 2.5 < loss / 3 < 4.5  # log(30) = 3.4
+    gpt2 = GPT2Model(GPT2Config(vocab_size=30, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    with pytest.raises(ValueError, match="mlm_weight: expected 0 for GPT2Model") as caught:
+        MaskedLanguageHead(gpt2, None)
+    assert "\n" not in str(caught.value)
+
+
+def test_both_losses_in_one_pass(tokenizer):
+    """The embeddings are those of the original; the masked copy adds its own loss."""
+    encoder = make_encoder().eval()
+    model = TrainingModel(encoder, MaskedLanguageHead(encoder.transformer, None))
+    inputs = encoder.tokenize(["a cat sat on the mat", "the dog ran"])
+    masked = TokenMasker(tokenizer, 0.5, seed=0)(inputs, 0)
+    masked["input_ids"] = masked["input_ids"].clamp(max=21)  # this vocabulary's last token
+    embeddings, loss = model(inputs, masked)
+    assert torch.equal(embeddings, encoder(inputs))
+    hidden = encoder.transformer(input_ids=masked["input_ids"], attention_mask=inputs["attention_mask"])
+    states = hidden.last_hidden_state.flatten(0, 1)[masked["places"]]
+    logits = model.mlm.whole(inputs_embeds=states[None]).logits[0]
+    torch.testing.assert_close(loss, F.cross_entropy(logits, masked["labels"], reduction="sum"))
+    assert model(inputs)[1] is None

@@ -1,0 +1,143 @@
+"""Figures against their definitions, pair by pair, and warnings that come when they should."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import embeddings
+
+from clusterns import ClusterNSLoss
+from clusterns.journal import Journal, tag_of
+from clusterns.watch import EARLIEST_STEP, IN_A_ROW, Watch, measure
+
+
+def clustered_loss(z1, z2, **settings) -> ClusterNSLoss:
+    loss_fn = ClusterNSLoss(z1.shape[1], 5, start_cosine=1.0, **settings)
+    for _ in range(3):
+        loss_fn(z1, z2)
+    return loss_fn
+
+
+@pytest.mark.parametrize("batch", [17, 300])
+@pytest.mark.parametrize("with_negatives", [False, True])
+def test_measure_is_what_it_says(batch, with_negatives):
+    z1, z2 = (z.detach() for z in embeddings(batch, 12, groups=3, dtype=torch.float32))
+    negatives = torch.randn(9, 12) if with_negatives else None
+    loss_fn = clustered_loss(z1, z2)
+    found = measure(z1, z2, negatives, loss_fn=loss_fn, clustered=True)
+
+    a, p, c = (F.normalize(z.double(), dim=1) for z in (z1, z2, loss_fn.centroids))
+    similarity, to_centroids = a @ p.T, a @ c.T
+    order = to_centroids.argsort(dim=1, descending=True)
+    near, runner_up = order[:, 0], order[:, 1]
+    mates = (near[:, None] == near) & ~torch.eye(batch, dtype=torch.bool)
+    sizes = torch.bincount(near, minlength=5).double()
+    occupied = sizes[sizes > 0] / batch
+    between = (c @ c.T)[~torch.eye(5, dtype=torch.bool)]
+    expected = {
+        "mates_cosine": similarity[mates].mean(),
+        "centroids_cosine": between.mean(),
+        "empty_clusters": (sizes == 0).sum(),
+        "largest_cluster": sizes.max() / batch,
+        "cluster_entropy": -(occupied * occupied.log()).sum() / math.log(5),
+    }
+    perplexities = []
+    rows = min(batch, 256)
+    for i in (row * batch // rows for row in range(rows)):
+        parts = [similarity[i, torch.arange(batch) != i], to_centroids[i, runner_up]]
+        if negatives is not None:
+            parts.append(F.normalize(negatives.double(), dim=1) @ a[i])
+        share = (torch.cat(parts) / 0.05).softmax(dim=0)
+        perplexities.append(torch.exp(-(share * share.log()).sum()))
+    expected["effective_negatives"] = torch.stack(perplexities).mean()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(found[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
+
+
+def test_measure_before_clustering_and_without_mates():
+    z = torch.eye(6)
+    loss_fn = ClusterNSLoss(6, 6, start_cosine=1.0)
+    assert measure(z, z, loss_fn=loss_fn, clustered=False).keys() == {"effective_negatives"}
+    # Five negatives, all as far: they weigh as five.
+    assert float(measure(z, z, loss_fn=loss_fn, clustered=False)["effective_negatives"]) == pytest.approx(5)
+    loss_fn.start_from(z)
+    assert float(measure(z, z, loss_fn=loss_fn, clustered=True)["mates_cosine"]) == 0
+
+
+def look(watch: Watch, steps, **values) -> list[str]:
+    values = {"mean_cosine": 0.1, "positive_cosine": 0.9, **values}
+    return [name for step in steps for name, _ in watch.look(step, values)]
+
+
+def test_collapse_is_told_once_and_only_if_it_lasts():
+    loss_fn = ClusterNSLoss(4, 5)
+    steps = range(EARLIEST_STEP, EARLIEST_STEP + 10)
+    watch = Watch(loss_fn, 32)
+    assert look(watch, steps) == []
+    assert look(watch, range(IN_A_ROW - 1), largest_cluster=0.9, empty_clusters=4) == []
+    assert look(watch, steps, largest_cluster=0.3, empty_clusters=0) == []
+    assert look(watch, range(9), largest_cluster=0.9, empty_clusters=4) == ["clusters collapsed"]
+    assert look(watch, range(EARLIEST_STEP), mean_cosine=0.89) == []
+    assert look(watch, steps, mean_cosine=0.89) == ["embeddings collapsed"]
+    resumed = Watch(loss_fn, 32)
+    resumed.load_state_dict(watch.state_dict())
+    assert look(resumed, steps, mean_cosine=0.89, largest_cluster=0.9, empty_clusters=4) == []
+
+
+def test_clustering_that_never_started():
+    watch = Watch(ClusterNSLoss(4, 5, start_cosine=0.4), 32)
+    look(watch, [5], mean_cosine=0.7)
+    look(watch, [10], mean_cosine=0.55)
+    look(watch, [15], mean_cosine=0.6)
+    ((name, text),) = watch.end(20)
+    assert name == "clustering never started"
+    assert "lowest mean cosine seen was 0.550, at step 10" in text
+    assert "raise it above 0.55" in text
+    look(watch, [16], mean_cosine=0.3)
+    assert "a batch of 32 cannot seed --num-clusters 5" in next(iter(watch.end(20)))[1]
+    started = ClusterNSLoss(4, 5)
+    started.start_from(torch.randn(5, 4))
+    for loss_fn in (started, ClusterNSLoss(4, 0, hard_negatives=False)):
+        watch = Watch(loss_fn, 32)
+        look(watch, [5], mean_cosine=0.7)
+        assert list(watch.end(20)) == []
+
+
+def test_journal_for_tensorboard_and_without(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    journal = Journal(tmp_path / "log.jsonl", tensorboard=tmp_path / "tb")
+    for step in (1, 2, 3):
+        journal.figures(step, {"loss": 1.0 / step, "mean_cosine": 0.5, "largest_cluster": 0.1})
+    journal.scores(3, {"spearman": 70.0})
+    journal.close()
+    # Of a run that was killed after step 3 and goes on from step 2.
+    journal = Journal(tmp_path / "log.jsonl", seconds=1.0, step=2, tensorboard=tmp_path / "tb")
+    assert [record["step"] for record in journal.records] == [1, 2, 3, 3]
+    journal.figures(3, {"loss": 7.0})
+    journal.close()
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "loss/loss",
+        "cosine/mean",
+        "clusters/largest_cluster",
+        "dev/spearman",
+    }
+    losses = [(event.step, event.value) for event in events.Scalars("loss/loss")]
+    assert losses == [(1, 1.0), (2, 0.5), (3, 7.0)]
+    silent = Journal(tmp_path / "absent" / "log.jsonl", tensorboard=tmp_path / "no", silent=True)
+    silent.event(1, "name", "text")
+    silent.scores(1, {"spearman": 1.0})
+    silent.close()
+    assert not (tmp_path / "no").exists()
+
+
+def test_tags():
+    assert tag_of("hard_negative_cosine") == "cosine/hard_negative"
+    assert tag_of("bml") == "loss/bml"
+    assert tag_of("learning_rate") == "training/learning_rate"
