@@ -111,14 +111,15 @@ def test_without_unique_a_batch_may_repeat_itself() -> None:
 
 def test_a_row_that_waits_comes_in_the_next_batch_that_lacks_its_text() -> None:
     """Worked by hand on the order that seed and epoch give."""
-    texts = ["x", "x", "x", "a", "b", "c", "d", "e"]
-    order = [row for batch in epoch_of(distinct(8), 8) for row in batch]
-    rows: list[Row] = [("",)] * 8
-    for text, (line,) in zip(texts, order, strict=True):
-        rows[int(line.split()[1])] = (text,)
+    texts = ["x", "x", "x", "x", "a", "b", "c", "d", "e", "f"]
+    order = [row for batch in epoch_of(distinct(10), 10) for row in batch]
+    rows: list[Row] = [("",)] * 10
+    for number, (text, (line,)) in enumerate(zip(texts, order, strict=True)):
+        rows[int(line.split()[1])] = (text, f"positive {number}")
     loader = batches(rows, batch_size=2, tokenize=list)
-    assert list(loader) == [[("x",), ("a",)], [("x",), ("b",)], [("x",), ("c",)], [("d",), ("e",)]]
-    assert loader.deferred == 2
+    pairs = [(0, 4), (1, 5), (2, 6), (3, 7), (8, 9)]
+    assert list(loader) == [[(texts[i], f"positive {i}") for i in pair] for pair in pairs]
+    assert loader.deferred == 3
 
 
 def test_equal_texts_within_a_row_and_white_space() -> None:
