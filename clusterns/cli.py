@@ -106,6 +106,12 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-length", type=int, metavar="INT", help="tokens; default: what the model takes")
     add("--batch-size", type=int, default=64, metavar="INT", help="default 64")
     add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="bf16 autocast is fast where the device computes in it; figures may change in the second decimal",
+    )
+    add(
         "--resamples",
         type=int,
         default=1000,

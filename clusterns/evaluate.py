@@ -22,6 +22,8 @@ from .files import check_folder_of, replacing
 from .model_figures import ModelFigures, Problems, Subsets
 from .sts import HUB_MTEB, PUBLISHED_PAIRS, SHORT_NAMES, load_sts_subsets, sets_of, sts_folder
 
+PRECISIONS = ("fp32", "bf16")
+
 
 def evaluate(
     models: Sequence[str],
@@ -32,6 +34,7 @@ def evaluate(
     pooling: str | None = None,
     max_length: int | None = None,
     batch_size: int = 64,
+    precision: str = "fp32",
     kmeans: str = "kmeans",
     cluster_seeds: int = 5,
     resamples: int = 1000,
@@ -47,6 +50,7 @@ def evaluate(
         clustering: files of `label TAB text` lines.
         pooling, max_length: see `load_model`, for all models.
         batch_size: sentences that are encoded at a time.
+        precision: "fp32", or "bf16" for autocast to it.
         kmeans, cluster_seeds: see `evaluate_clustering`; the runs have the seeds from `seed` on.
         resamples: of the bootstrap; 0 for no intervals and no tests.
         seed: of the bootstrap and of k-means.
@@ -67,6 +71,8 @@ def evaluate(
     ):
         check_count(name, value, at_least=least)
     check_choice("kmeans", kmeans, ALGORITHMS)
+    check_choice("precision", precision, PRECISIONS)
+    dtype = torch.bfloat16 if precision == "bf16" else None
 
     problems = Problems()
     sts = _read_sts(sts_dir, sets, problems) if sts_dir is not None else {}
@@ -78,7 +84,7 @@ def evaluate(
     for name, label in zip(names, _labels(names), strict=True):
         with problems.leave_out(name):
             model = load_model(name, pooling=pooling, max_length=max_length)
-            one = ModelFigures(model, batch_size, resamples, seed, problems, label, progress)
+            one = ModelFigures(model, batch_size, dtype, resamples, seed, problems, label, progress)
             figures = one.all_figures(sts, texts, kmeans, range(seed, seed + cluster_seeds))
             described = {"model": name, "label": label, **model._asdict()}
             described.pop("encoder")
@@ -93,6 +99,7 @@ def evaluate(
             "resamples": resamples,
             "seed": seed,
             "batch_size": batch_size,
+            "precision": precision,
             "device": "cuda" if torch.cuda.is_available() else "cpu",
         },
         "versions": _versions(),

@@ -43,12 +43,20 @@ class SentenceTransformerEncoder:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def encode(self, sentences: Sequence[str], *, batch_size: int = 64, progress: bool = False) -> Tensor:
-        """Embeddings (N, D) of the sentences, float32 on the CPU."""
+    def encode(
+        self,
+        sentences: Sequence[str],
+        *,
+        batch_size: int = 64,
+        progress: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Embeddings (N, D) of the sentences, float32 on the CPU; `dtype` computes in autocast to it."""
         place = {sentence: row for row, sentence in enumerate(dict.fromkeys(sentences))}
-        vectors = self.model.encode(
-            list(place), batch_size=batch_size, show_progress_bar=progress, convert_to_tensor=True
-        )
+        with torch.autocast(self.model.device.type, dtype, enabled=dtype is not None):
+            vectors = self.model.encode(
+                list(place), batch_size=batch_size, show_progress_bar=progress, convert_to_tensor=True
+            )
         return vectors.float().cpu()[[place[sentence] for sentence in sentences]]
 
 
@@ -135,7 +143,10 @@ def _sentence_transformer(folder: Path, device: str, reason: str) -> Any:
             'pip install "clusterns[sentence-transformers]"'
         ) from error
     try:
-        return SentenceTransformer(str(folder), device=device, local_files_only=True).eval()
+        # In float32 whatever the checkpoint's dtype, as a SentenceEncoder.
+        return SentenceTransformer(
+            str(folder), device=device, local_files_only=True, model_kwargs={"dtype": torch.float32}
+        ).eval()
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"model: expected a model that sentence-transformers loads in {folder}, got: {first_line(error)}"

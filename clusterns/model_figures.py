@@ -54,13 +54,15 @@ class ModelFigures:
         self,
         model: EvaluatedModel,
         batch_size: int,
+        dtype: torch.dtype | None,
         resamples: int,
         seed: int,
         problems: Problems,
         label: str,
         progress: bool,
     ) -> None:
-        self.model, self.batch_size, self.resamples, self.seed = model, batch_size, resamples, seed
+        self.model, self.batch_size, self.dtype = model, batch_size, dtype
+        self.resamples, self.seed = resamples, seed
         self.problems, self.label, self.progress = problems, label, progress
         self.drawn: dict[str, Floats] = {}
 
@@ -85,7 +87,8 @@ class ModelFigures:
         return figures
 
     def _encode(self, sentences: Iterable[str]) -> Vectors:
-        return Vectors(self.model.encoder, sentences, self.batch_size, self.progress)
+        settings = {} if self.dtype is None else {"dtype": self.dtype}
+        return Vectors(self.model.encoder, sentences, self.batch_size, self.progress, **settings)
 
     def _sts_figures(self, sts: Mapping[str, Subsets], vectors: Vectors) -> dict[str, Any]:
         figures: dict[str, Any] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +25,16 @@ GEOMETRY_SET = "STSBenchmark-dev"
 
 
 class Vectors:
-    """Embeddings of sentences, each distinct one encoded once, in one call for all of them."""
+    """Embeddings of sentences, each distinct one encoded once, in one call for all of them.
 
-    def __init__(self, encoder: Encoder, sentences: Iterable[str], batch_size: int, progress: bool) -> None:
+    `settings` go to the encoder's `encode` as they are.
+    """
+
+    def __init__(
+        self, encoder: Encoder, sentences: Iterable[str], batch_size: int, progress: bool, **settings: Any
+    ) -> None:
         self._row = {sentence: row for row, sentence in enumerate(dict.fromkeys(sentences))}
-        encoded = encoder.encode(list(self._row), batch_size=batch_size, progress=progress)
+        encoded = encoder.encode(list(self._row), batch_size=batch_size, progress=progress, **settings)
         self.rows = encoded.float().cpu()
 
     def of(self, sentences: Sequence[str]) -> Tensor:

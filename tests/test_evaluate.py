@@ -153,6 +153,27 @@ def test_models_are_compared_on_the_same_pairs(models: list[str], folder: Path) 
     assert one["avg"]["high"] - one["avg"]["low"] < min(widths)
 
 
+def test_half_precision_reaches_the_encoder(
+    models: list[str], folder: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, asked = SentenceEncoder.encode, []
+
+    def recording(self: SentenceEncoder, sentences: list[str], **settings: object) -> torch.Tensor:
+        asked.append(settings.get("dtype"))
+        return encode(self, sentences, **settings)
+
+    monkeypatch.setattr(SentenceEncoder, "encode", recording)
+    settings = {"sts_dir": folder, "clustering": [texts], "cluster_seeds": 1, "progress": False}
+    for precision, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
+        asked.clear()
+        results = evaluate(models[:1], precision=precision, resamples=0, **settings)
+        assert asked == [dtype, dtype]
+        assert results["settings"]["precision"] == precision
+        assert results["errors"] == []
+    with pytest.raises(ValueError, match=r"^precision: expected one of 'fp32', 'bf16', got 'int8'$"):
+        evaluate(models[:1], precision="int8", **settings)
+
+
 def test_what_cannot_be_evaluated_is_left_out_and_the_rest_is_written(
     models: list[str], folder: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
