@@ -109,7 +109,7 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="bf16 autocast is fast where the device computes in it; figures may change in the second decimal",
+        help="bf16 autocast is fast where the device computes in it; the second decimal may change",
     )
     add(
         "--resamples",
