@@ -102,7 +102,12 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="scikit-learn's on the embeddings as they are, as in the paper (default), or by cosine",
     )
     add("--cluster-seeds", type=int, default=5, metavar="INT", help="runs of k-means (default 5)")
-    add("--pooling", metavar="NAME", help="cls, mean ...; default: what the model's files say")
+    add(
+        "--pooling",
+        type=lambda text: text.split(","),
+        metavar="NAME",
+        help="cls, mean ...; default auto: what the model's files say; by commas one for each model",
+    )
     add("--max-length", type=int, metavar="INT", help="tokens; default: what the model takes")
     add("--batch-size", type=int, default=64, metavar="INT", help="default 64")
     add(

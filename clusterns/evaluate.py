@@ -31,7 +31,7 @@ def evaluate(
     sts_dir: str | os.PathLike[str] | None = None,
     sets: Sequence[str] | None = None,
     clustering: Sequence[str | os.PathLike[str]] = (),
-    pooling: str | None = None,
+    pooling: str | Sequence[str] | None = None,
     max_length: int | None = None,
     batch_size: int = 64,
     precision: str = "fp32",
@@ -48,7 +48,9 @@ def evaluate(
         sts_dir: source of STS sets, see `load_sts_subsets`; None for none.
         sets: names of STS sets; None takes the seven test sets and the two dev sets.
         clustering: files of `label TAB text` lines.
-        pooling, max_length: see `load_model`, for all models.
+        pooling: see `load_model`; one for all models, or one for each, "auto" for what its files say. A model
+            may come twice, with two poolings.
+        max_length: see `load_model`, for all models.
         batch_size: sentences that are encoded at a time.
         precision: "fp32", or "bf16" for autocast to it.
         kmeans, cluster_seeds: see `evaluate_clustering`; the runs have the seeds from `seed` on.
@@ -70,6 +72,7 @@ def evaluate(
         *(("resamples", resamples, 0), ("seed", seed, 0)),
     ):
         check_count(name, value, at_least=least)
+    chosen = _with_poolings(list(map(str, models)), pooling)
     check_choice("kmeans", kmeans, ALGORITHMS)
     check_choice("precision", precision, PRECISIONS)
     dtype = torch.bfloat16 if precision == "bf16" else None
@@ -79,11 +82,10 @@ def evaluate(
     texts = _read_texts(clustering, problems)
     if not sts and not texts:
         raise ValueError("evaluate: expected data to evaluate on, got none that can be read (see above)")
-    names = list(dict.fromkeys(map(str, models)))
     found, drawn = [], []
-    for name, label in zip(names, _labels(names), strict=True):
-        with problems.leave_out(name):
-            model = load_model(name, pooling=pooling, max_length=max_length)
+    for (name, asked), label in zip(chosen, _labels(chosen), strict=True):
+        with problems.leave_out(label):
+            model = load_model(name, pooling=asked, max_length=max_length)
             one = ModelFigures(model, batch_size, dtype, resamples, seed, problems, label, progress)
             figures = one.all_figures(sts, texts, kmeans, range(seed, seed + cluster_seeds))
             described = {"model": name, "label": label, **model._asdict()}
@@ -170,10 +172,29 @@ def _notes(sts: Mapping[str, Subsets]) -> list[str]:
     return lines
 
 
-def _labels(names: Sequence[str]) -> list[str]:
-    """What tables call the models: the folder's own name where that tells them apart, else all of it."""
-    short = [Path(name).resolve().name if Path(name).is_dir() else name for name in names]
-    return [label if short.count(label) == 1 else name for label, name in zip(short, names, strict=True)]
+def _with_poolings(
+    models: Sequence[str], pooling: str | Sequence[str] | None
+) -> list[tuple[str, str | None]]:
+    """Each model with its pooling, None for what its files say; none comes twice."""
+    poolings = [pooling] if isinstance(pooling, str) or pooling is None else list(pooling)
+    if len(poolings) not in (1, len(models)):
+        raise ValueError(
+            f"pooling: expected one for all or one for each of {len(models)} models, got {len(poolings)}"
+        )
+    asked = [None if name == "auto" else name for name in poolings]
+    return list(dict.fromkeys(zip(models, asked * (len(models) // len(asked)), strict=True)))
+
+
+def _labels(models: Sequence[tuple[str, str | None]]) -> list[str]:
+    """What tables call the models: the folder's name, or all of it and the pooling, to tell them apart."""
+    names = [name for name, _ in models]
+    short = {name: Path(name).resolve().name if Path(name).is_dir() else name for name in names}
+    shared = {name for name, label in short.items() if list(short.values()).count(label) > 1}
+    labels = []
+    for name, pooling in models:
+        label = name if name in shared else short[name]
+        labels.append(f"{label} ({pooling or 'auto'})" if names.count(name) > 1 else label)
+    return labels
 
 
 def _versions() -> dict[str, str]:

@@ -293,6 +293,24 @@ def test_labels_tell_models_apart(tmp_path: Path, folder: Path, models: list[str
     assert results["comparisons"][0]["sets"]["STS-B"]["p_value"] == 1
 
 
+def test_a_pooling_for_each_model(
+    models: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sts = {"sts_dir": folder, "sets": ["STS-B"], "resamples": 0, "progress": False}
+    twice = [models[0], models[0], models[1]]
+    results = evaluate(twice, pooling=["auto", "cls", "cls"], **sts)
+    found = [(model["label"], model["pooling"]) for model in results["models"]]
+    assert found == [("one (auto)", "mean"), ("one (cls)", "cls"), ("two", "cls")]
+    figures = [model["sts"]["STS-B"]["spearman"] for model in results["models"]]
+    alone = evaluate(models, pooling="cls", **sts)
+    assert figures[1:] == [model["sts"]["STS-B"]["spearman"] for model in alone["models"]]
+    assert figures[0] != figures[1]
+    options = ["--sts-dir", str(folder), "--sts-sets", "STS-B", "--resamples", "0"]
+    assert main(["evaluate", *models, *options, "--pooling", "auto,cls"]) == 0
+    assert main(["evaluate", *models, *options, "--pooling", "auto,cls,cls"]) == 2
+    assert "pooling: expected one for all or one for each of 2 models, got 3" in capsys.readouterr().err
+
+
 def test_format_table() -> None:
     rows = {
         "one": {"STS12": 1.005, "STSBenchmark-test": 70.0},
