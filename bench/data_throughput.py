@@ -133,11 +133,12 @@ def mapped(rows: list[Row], tokenizer, size: int, max_length: int) -> Loader:
     return loader
 
 
-def sentences_per_second(make: Loader, size: int) -> float:
-    """Rows of a whole epoch, over the time from nothing to the last batch."""
-    start = time.perf_counter()
-    count = sum(1 for _ in make())
-    return count * size / (time.perf_counter() - start)
+def whole_epoch(make: Loader, size: int) -> tuple[float, float]:
+    """Rows a second from nothing to the last batch, and processor time of a row in µs, workers' included."""
+    before, start = sum(os.times()[:4]), time.perf_counter()
+    count = size * sum(1 for _ in make())
+    seconds = time.perf_counter() - start
+    return count / seconds, (sum(os.times()[:4]) - before) / count * 1e6
 
 
 def waits(make: Loader, step_seconds: float, steps: int) -> tuple[float, float]:
@@ -176,17 +177,19 @@ def measure(kind: str, wanted: argparse.Namespace) -> dict[str, dict[str, float]
         os.environ["CLUSTERNS_CACHE"] = str(Path(folder) / "cache")
         rows = corpus(kind, wanted.rows)
         made = contenders(rows, wanted.batch_size, wanted.max_length, Path(folder))
-        speeds: dict[str, list[float]] = {name: [] for name in made}
+        epochs: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
         for _ in tqdm(range(wanted.rounds), desc=f"rounds of {kind}", file=sys.stderr):
             for name, make in made.items():  # in turn, so that a machine's slow minute hits all alike
-                speeds[name].append(sentences_per_second(make, wanted.batch_size))
+                epochs[name].append(whole_epoch(make, wanted.batch_size))
         for name, make in tqdm(made.items(), desc=f"waits of {kind}", file=sys.stderr):
+            speeds = [speed for speed, _ in epochs[name]]
             first, wait = waits(make, wanted.step_ms / 1000, wanted.steps)
             found[name] = {
                 "rows": len(rows),
-                "rows_per_second": statistics.median(speeds[name]),
-                "slowest_round": min(speeds[name]),
-                "fastest_round": max(speeds[name]),
+                "rows_per_second": statistics.median(speeds),
+                "slowest_round": min(speeds),
+                "fastest_round": max(speeds),
+                "processor_us_per_row": statistics.median(processor for _, processor in epochs[name]),
                 "first_batch_ms": first * 1e3,
                 "wait_ms": wait * 1e3,
             }
@@ -207,12 +210,12 @@ def main() -> None:
         results["kinds"][kind] = rows = measure(kind, wanted)
         wanted.output.parent.mkdir(parents=True, exist_ok=True)
         wanted.output.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"\n{kind}: {'rows/s':>40} {'(rounds)':>18} {'first batch':>14} {'wait':>10}")
+        print(f"\n{kind:52} {'rows/s':>8} {'(rounds)':>18} {'CPU/row':>11} {'first batch':>13} {'wait':>10}")
         for name, row in sorted(rows.items(), key=lambda item: -item[1]["rows_per_second"]):
             span = f"{row['slowest_round']:,.0f}–{row['fastest_round']:,.0f}"
             print(
                 f"{name:52} {row['rows_per_second']:>8,.0f} {span:>18} "
-                f"{row['first_batch_ms']:>10.0f} ms {row['wait_ms']:>7.2f} ms"
+                f"{row['processor_us_per_row']:>8.0f} µs {row['first_batch_ms']:>10.0f} ms {row['wait_ms']:>7.2f} ms"
             )
     print(f"\nwritten to {wanted.output}")
 
