@@ -32,11 +32,11 @@ def draw_run(records: Sequence[dict], path: Path) -> None:
 
     terms = [record for record in records if "loss" in record]
     starts = [record["step"] for record in records if record.get("event") == "clustering starts"]
-    figure, grid = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    figure, grid = plt.subplots(2, 2, figsize=(12, 8), layout="constrained", sharex=True)
     (loss_axes, cosine_axes), (cluster_axes, dev_axes) = grid
 
     _draw(loss_axes, terms, LOSSES)
-    loss_axes.set(title="loss", ylabel="nats")
+    loss_axes.set(title="loss", ylabel="nats" if len(loss_axes.lines) > 1 else "InfoNCE (nats)")
     _draw_beside(loss_axes, terms, "effective_negatives", "effective negatives")
 
     _draw(cosine_axes, terms, COSINES)
@@ -53,19 +53,19 @@ def draw_run(records: Sequence[dict], path: Path) -> None:
         dev_axes.set(title=f"dev {metric.replace('_', ' ')}", ylabel="score × 100")
 
     for axes, empty in (
-        (loss_axes, None),
-        (cosine_axes, None),
+        (loss_axes, ""),
+        (cosine_axes, ""),
         (cluster_axes, "clustering did not start"),
         (dev_axes, "no dev set given"),
     ):
-        axes.set_xlabel("step")
         if not axes.lines:
             axes.text(0.5, 0.5, empty, ha="center", va="center", transform=axes.transAxes)
-            axes.set(xticks=[], yticks=[], xlabel="", ylabel="", title=axes.get_title() or "dev score")
-            continue
+            axes.set(yticks=[], ylabel="", title=axes.get_title() or "dev score")
         axes.grid(alpha=0.3)
         for step in starts:
             axes.axvline(step, color="0.4", linestyle="--", linewidth=1)
+    for axes in grid[1]:
+        axes.set_xlabel("step")
     if starts:
         late = starts[0] > records[-1]["step"] / 2  # the label goes where there is room
         loss_axes.annotate(

@@ -35,6 +35,15 @@ def _reproducible() -> None:
 
 
 @pytest.fixture
+def one_thread():
+    """For models so small that two threads only wait for each other, on a busy machine for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def nan_filled_memory():
     """Fill all uninitialised memory with NaN, so that a cell nobody writes shows."""
     torch.use_deterministic_algorithms(True)

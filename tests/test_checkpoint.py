@@ -17,6 +17,8 @@ from train_problems import flags, log_of, refused, save_tiny_model, sentences
 from clusterns.checkpoint import Checkpoints
 from clusterns.cli import main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RUN = "--max-steps 8 --checkpoint-steps 2 --keep-checkpoints 2 --no-tensorboard".split()
 
 

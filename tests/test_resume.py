@@ -6,18 +6,13 @@ import json
 import multiprocessing
 import random
 import signal
-import sys
 from pathlib import Path
 
 import pytest
+import resume_worker
 import torch
 from safetensors.torch import load_file
-from train_problems import flags, log_of, refused, save_tiny_model, sentences, write_dev
-
-from clusterns.cli import main
-
-sys.path.insert(0, str(Path(__file__).parent))
-import resume_worker  # noqa: E402
+from train_problems import flags, save_tiny_model, sentences, write_dev
 
 STEPS = "--max-steps 18 --eval-steps 4 --patience 0 --checkpoint-steps 3 --keep-checkpoints 2 --log-steps 2"
 EVERYTHING = (

@@ -12,6 +12,8 @@ from train_problems import flags, log_of, refused, save_tiny_model, sentences, w
 from clusterns.cli import main
 from clusterns.encoder import SentenceEncoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):

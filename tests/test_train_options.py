@@ -17,6 +17,8 @@ from clusterns.cli import main
 from clusterns.encoder import SentenceEncoder
 from clusterns.train import Run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
