@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -54,6 +54,8 @@ class TrainConfig:
     With neither `model` nor `train_file` a small BERT is trained from scratch on documentation strings; see
     `from_settings` for its defaults.
     """
+
+    loss_class: ClassVar[type[ClusterNSLoss]] = ClusterNSLoss  # for experiments with another one
 
     preset: str | None = setting(
         None, "settings of a published run, model and sentences included; flags override", tuple(PRESETS)
@@ -150,7 +152,9 @@ class TrainConfig:
     )
     device: str = setting("auto", "cuda, cpu, mps ...; auto takes the fastest at hand")
     compile: bool = setting(False, "compile the encoder: the first steps take a minute, the others less")
-    num_workers: int = setting(0, "processes that tokenise ahead of the loop; 0 tokenises in it")
+    num_workers: int | None = setting(
+        None, "processes that tokenise ahead of the loop; 0 tokenises in it; default 0 on a CPU, else 2"
+    )
 
     num_clusters: int = setting(128, "K; 0 is SimCSE")
     temperature: float = setting(0.05, "τ")
@@ -202,11 +206,13 @@ class TrainConfig:
             "epochs batch_size accumulation_steps max_length eval_steps log_steps keep_checkpoints"
         ).split():
             check_count(name, getattr(self, name), at_least=1)
-        for name in ("patience", "num_clusters", "seed", "warmup_steps", "num_workers"):
+        for name in ("patience", "num_clusters", "seed", "warmup_steps"):
             check_count(name, getattr(self, name), at_least=0)
         for name in ("max_steps", "mini_batch_size", "checkpoint_steps"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), at_least=1)
+        if self.num_workers is not None:
+            check_count("num_workers", self.num_workers, at_least=0)
         check_number("learning_rate", self.learning_rate, above=0)
         check_number("max_grad_norm", self.max_grad_norm, above=0)
         check_number("weight_decay", self.weight_decay, at_least=0)
@@ -225,6 +231,12 @@ class TrainConfig:
         if self.denoise != "none" and self.prompt is None and self.template is None:
             raise ValueError(f"denoise: expected 'none' without a prompt or template, got {self.denoise!r}")
 
+    def workers(self, device: torch.device) -> int:
+        """Processes that tokenise; by default none on a CPU, which they would share with the loop, else 2."""
+        if self.num_workers is not None:
+            return self.num_workers
+        return 0 if device.type == "cpu" else 2
+
     def build_prompt(self) -> Any:
         """The `Prompt` these settings describe, or None."""
         from .prompts import Prompt  # late: it needs transformers
@@ -238,7 +250,7 @@ class TrainConfig:
         self, embedding_dim: int, process_group: torch.distributed.ProcessGroup | None = None
     ) -> ClusterNSLoss:
         """The loss these settings describe; K = 0 is plain InfoNCE."""
-        make: Callable[..., ClusterNSLoss] = ClusterNSLoss
+        make: Callable[..., ClusterNSLoss] = self.loss_class
         if self.mini_batch_size is not None:
             make = functools.partial(CachedClusterNSLoss, mini_batch_size=self.mini_batch_size)
         try:

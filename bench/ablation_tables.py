@@ -1,0 +1,110 @@
+"""Tables and figure of bench/ablations.py."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import ttest_rel
+
+BASELINE = "SimCSE"
+Found = dict[str, dict[int, dict[str, Any]]]
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation of a sample."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"
+
+
+def paired(found: Found, name: str, figure: str) -> tuple[float, float, int]:
+    """Mean difference to the baseline over the seeds of both, p of the paired t-test, number of seeds."""
+    seeds = [seed for seed in found[name] if seed in found.get(BASELINE, {})]
+    mine, base = ([figure_of(found[each][seed], figure) for seed in seeds] for each in (name, BASELINE))
+    if not seeds or name == BASELINE:
+        return math.nan, math.nan, len(seeds)
+    difference = statistics.fmean(a - b for a, b in zip(mine, base, strict=True))
+    p = float(ttest_rel(mine, base).pvalue) if len(seeds) > 1 else math.nan
+    return difference, p, len(seeds)
+
+
+def figure_of(result: dict[str, Any], name: str) -> float:
+    """STS-B dev, or a test figure."""
+    return result["dev"] if name == "dev" else result["test"][name]
+
+
+def write_comparison(found: Found, folder: Path, origin: dict[str, Any]) -> None:
+    """comparison.csv (a row a run), comparison.md and comparison.png of what there is so far."""
+    names = [name for name in found if found[name]]
+    sets = list(next(iter(found[names[0]].values()))["test"])
+    with (folder / "comparison.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["variant", "seed", "dev", *sets, "clustering_started", "seconds", "commit", "cpu"])
+        for name in names:
+            for seed, result in sorted(found[name].items()):
+                started = result["clustering_started"]
+                first = started[0] if started else ""
+                origin_of_run = [result["machine"][each] for each in ("commit", "cpu")]
+                figures = [result["test"][each] for each in sets]
+                seconds = round(result["seconds"], 1)
+                writer.writerow([name, seed, result["dev"], *figures, first, seconds, *origin_of_run])
+    lines = [
+        "| variant | seeds | STS-B dev | test avg | − SimCSE, dev (p) | − SimCSE, test avg (p) |",
+        "|:--|--:|--:|--:|--:|--:|",
+    ]
+    for name in names:
+        results = list(found[name].values())
+        cells = [spread([figure_of(result, each) for result in results]) for each in ("dev", "avg")]
+        for each in ("dev", "avg"):
+            difference, p, _ = paired(found, name, each)
+            cells.append("" if math.isnan(difference) else f"{difference:+.2f} ({p:.3f})")
+        lines.append(f"| {name} | {len(results)} | {' | '.join(cells)} |")
+    lines += ["", "Spearman × 100, mean ± standard deviation over seeds; p of a paired t-test.", ""]
+    lines += ["```json", json.dumps(origin), "```", ""]
+    (folder / "comparison.md").write_text("\n".join(lines))
+    draw(found, names, folder / "comparison.png")
+
+
+def draw(found: Found, names: list[str], file: Path) -> None:
+    """A dot for each seed, lines between the runs of one seed, a bar for the mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axis, name, title in zip(axes, ("dev", "avg"), ("STS-B dev", "seven test sets, mean"), strict=True):
+        for seed in sorted({seed for each in names for seed in found[each]}):
+            points = [(x, found[each].get(seed)) for x, each in enumerate(names)]
+            points = [(x, figure_of(result, name)) for x, result in points if result]
+            axis.plot(*zip(*points, strict=True), "o-", lw=0.6, ms=4, alpha=0.6, label=f"seed {seed}")
+        for x, each in enumerate(names):
+            mean = statistics.fmean(figure_of(result, name) for result in found[each].values())
+            axis.plot([x - 0.3, x + 0.3], [mean, mean], color="black", lw=2)
+        axis.set_xticks(range(len(names)), names, rotation=35, ha="right")
+        axis.set_title(title)
+        axis.set_ylabel("Spearman × 100")
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def write_search(found: dict[str, list[dict[str, Any]]], folder: Path, origin: dict[str, Any]) -> None:
+    """search.csv and search.md, best on dev first."""
+    rows = sorted(found.items(), key=lambda item: -statistics.fmean(result["dev"] for result in item[1]))
+    with (folder / "search.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["settings", "seed", "dev", "clustering_started"])
+        for name, results in rows:
+            for result in results:
+                started = result["clustering_started"]
+                writer.writerow([name, result["seed"], result["dev"], started[0] if started else ""])
+    lines = ["| settings | seeds | STS-B dev |", "|:--|--:|--:|"]
+    lines += [f"| {name} | {len(each)} | {spread([r['dev'] for r in each])} |" for name, each in rows]
+    lines += ["", "```json", json.dumps(origin), "```", ""]
+    (folder / "search.md").write_text("\n".join(lines))

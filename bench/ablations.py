@@ -1,0 +1,261 @@
+"""Does ClusterNS beat SimCSE on a small encoder, and which part of it matters? Over several seeds.
+
+    python bench/ablations.py --data ../shared/data --output runs/ablations [--seeds 5] [--layers 2]
+    python bench/ablations.py … --search     settings of ClusterNS (σ, K, γ, λ, margins), on STS-B dev alone
+
+Each run trains on Wikipedia sentences from the first layers of a small pretrained encoder, keeps the best
+checkpoint by STS-B dev, and scores that on the seven test sets. A run that has its result is not run again:
+start the command anew and it goes on where it stopped, and more seeds join the old ones. Ends with a table
+(mean ± standard deviation over seeds, paired t-test against SimCSE), as CSV and Markdown, and a figure.
+
+Nothing is chosen by a test set: `--search` sees STS-B dev only and trains with a seed that the comparison
+does not use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from ablation_tables import write_comparison, write_search
+from machine import machine
+from torch import Tensor
+from tqdm import tqdm
+
+from clusterns import ClusterNSLoss
+from clusterns.config import TrainConfig
+from clusterns.correlation import spearman
+from clusterns.encoder import SentenceEncoder
+from clusterns.functional import NearestCentroids
+from clusterns.sts import SEVEN, load_sts
+from clusterns.sts_scores import Vectors, sentences_of
+from clusterns.train import train
+
+SEARCH_SEED = 1000
+
+
+class NearestAsHardNegative(ClusterNSLoss):
+    """The nearest centroid is the hard negative, not the runner-up."""
+
+    def assign(self, points: Tensor, **options: Any) -> tuple[NearestCentroids, Tensor | None]:
+        """See `OnlineKMeans.assign`."""
+        found, cosines = super().assign(points, **options)
+        return found._replace(runner_up=found.nearest, runner_up_cosine=found.nearest_cosine), cosines
+
+
+class RandomClusters(ClusterNSLoss):
+    """Sentences belong to clusters at random, and any other centroid is their hard negative."""
+
+    def assign(self, points: Tensor, **options: Any) -> tuple[NearestCentroids, Tensor | None]:
+        """See `OnlineKMeans.assign`."""
+        found, cosines = super().assign(points, **options)
+        nearest = torch.randint_like(found.nearest, self.num_clusters)
+        step = torch.randint_like(nearest, 1, self.num_clusters)
+        return found._replace(nearest=nearest, runner_up=(nearest + step) % self.num_clusters), cosines
+
+
+class NearestConfig(TrainConfig):
+    """Settings with another loss."""
+
+    loss_class: ClassVar[type[ClusterNSLoss]] = NearestAsHardNegative
+
+
+class RandomConfig(TrainConfig):
+    """Settings with another loss."""
+
+    loss_class: ClassVar[type[ClusterNSLoss]] = RandomClusters
+
+
+# The published BERT-base row but for K, which must fit a small batch.
+CLUSTERNS: dict[str, Any] = {"num_clusters": 32, "bml_weight": 1e-3, "bml_alpha": 0.0, "bml_beta": 0.3}
+VARIANTS: dict[str, tuple[type[TrainConfig], dict[str, Any]]] = {
+    "SimCSE": (TrainConfig, {"num_clusters": 0}),
+    "ClusterNS": (TrainConfig, {}),
+    "no BML": (TrainConfig, {"bml_weight": 0.0}),
+    "no hard negatives": (TrainConfig, {"hard_negatives": False}),
+    "nearest centroid": (NearestConfig, {}),
+    "random clusters": (RandomConfig, {}),
+    "exclude, not BML": (TrainConfig, {"false_negatives": "exclude"}),
+    "mean update": (TrainConfig, {"centroid_update": "mean"}),
+}
+
+# One at a time from CLUSTERNS.
+SEARCH: dict[str, list[Any]] = {
+    "start_cosine": [0.2, 0.6, 0.8],
+    "num_clusters": [8, 16, 64],
+    "centroid_momentum": [1e-4, 1e-2],
+    "bml_weight": [1e-4, 1e-2, 1e-1],
+    "bml_beta": [0.5],
+    "bml_alpha": [0.2],
+}
+
+
+def truncated(data: Path, layers: int, folder: Path) -> Path:
+    """The first layers of the shared DistilBERT as a model of its own."""
+    if not (folder / "config.json").is_file():
+        encoder = SentenceEncoder.from_pretrained(
+            data / "models/distilbert-base-cased-gec", pooling="cls", head="none"
+        )
+        blocks = encoder.transformer.transformer.layer
+        encoder.transformer.transformer.layer = blocks[:layers]
+        encoder.transformer.config.n_layers = layers
+        encoder.save(folder)
+    return folder
+
+
+def one_run(
+    kind: type[TrainConfig],
+    settings: dict[str, Any],
+    seed: int,
+    folder: Path,
+    wanted: argparse.Namespace,
+    *,
+    with_test: bool,
+) -> dict[str, Any]:
+    """Train, score, keep the figures and the log, drop the weights; or read the figures of before."""
+    file = folder / "result.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    began = time.perf_counter()
+    given = {
+        "model": str(wanted.model),
+        "train_file": str(wanted.data / "wiki_sentences.txt"),
+        "sts_dir": str(wanted.data / "sts_raw"),
+        "output_dir": str(folder / "model"),
+        "overwrite_output_dir": True,
+        "batch_size": wanted.batch,
+        "max_steps": wanted.steps,
+        "eval_steps": wanted.eval_steps,
+        "patience": 0,
+        "learning_rate": wanted.learning_rate,
+        "pooling": "cls",
+        "head": "none",
+        "seed": seed,
+        "backend": "torch" if not torch.cuda.is_available() else "auto",
+        "tensorboard": False,
+        **CLUSTERNS,
+        **settings,
+    }
+    if kind is not TrainConfig:
+        given["backend"] = "torch"  # the fused kernels assign on their own
+    with quiet():
+        scores = train(kind.from_settings(given))
+    log = (folder / "model" / "log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in log]
+    result = {
+        "settings": settings,
+        "seed": seed,
+        "dev": scores["after"]["spearman"],
+        "dev_before": scores["before"]["spearman"],
+        "clustering_started": [r["step"] for r in records if r.get("event") == "clustering starts"],
+        "last": next(r for r in reversed(records) if "loss" in r),
+    }
+    if with_test:
+        result["test"] = seven_sets(folder / "model", wanted.data / "sts_raw")
+    result |= {"seconds": time.perf_counter() - began, "machine": machine(gpu=True)}
+    shutil.copy(folder / "model" / "log.jsonl", folder / "log.jsonl")
+    shutil.rmtree(folder / "model")
+    partial = folder / ".result.json"
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(file)
+    return result
+
+
+def seven_sets(model: Path, sts_dir: Path) -> dict[str, float]:
+    """Spearman × 100 of each test set and their mean; bfloat16 autocast, as in training."""
+    encoder = SentenceEncoder.from_pretrained(model)
+    if torch.cuda.is_available():
+        encoder = encoder.cuda()
+    sets = {name: load_sts(sts_dir, name) for name in SEVEN}
+    vectors = Vectors(encoder, sentences_of(sets.values()), 128, False, dtype=torch.bfloat16)
+    found = {
+        name: spearman(name, vectors.of(pairs.first), vectors.of(pairs.second), pairs.scores)
+        for name, pairs in sets.items()
+    }
+    return found | {"avg": sum(found.values()) / len(found)}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the training's own lines and bars."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def compare(wanted: argparse.Namespace) -> None:
+    """All variants, seed after seed, so that an interruption leaves whole seeds."""
+    names = wanted.variants or list(VARIANTS)
+    runs = list(itertools.product(range(1, wanted.seeds + 1), names))
+    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
+    with tqdm(runs, desc="runs", unit="run") as bar:
+        for seed, name in bar:
+            bar.set_postfix_str(f"{name}, seed {seed}")
+            kind, settings = VARIANTS[name]
+            folder = wanted.output / name.replace(", ", "-").replace(" ", "-").lower() / str(seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            found[name][seed] = one_run(kind, settings, seed, folder, wanted, with_test=True)
+            write_comparison(found, wanted.output, described(wanted))
+    print((wanted.output / "comparison.md").read_text())
+
+
+def search(wanted: argparse.Namespace) -> None:
+    """Settings of ClusterNS one at a time, on dev."""
+    tried: list[tuple[str, dict[str, Any]]] = [("SimCSE", {"num_clusters": 0}), ("ClusterNS", {})]
+    tried += [(f"{name} = {value}", {name: value}) for name, values in SEARCH.items() for value in values]
+    found: dict[str, list[dict[str, Any]]] = {}
+    with tqdm(list(itertools.product(range(wanted.seeds), tried)), desc="search", unit="run") as bar:
+        for number, (name, settings) in bar:
+            folder = wanted.output / "search" / name.replace(" = ", "-") / str(number)
+            folder.mkdir(parents=True, exist_ok=True)
+            result = one_run(TrainConfig, settings, SEARCH_SEED + number, folder, wanted, with_test=False)
+            found.setdefault(name, []).append(result)
+            write_search(found, wanted.output, described(wanted))
+    print((wanted.output / "search.md").read_text())
+
+
+def described(wanted: argparse.Namespace) -> dict[str, Any]:
+    """What the tables say of their origin."""
+    names = "layers batch steps eval_steps learning_rate".split()
+    return (
+        {name: getattr(wanted, name) for name in names}
+        | machine(gpu=True)
+        | {"command": f"python {' '.join(sys.argv)}"}
+    )
+
+
+def main() -> int:
+    """Run what is missing and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with models, sentences, sts_raw")
+    parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--search", action="store_true")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS))
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--eval-steps", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    wanted = parser.parse_args()
+    if not (wanted.data / "wiki_sentences.txt").is_file():
+        parser.error(f"--data: expected a folder with wiki_sentences.txt, got {wanted.data}")
+    wanted.output.mkdir(parents=True, exist_ok=True)
+    wanted.model = truncated(wanted.data, wanted.layers, wanted.output / f"start-{wanted.layers}")
+    began = time.perf_counter()
+    (search if wanted.search else compare)(wanted)
+    print(f"{time.perf_counter() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
