@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Sentences tokenised and sorted at a time: enough that padding is negligible, few enough to bound memory.
 SORT_WINDOW = 16384
+# Tokens of a batch on a CPU, where larger ones fall out of the cache and are no faster.
+CPU_TOKENS = 1024
 
 
 def encode(
@@ -68,8 +70,7 @@ class _Run:
         # Longest first, so that a batch too large for the memory fails at once and not at the end.
         order = sorted(range(len(sentences)), key=lengths.__getitem__, reverse=True)
         vectors = torch.empty(len(sentences), encoder.embedding_dim, device=self.device)
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        for rows in self.batches(order, lengths):
             batch = tokenizer.pad(
                 {name: [values[row] for row in rows] for name, values in tokens.items()},
                 padding_side="right",
@@ -82,6 +83,16 @@ class _Run:
             vectors[torch.tensor(rows, device=self.device)] = final.float()
             bar.update(len(rows))
         return vectors
+
+    def batches(self, order: list[int], lengths: list[int]) -> Iterator[list[int]]:
+        """The rows of `order`, longest first, in batches of `batch_size`; on a CPU of fewer long ones."""
+        start = 0
+        while start < len(order):
+            count = self.batch_size
+            if self.device.type == "cpu":
+                count = min(count, max(1, CPU_TOKENS // max(1, lengths[order[start]])))
+            yield order[start : start + count]
+            start += count
 
     def add_template_states(self, lengths: list[int]) -> None:
         """Encode the template for each length that has not occurred before."""

@@ -32,7 +32,22 @@ def test_encode_does_not_depend_on_batch_size_or_window(
     encoder = make_encoder(pooling="mean")
     expected = encoder.encode(SENTENCES)
     monkeypatch.setattr("clusterns.encoding.SORT_WINDOW", 4)
-    assert_close(encoder.encode(SENTENCES, batch_size=batch_size), expected)
+    for tokens in (1024, 10, 1):
+        monkeypatch.setattr("clusterns.encoding.CPU_TOKENS", tokens)
+        assert_close(encoder.encode(SENTENCES, batch_size=batch_size), expected)
+
+
+def test_batches_on_a_cpu_have_at_most_so_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clusterns.encoding.CPU_TOKENS", 20)
+    encoder, shapes = make_encoder(pooling="mean"), []
+    encoder.transformer.register_forward_pre_hook(
+        lambda _module, _args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    encoder.encode(
+        ["the cat sat on the mat far far home", "a cat", "a dog", "bird", "dog", "cat"], batch_size=3
+    )
+    # 11 tokens with [CLS] and [SEP], then 4, 4, 3, 3, 3: at most 20 tokens and 3 sentences.
+    assert shapes == [(1, 11), (3, 4), (2, 3)]
 
 
 def test_encode_takes_each_distinct_sentence_once_longest_first() -> None:
