@@ -91,9 +91,8 @@ class Processes:
         # No buffer changes in training. torch 2.13 has a new name for leaving them alone.
         names = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        return DistributedDataParallel(
-            model, device_ids=devices, gradient_as_bucket_view=True, **{sync: False}
-        )
+        keywords: dict[str, Any] = {sync: False}
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **keywords)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .train import Run
 
 # Attributes of the run that JSON holds as they are.
-_PROGRESS = ("epoch batch deferred rows first_scores best_scores best_step evaluations_without_gain").split()
+_PROGRESS = ("epoch batch deferred first_scores best_scores best_step evaluations_without_gain").split()
 
 
 def find_checkpoint(config: TrainConfig, output: Path, processes: Processes) -> Checkpoint | None:
@@ -58,6 +58,7 @@ def save_checkpoint(run: Run) -> None:
         training={**{name: part.state_dict() for name, part in _parts(run).items()}, "random": random},
         progress={
             **{name: getattr(run, name) for name in _PROGRESS},
+            "rows": _rows(run),
             "seconds": run.journal.seconds,
             "watch": run.watch.state_dict(),
             "processes": run.processes.size,
@@ -74,9 +75,10 @@ def load_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
     Raises ValueError for a checkpoint of another model or of other data.
     """
     progress = checkpoint.progress
-    if progress["rows"] != run.rows:
+    if progress["rows"] != _rows(run):
+        got = "other ones" if progress["rows"][0] == _rows(run)[0] else f"{_rows(run)[0]:,}"
         raise ValueError(
-            f"--train-file: expected {progress['rows']:,} rows as in {checkpoint.folder}, got {run.rows:,}"
+            f"--train-file: expected the {progress['rows'][0]:,} rows of {checkpoint.folder}, got {got}"
         )
     checkpoint.load_modules(run.modules)
     for name, part in _parts(run).items():
@@ -88,6 +90,12 @@ def load_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
     if run.processes.is_first:
         run.checkpoints.restore_files(checkpoint, run.output / LOG)
     restore_random_states(checkpoint.training["random"][run.processes.rank], run.device)
+
+
+def _rows(run: Run) -> list[Any]:
+    """How many rows there are, and what tells those of a file from others."""
+    folder = getattr(run.task.rows, "folder", None)
+    return [len(run.task.rows), folder and folder.name]
 
 
 def _parts(run: Run) -> dict[str, Any]:

@@ -94,8 +94,10 @@ class Run:
         # On several ranks the backward pass averages the gradients, but within this.
         self.no_sync: Callable[[], Any] = getattr(self.model, "no_sync", contextlib.nullcontext)
 
-        self.tokenize = encoder.view_tokenizer(max_length=config.max_length)
-        self.rows, self.views = len(task.rows), max(2, len(task.rows[0]))
+        # Compiled code is made for each T: few of them.
+        multiple = 8 if config.compile and config.max_length + 8 <= encoder.longest_input else None
+        self.tokenize = encoder.view_tokenizer(max_length=config.max_length, pad_to_multiple_of=multiple)
+        self.views = max(2, len(task.rows[0]))
         per_epoch = len(self.batches(0, 0)) // config.accumulation_steps
         self.total_steps = config.max_steps or config.epochs * per_epoch
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -158,6 +160,8 @@ class Run:
                 if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
                     self.check_finite()
                     save_checkpoint(self)
+        if self.is_to_stop:
+            self.journal.say(self.step, f"{self.config.patience} evaluations without a gain, stopped")
 
     def stream(self) -> Generator[tuple[Inputs, Inputs | None]]:
         """Token ids (V·B, T) of batch after batch, on the device, without end; and a masked copy for MLM."""
@@ -187,7 +191,7 @@ class Run:
             seed=self.config.seed,
             epoch=epoch,
             start=start,
-            num_workers=self.config.num_workers,
+            num_workers=self.config.workers(self.device),
             pin_memory=self.device.type == "cuda",
             unique=self.config.unique,
             rank=self.processes.rank,
@@ -195,7 +199,9 @@ class Run:
         )
 
     def to_device(self, inputs: Inputs) -> Inputs:
-        """Copies that the host does not wait for where its memory is pinned."""
+        """Copies that the host does not wait for, since their memory is pinned."""
+        if self.device.type == "cuda":
+            inputs = {name: value.pin_memory() for name, value in inputs.items()}
         return {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
 
     def train_step(self, *, watched: bool) -> dict[str, Tensor]:
@@ -246,20 +252,15 @@ class Run:
         terms = dict(self.loss_fn.last)
         if mlm is not None and masked is not None:
             # The mean over the masked tokens of all ranks, whose gradients are averaged.
-            count = mlm.new_tensor(len(masked["labels"]))
+            count = mlm.new_full((), len(masked["labels"]))
             total, tokens = self.processes.sum(torch.stack([mlm.detach(), count]))
+            tokens = tokens.clamp_min(1)
             loss = loss + self.config.mlm_weight * self.processes.size * mlm / tokens
             terms["mlm"] = total / tokens
             terms["loss"] = terms["loss"] + self.config.mlm_weight * terms["mlm"]
         if self.loss_fn.clustering_active and not was_active:
-            cosine, clusters = float(terms["mean_cosine"]), self.loss_fn.num_clusters
-            self.journal.event(
-                self.step,
-                "clustering starts",
-                f"clustering starts with {clusters} centroids "
-                f"(mean cosine {cosine:.3f} <= {self.config.start_cosine})",
-                mean_cosine=cosine,
-            )
+            cosine = float(terms["mean_cosine"])
+            self.journal.event(self.step, *self.watch.start(cosine), mean_cosine=cosine)
         if watched:
             whole = [self.processes.rows_of_all(view.detach()) for view in embeddings]
             terms |= measure(*whole, loss_fn=self.loss_fn, clustered="nearest_cosine" in terms)
@@ -323,8 +324,6 @@ class Run:
             self.save()
             return
         self.evaluations_without_gain += 1
-        if self.is_to_stop:
-            self.journal.say(self.step, f"{self.config.patience} evaluations without a gain, stopping")
 
     def save(self) -> None:
         """Keep the encoder and the clustering state that belongs to it."""

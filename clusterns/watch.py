@@ -129,6 +129,14 @@ class Watch:
         for name in self.state_dict():
             setattr(self, name, copy.copy(state[name]))
 
+    def start(self, cosine: float) -> tuple[str, str]:
+        """Of clustering, at this mean cosine."""
+        return (
+            "clustering starts",
+            f"clustering starts with {self.loss_fn.num_clusters} centroids "
+            f"(mean cosine {cosine:.3f} <= {self.loss_fn.start_cosine})",
+        )
+
     def look(self, step: int, values: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """At the figures of a logged step; yields warnings."""
         cosine, positive = values["mean_cosine"], values["positive_cosine"]

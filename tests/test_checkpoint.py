@@ -290,7 +290,9 @@ def test_other_model_and_other_data(interrupted, resumed, tmp_path, capsys):
     file = interrupted / "sentences.txt"
     text = file.read_text()
     file.write_text("\n".join(text.splitlines()[:-10]))
-    assert "--train-file: expected 300 rows as in" in refused(capsys, given)
+    assert "--train-file: expected the 300 rows of" in refused(capsys, given)
+    file.write_text(text.replace("cat", "dog"))
+    assert refused(capsys, given).endswith("got other ones")
     file.write_text(text)
 
 

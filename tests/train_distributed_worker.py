@@ -15,12 +15,12 @@ from clusterns import train
 from clusterns.cli import main
 
 
-def fail(rank: int, method: str, step: int) -> None:
-    """Make a method of the run raise on one rank from a step on."""
+def fail(rank: int, method: str, step: int, run: str) -> None:
+    """Make a method of one run raise on one rank from a step on."""
     whole = getattr(train.Run, method)
 
     def failing(self, *arguments, **keywords):
-        if self.step >= step:
+        if self.step >= step and self.output.name == run:
             raise ValueError(f"{method}: expected to go on, was made to fail at step {self.step}")
         return whole(self, *arguments, **keywords)
 
