@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from train_problems import flags, log_of, refused, save_tiny_model, sentences, write_dev
 
 from clusterns import ClusterNSLoss
+from clusterns.checkpoint import Checkpoints
 from clusterns.cli import main
+from clusterns.devices import Precision
 from clusterns.encoder import SentenceEncoder
 from clusterns.train import Run
 
@@ -167,6 +169,26 @@ def test_compiled(place, tmp_path, monkeypatch):
     assert compiled == pytest.approx(plain, abs=1e-4)
     names = [load_file(tmp_path / name / "model.safetensors").keys() for name in ("plain", "compiled")]
     assert names[0] == names[1]
+
+
+def test_half_precision_with_a_scaled_loss(place, tmp_path, monkeypatch):
+    """The path that CUDA takes, on the CPU: the loss is scaled, gradients are not; a checkpoint holds it."""
+    half = Precision(torch.device("cpu"), torch.float16)
+    plain = run(place, tmp_path / "fp32", "--max-steps 4 --num-clusters 0", model="still")
+    monkeypatch.setattr(Precision, "choose", classmethod(lambda cls, name, device: half))
+    more = "--max-steps 4 --num-clusters 0 --checkpoint-steps 2"
+    records = run(place, tmp_path / "fp16", more, model="still")
+    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in plain], rel=0.05, abs=0.01)
+    assert records[0]["gradient_norm"] == pytest.approx(plain[0]["gradient_norm"], rel=0.05)
+    checkpoints = Checkpoints(tmp_path / "fp16", keep=2)
+    last = checkpoints.last()
+    assert checkpoints.read(last, "log.jsonl").training["scaler"]["scale"] == 65536
+    shutil.rmtree(last)
+    (tmp_path / "fp16" / "training.json").write_text("{}")
+    before = load_file(tmp_path / "fp16" / "model.safetensors")
+    assert run(place, tmp_path / "fp16", f"{more} --resume", model="still")[:2] == records[:2]
+    after = load_file(tmp_path / "fp16" / "model.safetensors")
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_workers_change_nothing(place, tmp_path):
