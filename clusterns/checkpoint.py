@@ -163,6 +163,8 @@ class Checkpoints:
             raise ValueError(
                 f"{folder}: expected checkpoint version {VERSION}, got {progress.get('version')!r}"
             )
+        if not {"step", "settings", "files"} <= progress.keys():
+            raise ValueError(f"{folder / PROGRESS}: expected step, settings and files, got others")
         advice = "delete that folder to resume from the one before it"
         for name in (MODULES, TRAINING, log_name):
             path = folder / name

@@ -77,7 +77,7 @@ def test_tensors_of_two_names(checkpoints, tmp_path):
     tied = nn.ModuleDict({"one": module(), "other": module()})
     tied["other"].bias = tied["one"].bias
     (tmp_path / "log.jsonl").write_text("")
-    arguments = {"training": {}, "progress": {}, "log": tmp_path / "log.jsonl", "best": []}
+    arguments = {"training": {}, "progress": {"settings": {}}, "log": tmp_path / "log.jsonl", "best": []}
     folder = checkpoints.save(1, modules={"tied": tied}, **arguments)
     fresh = nn.ModuleDict({"one": module(5), "other": module(6)})
     fresh["other"].bias = fresh["one"].bias
@@ -110,6 +110,7 @@ def test_at_most_so_many_and_the_newest_last(checkpoints):
             "expected a checkpoint of clusterns train, got none",
         ),
         (lambda f: (f / "progress.json").write_text('{"step": 3}'), "got another progress.json"),
+        (lambda f: drop(f, "settings"), "progress.json: expected step, settings and files, got others"),
         (lambda f: edit(f, version=99), "expected checkpoint version 1, got 99"),
         (
             lambda f: (f / "training.pt").unlink(),
@@ -139,6 +140,13 @@ def test_damaged_and_foreign(checkpoints, damage, message):
 def edit(folder: Path, **facts) -> None:
     path = folder / "progress.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+
+
+def drop(folder: Path, name: str) -> None:
+    path = folder / "progress.json"
+    path.write_text(
+        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name})
+    )
 
 
 def cut(path: Path) -> None:
