@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from .devices import choose_device
 
 Value = TypeVar("Value")
+# For the rank that evaluates. A rank that died is noticed by torchrun, at once.
+WAIT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -126,9 +129,9 @@ def joined(device_name: str) -> Iterator[Processes]:
         if not is_own:
             pass
         elif device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
+            dist.init_process_group("nccl", timeout=WAIT, device_id=device)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=WAIT)
         yield Processes(rank, size, device)
         dist.barrier()  # the first one still writes when the others are done
     except RuntimeError as error:

@@ -257,6 +257,12 @@ def test_changed_settings_are_refused(resumed, capsys, more, message):
     assert (output / "log.jsonl").read_bytes() == before
 
 
+def test_another_number_of_processes(resumed, capsys):
+    output, given = resumed
+    edit(output / "checkpoints" / "step-00000008", processes=2)
+    assert "--nproc-per-node: expected 2 processes as in" in refused(capsys, given)
+
+
 def test_settings_that_change_nothing_may_change(resumed):
     """And a folder that was moved is the same run; keeping fewer checkpoints too."""
     output, given = resumed
