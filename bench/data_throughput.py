@@ -203,6 +203,7 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     found = machine() | {"command": f"python {' '.join(sys.argv)}"}
+    found["load_average"] = os.getloadavg()[0]  # well above 0 the machine was busy with something else
     found |= {name: version(name) for name in ("tokenizers", "datasets", "sentence-transformers")}
     settings = {name: str(value) for name, value in vars(wanted).items()}
     results: dict[str, dict] = {"machine": found, "settings": settings, "kinds": {}}
