@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from tiny import SENTENCES, assert_close, make_encoder, make_tokenizer
@@ -47,9 +49,53 @@ def test_batches_on_a_cpu_have_at_most_so_many_tokens(monkeypatch: pytest.Monkey
         ["the cat sat on the mat far far home", "a cat", "a dog", "bird", "dog", "cat"], batch_size=3
     )
     # 11 tokens with [CLS] and [SEP], then 4, 4, 3, 3, 3: at most 20 tokens and 3 sentences.
-    assert shapes == [(1, 11), (3, 4), (2, 3)]
+    assert sorted(shapes) == [(1, 11), (2, 3), (3, 4)]
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_batches_side_by_side_give_the_same_vectors(dtype: torch.dtype | None) -> None:
+    encoder = make_encoder(pooling="mean").train()
+    threads, seen = torch.get_num_threads(), set()
+    encoder.transformer.register_forward_pre_hook(
+        lambda *_: seen.add((threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()))
+    )
+    try:
+        torch.set_num_threads(1)
+        expected = encoder.encode(SENTENCES, batch_size=1, dtype=dtype)
+        assert seen == {(threading.get_ident(), 1, False)}
+        seen.clear()
+        torch.set_num_threads(3)
+        with torch.enable_grad():
+            vectors = encoder.encode(SENTENCES, batch_size=1, dtype=dtype)
+            assert torch.is_grad_enabled()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert {place[1:] for place in seen} == {(1, False)}
+    assert threading.get_ident() not in {place[0] for place in seen}
+    assert not vectors.requires_grad
+    assert encoder.training
+    torch.testing.assert_close(vectors, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_an_error_in_one_batch_is_an_error_of_all() -> None:
+    encoder, threads = make_encoder(), torch.get_num_threads()
+
+    def fail(_module: object, _arguments: object, inputs: dict) -> None:
+        if inputs["input_ids"].shape[1] == 3:
+            raise RuntimeError("out of memory")
+
+    encoder.transformer.register_forward_pre_hook(fail, with_kwargs=True)
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            encoder.encode(SENTENCES, batch_size=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_encode_takes_each_distinct_sentence_once_longest_first() -> None:
     encoder = make_encoder()
     masks: list[torch.Tensor] = []
