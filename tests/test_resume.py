@@ -90,7 +90,7 @@ def test_killed_many_times_at_random_points(place, processes, tmp_path, more):
     seed = random.SystemRandom().randrange(10**6)
     draw = random.Random(seed)
     given = [*arguments(place, parts, more), "--resume"]
-    for _ in range(5):
+    for _ in range(4):
         process = start(processes, given, parts, kill_at=draw.randint(1, touches // 2))
         process.join(draw.uniform(0.3, 3.0))  # if it has not got there by then, it dies where it is
         process.kill()

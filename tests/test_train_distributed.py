@@ -68,7 +68,6 @@ def test_two_processes_train_as_one(place, tmp_path):
         for count in ("one", "two")
     )
     run(1, str(WORKER), json.dumps({"runs": [*one.values()]}))
-    run(2, "-m", "clusterns", *two.pop("published"))
     run(2, str(WORKER), json.dumps({"runs": [*two.values()]}))
     for name in RUNS:
         folders = [tmp_path / f"{count}-{name}" for count in ("one", "two")]
