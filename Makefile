@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
+JOBS ?= 2
 SETUP := setup.py pyproject.toml constraints.txt
 
 .PHONY: help train test lint bench exactness audit gpu clean
@@ -18,7 +19,7 @@ train: $(VENV)/.ready-train
 	$(RUN)/clusterns train --output-dir runs/demo --overwrite-output-dir
 
 test: $(VENV)/.ready-test lint
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.ready-test
 	$(RUN)/ruff check .
