@@ -12,7 +12,8 @@ Three questions, each on a BERT of random weights and the documentation strings 
             a CUDA device): our loss, our loss with the encoder in mini-batches, the published loss
 
 Two dropout views of each sentence, [CLS], no head, float32 on a CPU and bfloat16 autocast on a GPU, the same
-optimiser settings, the same tokenizer in the training process.
+optimiser settings, the same tokenizer in the training process. On a CPU `clusterns train` encodes texts of
+like length together; both trainers get the same batches of texts as they come.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def ours(folder: Path, sentences: Path, wanted: argparse.Namespace, output: Path
         "max_steps": wanted.steps,
         "max_length": LENGTH,
         "num_clusters": wanted.clusters,
-        "start_cosine": 1.0,  # clusters from the second step on
+        "start_cosine": 1.0,  # clusters from the second step on, though of a random encoder
         "head": "none",
         "pooling": "cls",
         "log_steps": 1,

@@ -54,6 +54,9 @@ class Step:
         self.lines = sentences.read_text(encoding="utf-8").splitlines()
         self.next = 0
         self.operations = 0.0  # of the encoder in the last step, forward and backward
+        self.encoder.transformer.register_forward_pre_hook(
+            lambda _module, _args, given: self.count_operations(*given["input_ids"].shape), with_kwargs=True
+        )
         self.loss_fn = ClusterNSLoss(self.encoder.embedding_dim, clusters, start_cosine=1.0).to(device)
         self.optimizer = torch.optim.AdamW(self.encoder.parameters(), lr=5e-5, weight_decay=0.0, fused=True)
 
@@ -70,8 +73,8 @@ class Step:
             return found
 
         inputs = time_of("data", self.inputs)
+        self.operations = 0.0
         embeddings = time_of("encoder", lambda: self.encode(inputs))
-        self.operations = self.count_operations(*inputs["input_ids"].shape)
         leaves = [view.detach().requires_grad_() for view in embeddings.float().chunk(2)]
         if not self.loss_fn.clustering_active:  # the step that seeds is not like the others
             self.loss_fn(*leaves)
@@ -84,12 +87,12 @@ class Step:
         time_of("optimiser", self.optimise)
         return took
 
-    def count_operations(self, rows: int, tokens: int) -> float:
+    def count_operations(self, rows: int, tokens: int) -> None:
         """Of the matrix products, forward and twice that backward: layers, and attention's two products."""
         config = self.encoder.transformer.config
         layers = sum(p.numel() for p in self.encoder.transformer.encoder.parameters() if p.ndim == 2)
         attention = 4 * config.num_hidden_layers * tokens**2 * config.hidden_size
-        return 3.0 * rows * (2 * tokens * layers + attention)
+        self.operations += 3.0 * rows * (2 * tokens * layers + attention)
 
     def wait(self) -> None:
         """For the device."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .denoising import TemplateDenoising
 from .encoding import encode
+from .length_groups import map_groups
 from .model_folder import HEAD_FILE, load_transformer, read_head, resolve
 from .model_saving import replacing, save_tensors, write_encoder
 from .model_settings import SETTINGS_FORMAT, read_encoder_settings
@@ -72,6 +73,8 @@ class SentenceEncoder(nn.Module):
             )
         self.transformer = transformer
         self.tokenizer = tokenizer
+        # On a CPU rows of like length pass together, with less padding; compiled code wants few shapes.
+        self.by_length = True
         self.prompt = None if prompt is None else prompt.resolve(tokenizer)
         self.prompt_tokenizer = None if self.prompt is None else PromptTokenizer(self.prompt, tokenizer)
         positions = longest_input(transformer, tokenizer)
@@ -257,6 +260,10 @@ class SentenceEncoder(nn.Module):
 
     def pool(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Embeddings (rows, D) of inputs as `forward` takes them, before denoising and head."""
+        return map_groups(self.pool_together, inputs) if self.by_length else self.pool_together(inputs)
+
+    def pool_together(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The same in one pass of the transformer, padded to T as the inputs are."""
         mask = inputs["attention_mask"]
         template = inputs.get("template")
         outputs = self.transformer(

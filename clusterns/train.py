@@ -90,6 +90,7 @@ class Run:
             processes.say(f"head of masked language modelling: {self.modules['mlm'].origin}")
         if config.compile:
             encoder.transformer.compile()
+            encoder.by_length = False
         self.model = processes.wrap(TrainingModel(encoder, self.modules.get("mlm")))
         # On several ranks the backward pass averages the gradients, but within this.
         self.no_sync: Callable[[], Any] = getattr(self.model, "no_sync", contextlib.nullcontext)

@@ -1,0 +1,86 @@
+"""Rows of like length pass the transformer together: the same embeddings and gradients, less padding."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import assert_close
+from tiny_prompt import make_kind, make_prompted, without_dropout
+
+from clusterns import length_groups as module
+from clusterns.length_groups import LEAST_SHARE, length_groups, map_groups
+
+WORDS = "the cat sat on the mat far far home a dog and a bird sat there".split()
+ROWS = [(" ".join(WORDS[: 1 + (5 * i) % 14]),) for i in range(11)]
+
+
+@given(st.lists(st.integers(0, 512), min_size=1, max_size=400))
+def test_each_row_is_in_one_group_and_no_large_group_pads_much(lengths):
+    groups = length_groups(lengths)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    firsts = [lengths[group[0]] for group in groups]
+    assert firsts == sorted(firsts, reverse=True)
+    for group, following in pairwise(groups):
+        assert len(group) * lengths[group[0]] >= module.LEAST_TOKENS
+        assert lengths[following[0]] < LEAST_SHARE * lengths[group[0]]
+        assert min(lengths[row] for row in group) > lengths[following[0]]
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        lambda: make_kind("bert", pooling="cls"),
+        lambda: make_kind("bert", pooling="mean-first-last"),
+        lambda: make_kind("roberta", pooling="mean"),
+        lambda: make_prompted("bert", denoising="trained"),
+        lambda: make_prompted("roberta"),
+    ],
+)
+def test_groups_change_no_embedding_and_no_gradient(encoder, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_TOKENS", 1)
+    encoder = without_dropout(encoder()).train()
+    inputs = encoder.view_tokenizer()(ROWS)
+    shapes = []
+    encoder.transformer.register_forward_pre_hook(
+        lambda _module, _args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    upstream = torch.randn(2 * len(ROWS), encoder.embedding_dim)
+    found = {}
+    for by_length in (False, True):
+        encoder.by_length = by_length
+        encoder.zero_grad()
+        embeddings = encoder(inputs)
+        embeddings.backward(upstream)
+        gradients = [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+        found[by_length] = [embeddings.detach(), *gradients]
+    assert len(shapes) >= 3  # one pass, then several
+    assert shapes[0] == tuple(inputs["input_ids"].shape)
+    assert min(length for _, length in shapes) < shapes[0][1]
+    assert len(found[True]) == len(found[False]) > 10
+    for ours, expected in zip(found[True], found[False], strict=True):
+        assert_close(ours, expected, 1e-4)
+
+
+def test_small_batches_and_equal_lengths_pass_at_once():
+    seen = []
+    mask = torch.ones(4096, 8, dtype=torch.int64)
+    map_groups(lambda part: seen.append(part) or part["attention_mask"], {"attention_mask": mask})
+    short = mask[:5].tril()
+    map_groups(lambda part: seen.append(part) or part["attention_mask"], {"attention_mask": short})
+    assert [part["attention_mask"].shape for part in seen] == [(4096, 8), (5, 8)]
+
+
+def test_rows_without_a_token_and_entries_of_one_dimension(monkeypatch):
+    monkeypatch.setattr(module, "LEAST_TOKENS", 1)
+    mask = torch.tensor([[0, 0, 0], [1, 1, 1], [1, 0, 0], [0, 0, 0]])
+    inputs = {"attention_mask": mask, "template": torch.arange(4)}
+
+    def encode(part):
+        assert part["attention_mask"].shape[1] >= 1
+        return part["template"] * 10 + part["attention_mask"].sum(dim=1)
+
+    assert map_groups(encode, inputs).tolist() == [0, 13, 21, 30]
