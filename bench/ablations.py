@@ -1,15 +1,15 @@
 """Does ClusterNS beat SimCSE on a small encoder, and which part of it matters? Over several seeds.
 
     python bench/ablations.py --data ../shared/data --output runs/ablations [--seeds 5] [--layers 2]
-    python bench/ablations.py … --search     settings of ClusterNS (σ, K, γ, λ, margins), on STS-B dev alone
+    python bench/ablations.py … --search     learning rate, then σ, K, γ, λ, margins, on STS-B dev alone
 
 Each run trains on Wikipedia sentences from the first layers of a small pretrained encoder, keeps the best
 checkpoint by STS-B dev, and scores that on the seven test sets. A run that has its result is not run again:
 start the command anew and it goes on where it stopped, and more seeds join the old ones. Ends with a table
 (mean ± standard deviation over seeds, paired t-test against SimCSE), as CSV and Markdown, and a figure.
 
-Nothing is chosen by a test set: `--search` sees STS-B dev only and trains with a seed that the comparison
-does not use.
+Nothing is chosen by a test set: `--search` sees STS-B dev only and trains with seeds that the comparison
+does not use. The learning rate is the best of SimCSE, not of ClusterNS.
 """
 
 from __future__ import annotations
