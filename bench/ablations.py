@@ -77,27 +77,33 @@ class RandomConfig(TrainConfig):
 
 
 # The published BERT-base row but for K, which must fit a small batch.
-CLUSTERNS: dict[str, Any] = {"num_clusters": 32, "bml_weight": 1e-3, "bml_alpha": 0.0, "bml_beta": 0.3}
+PUBLISHED: dict[str, Any] = {"num_clusters": 32, "bml_weight": 1e-3, "bml_alpha": 0.0, "bml_beta": 0.3}
+# The best on dev of --search, over those.
+TUNED: dict[str, Any] = {}
 VARIANTS: dict[str, tuple[type[TrainConfig], dict[str, Any]]] = {
     "SimCSE": (TrainConfig, {"num_clusters": 0}),
-    "ClusterNS": (TrainConfig, {}),
-    "no BML": (TrainConfig, {"bml_weight": 0.0}),
-    "no hard negatives": (TrainConfig, {"hard_negatives": False}),
-    "nearest centroid": (NearestConfig, {}),
-    "random clusters": (RandomConfig, {}),
-    "exclude, not BML": (TrainConfig, {"false_negatives": "exclude"}),
-    "mean update": (TrainConfig, {"centroid_update": "mean"}),
+    "ClusterNS": (TrainConfig, TUNED),
+    "published settings": (TrainConfig, {}),
+    "no BML": (TrainConfig, TUNED | {"bml_weight": 0.0}),
+    "no hard negatives": (TrainConfig, TUNED | {"hard_negatives": False}),
+    "nearest centroid": (NearestConfig, TUNED),
+    "random clusters": (RandomConfig, TUNED),
+    "exclude, not BML": (TrainConfig, TUNED | {"false_negatives": "exclude"}),
+    "mean update": (TrainConfig, TUNED | {"centroid_update": "mean"}),
 }
 
-# One at a time from CLUSTERNS.
-SEARCH: dict[str, list[Any]] = {
-    "start_cosine": [0.2, 0.6, 0.8],
-    "num_clusters": [8, 16, 64],
-    "centroid_momentum": [1e-4, 1e-2],
-    "bml_weight": [1e-4, 1e-2, 1e-1],
-    "bml_beta": [0.5],
-    "bml_alpha": [0.2],
-}
+# Learning rates of SimCSE; then settings of ClusterNS, one at a time from PUBLISHED, and some together.
+LEARNING_RATES = [2e-5, 5e-5, 1e-4]
+SEARCH: list[dict[str, Any]] = [
+    {},
+    *({"start_cosine": value} for value in (0.2, 0.6, 0.8)),
+    *({"num_clusters": value} for value in (8, 16, 64)),
+    *({"centroid_momentum": value} for value in (1e-4, 1e-2)),
+    *({"bml_weight": value} for value in (1e-2, 1e-1, 1.0)),
+    {"bml_beta": 0.5},
+    {"bml_alpha": 0.2},
+    {"hard_negative_weight": 1.0},
+]
 
 
 def truncated(data: Path, layers: int, folder: Path) -> Path:
@@ -143,7 +149,7 @@ def one_run(
         "seed": seed,
         "backend": "torch" if not torch.cuda.is_available() else "auto",
         "tensorboard": False,
-        **CLUSTERNS,
+        **PUBLISHED,
         **settings,
     }
     if kind is not TrainConfig:
@@ -210,12 +216,15 @@ def compare(wanted: argparse.Namespace) -> None:
 
 def search(wanted: argparse.Namespace) -> None:
     """Settings of ClusterNS one at a time, on dev."""
-    tried: list[tuple[str, dict[str, Any]]] = [("SimCSE", {"num_clusters": 0}), ("ClusterNS", {})]
-    tried += [(f"{name} = {value}", {name: value}) for name, values in SEARCH.items() for value in values]
+    baseline = {"num_clusters": 0}
+    tried = [(f"SimCSE, learning rate {rate}", baseline | {"learning_rate": rate}) for rate in LEARNING_RATES]
+    for settings in SEARCH:
+        what = ", ".join(f"{name} {value}" for name, value in settings.items())
+        tried.append((f"ClusterNS, {what or 'published settings'}", settings))
     found: dict[str, list[dict[str, Any]]] = {}
     with tqdm(list(itertools.product(range(wanted.seeds), tried)), desc="search", unit="run") as bar:
         for number, (name, settings) in bar:
-            folder = wanted.output / "search" / name.replace(" = ", "-") / str(number)
+            folder = wanted.output / "search" / name.replace(", ", "-").replace(" ", "-").lower() / str(number)
             folder.mkdir(parents=True, exist_ok=True)
             result = one_run(TrainConfig, settings, SEARCH_SEED + number, folder, wanted, with_test=False)
             found.setdefault(name, []).append(result)
