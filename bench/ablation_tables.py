@@ -39,7 +39,7 @@ def figure_of(result: dict[str, Any], name: str) -> float:
 
 def write_comparison(found: Found, folder: Path, origin: dict[str, Any]) -> None:
     """comparison.csv (a row a run), comparison.md and comparison.png of what there is so far."""
-    names = [name for name in found if found[name]]
+    names = [name for name in found if found[name]]  # of other processes' runs some may be missing
     sets = list(next(iter(found[names[0]].values()))["test"])
     with (folder / "comparison.csv").open("w", newline="") as file:
         writer = csv.writer(file)

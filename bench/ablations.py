@@ -5,7 +5,8 @@
 
 Each run trains on Wikipedia sentences from the first layers of a small pretrained encoder, keeps the best
 checkpoint by STS-B dev, and scores that on the seven test sets. A run that has its result is not run again:
-start the command anew and it goes on where it stopped, and more seeds join the old ones. Ends with a table
+start the command anew and it goes on where it stopped, and more seeds join the old ones. Started twice at
+once it shares the runs out, which on few cores is the faster way (OMP_NUM_THREADS=1). Ends with a table
 (mean ± standard deviation over seeds, paired t-test against SimCSE), as CSV and Markdown, and a figure.
 
 Nothing is chosen by a test set: `--search` sees STS-B dev only and trains with seeds that the comparison
@@ -28,6 +29,7 @@ from typing import Any, ClassVar
 
 import torch
 from ablation_tables import write_comparison, write_search
+from filelock import FileLock, Timeout
 from machine import machine
 from torch import Tensor
 from tqdm import tqdm
@@ -127,11 +129,41 @@ def one_run(
     wanted: argparse.Namespace,
     *,
     with_test: bool,
-) -> dict[str, Any]:
-    """Train, score, keep the figures and the log, drop the weights; or read the figures of before."""
+) -> dict[str, Any] | None:
+    """The figures of a run: those of before, else of a new one; None while another process is at it."""
     file = folder / "result.json"
-    if file.is_file():
-        return json.loads(file.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(Timeout), FileLock(folder / ".lock", timeout=0):
+        if not file.is_file():
+            run(kind, settings, seed, folder, wanted, with_test=with_test)
+    if not file.is_file():
+        return None
+    result = json.loads(file.read_text())
+    if result["protocol"] != protocol(wanted):
+        raise SystemExit(f"--output: expected runs of {protocol(wanted)}, got {file} of {result['protocol']}")
+    return result
+
+
+def protocol(wanted: argparse.Namespace) -> dict[str, Any]:
+    """What all runs of one table have in common."""
+    return {name: getattr(wanted, name) for name in "layers batch steps eval_steps learning_rate".split()}
+
+
+def slug(name: str) -> str:
+    """A folder's name."""
+    return name.replace(", ", "-").replace(" ", "-").lower()
+
+
+def run(
+    kind: type[TrainConfig],
+    settings: dict[str, Any],
+    seed: int,
+    folder: Path,
+    wanted: argparse.Namespace,
+    *,
+    with_test: bool,
+) -> None:
+    """Train, score, keep the figures and the log, drop the weights."""
     began = time.perf_counter()
     given = {
         "model": str(wanted.model),
@@ -159,6 +191,7 @@ def one_run(
     log = (folder / "model" / "log.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in log]
     result = {
+        "protocol": protocol(wanted),
         "settings": settings,
         "seed": seed,
         "dev": scores["after"]["spearman"],
@@ -173,8 +206,7 @@ def one_run(
     shutil.rmtree(folder / "model")
     partial = folder / ".result.json"
     partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(file)
-    return result
+    partial.replace(folder / "result.json")
 
 
 def seven_sets(model: Path, sts_dir: Path) -> dict[str, float]:
@@ -207,10 +239,11 @@ def compare(wanted: argparse.Namespace) -> None:
         for seed, name in bar:
             bar.set_postfix_str(f"{name}, seed {seed}")
             kind, settings = VARIANTS[name]
-            folder = wanted.output / name.replace(", ", "-").replace(" ", "-").lower() / str(seed)
-            folder.mkdir(parents=True, exist_ok=True)
-            found[name][seed] = one_run(kind, settings, seed, folder, wanted, with_test=True)
-            write_comparison(found, wanted.output, described(wanted))
+            folder = wanted.output / slug(name) / str(seed)
+            result = one_run(kind, settings, seed, folder, wanted, with_test=True)
+            if result is not None:
+                found[name][seed] = result
+                write_comparison(found, wanted.output, described(wanted))
     print((wanted.output / "comparison.md").read_text())
 
 
@@ -224,22 +257,19 @@ def search(wanted: argparse.Namespace) -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     with tqdm(list(itertools.product(range(wanted.seeds), tried)), desc="search", unit="run") as bar:
         for number, (name, settings) in bar:
-            folder = wanted.output / "search" / name.replace(", ", "-").replace(" ", "-").lower() / str(number)
-            folder.mkdir(parents=True, exist_ok=True)
+            folder = (
+                wanted.output / "search" / name.replace(", ", "-").replace(" ", "-").lower() / str(number)
+            )
             result = one_run(TrainConfig, settings, SEARCH_SEED + number, folder, wanted, with_test=False)
-            found.setdefault(name, []).append(result)
-            write_search(found, wanted.output, described(wanted))
+            if result is not None:
+                found.setdefault(name, []).append(result)
+                write_search(found, wanted.output, described(wanted))
     print((wanted.output / "search.md").read_text())
 
 
 def described(wanted: argparse.Namespace) -> dict[str, Any]:
     """What the tables say of their origin."""
-    names = "layers batch steps eval_steps learning_rate".split()
-    return (
-        {name: getattr(wanted, name) for name in names}
-        | machine(gpu=True)
-        | {"command": f"python {' '.join(sys.argv)}"}
-    )
+    return protocol(wanted) | machine(gpu=True) | {"command": f"python {' '.join(sys.argv)}"}
 
 
 def main() -> int:
@@ -252,7 +282,7 @@ def main() -> int:
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS))
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--eval-steps", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     wanted = parser.parse_args()
