@@ -35,7 +35,8 @@ def peak_memory():
 def pytest_terminal_summary(terminalreporter, config):
     """After pytest-benchmark's own table: the ratios, and cpu.json or gpu-host.json in bench/results.
 
-    `CLUSTERNS_RESULTS` names another folder.
+    `CLUSTERNS_RESULTS` names another folder. A part of the benchmarks (-k, single files) is written there or
+    nowhere, so that it does not take the place of them all.
     """
     session = getattr(config, "_benchmarksession", None)
     groups: dict[str, dict[str, dict]] = {}
@@ -55,7 +56,11 @@ def pytest_terminal_summary(terminalreporter, config):
             columns += [f"{row['peak_mib']:8.0f} MiB peak"] if "peak_mib" in row else []
             columns += [f"{row['memory_ratio']:6.2f}x memory"] if "memory_ratio" in row else []
             terminalreporter.write_line("  ".join(columns))
-    folder = Path(os.environ.get("CLUSTERNS_RESULTS", HERE / "results"))
+    named = os.environ.get("CLUSTERNS_RESULTS")
+    in_part = config.option.keyword or [Path(argument).resolve() for argument in config.args] != [HERE]
+    if in_part and not named:
+        return
+    folder = Path(named or HERE / "results")
     for file, on_gpu in (("cpu.json", False), ("gpu-host.json", True)):
         chosen = {name: rows for name, rows in groups.items() if name.startswith("GPU") == on_gpu}
         if chosen:
