@@ -6,7 +6,9 @@ bare import name `kernels` belongs to another package, which transformers probes
 
 from setuptools import setup
 
+ROOMS = ["corpus", "evaluation", "models", "training"]
+
 setup(
-    packages=["clusterns", "clusterns.kernels"],
+    packages=["clusterns", *(f"clusterns.{room}" for room in ROOMS), "clusterns.kernels"],
     package_dir={"clusterns": "clusterns", "clusterns.kernels": "kernels"},
 )

@@ -35,13 +35,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clusterns import ClusterNSLoss
-from clusterns.config import TrainConfig
-from clusterns.correlation import spearman
 from clusterns.encoder import SentenceEncoder
+from clusterns.evaluation.correlation import spearman
+from clusterns.evaluation.sts import SEVEN, load_sts
+from clusterns.evaluation.sts_scores import Vectors, sentences_of
 from clusterns.functional import NearestCentroids
-from clusterns.sts import SEVEN, load_sts
-from clusterns.sts_scores import Vectors, sentences_of
 from clusterns.train import train
+from clusterns.training.config import TrainConfig
 
 SEARCH_SEED = 1000
 

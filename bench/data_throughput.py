@@ -31,11 +31,11 @@ from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 from transformers.utils import logging as transformers_logging
 
+from clusterns.corpus.docstrings import docstring_corpus
+from clusterns.corpus.sources import load_rows
 from clusterns.data import batches
-from clusterns.docstrings import docstring_corpus
-from clusterns.scratch import small_bert, train_tokenizer
-from clusterns.sources import load_rows
-from clusterns.views import ViewTokenizer
+from clusterns.models.views import ViewTokenizer
+from clusterns.training.scratch import small_bert, train_tokenizer
 
 OUTPUT = Path(__file__).parent / "results" / "data.json"
 Row = tuple[str, ...]

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from clusterns.encoder import SentenceEncoder
-from clusterns.sts import SEVEN, load_sts
-from clusterns.sts_scores import evaluate_sts
+from clusterns.evaluation.sts import SEVEN, load_sts
+from clusterns.evaluation.sts_scores import evaluate_sts
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 STS = Path(os.environ.get("CLUSTERNS_STS", DATA / "sts"))

@@ -42,8 +42,8 @@ MEMORY_CONTENDERS = ("clusterns", "clusterns, mini-batches of 64", "published")
 
 def ours(folder: Path, sentences: Path, wanted: argparse.Namespace, output: Path) -> list[float]:
     """Seconds at which the steps of `clusterns train` ended."""
-    from clusterns.config import TrainConfig
     from clusterns.train import train
+    from clusterns.training.config import TrainConfig
 
     settings = {
         "model": str(folder),

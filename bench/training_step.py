@@ -22,9 +22,9 @@ from memory_worker import resident_kib
 from torch import Tensor
 
 from clusterns import CachedClusterNSLoss, ClusterNSLoss
-from clusterns.docstrings import docstring_corpus
+from clusterns.corpus.docstrings import docstring_corpus
 from clusterns.encoder import SentenceEncoder
-from clusterns.scratch import small_bert, train_tokenizer
+from clusterns.training.scratch import small_bert, train_tokenizer
 
 LENGTH = 32
 MEMORY_CLUSTERS = 128

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .arguments import add_arguments, read_config, show_config
+from .training.arguments import add_arguments, read_config, show_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -165,7 +165,7 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
 def _report(given: argparse.Namespace) -> int:
     settings = {name: value for name, value in vars(given).items() if name != "command"}
     _quiet_transformers()
-    from .report import write_report
+    from .evaluation.report import write_report
 
     return write_report(**settings)
 

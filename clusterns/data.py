@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .checks import check_count
-from .rows import Row, Rows
+from .corpus.rows import Row, Rows
 
 Tokenize = Callable[[list[Row]], dict[str, Tensor]]
 # A text is cut to so many characters for each token it may have. BERT's WordPiece gives up on longer words.

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .denoising import TemplateDenoising
-from .encoding import encode
-from .length_groups import map_groups
-from .model_folder import HEAD_FILE, load_transformer, read_head, resolve
-from .model_saving import replacing, save_tensors, write_encoder
-from .model_settings import SETTINGS_FORMAT, read_encoder_settings
-from .pooling import LAYERS, check_pooling, pool
-from .positions import longest_input
-from .prompts import Prompt, PromptTokenizer
-from .views import ViewTokenizer, check_texts
+from .models.denoising import TemplateDenoising
+from .models.encoding import encode
+from .models.folder import HEAD_FILE, load_transformer, read_head, resolve
+from .models.length_groups import map_groups
+from .models.pooling import LAYERS, check_pooling, pool
+from .models.positions import longest_input
+from .models.prompts import Prompt, PromptTokenizer
+from .models.saving import replacing, save_tensors, write_encoder
+from .models.settings import SETTINGS_FORMAT, read_encoder_settings
+from .models.views import ViewTokenizer, check_texts
 
 
 class SentenceEncoder(nn.Module):

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from .checks import check_choice, check_count
-from .clustering_eval import ALGORITHMS, LabelledTexts, load_labelled_texts
-from .correlation import Floats, paired_difference
-from .evaluated_model import load_model
-from .evaluation_tables import report
+from .evaluation.clustering import ALGORITHMS, LabelledTexts, load_labelled_texts
+from .evaluation.correlation import Floats, paired_difference
+from .evaluation.evaluated_model import load_model
+from .evaluation.model_figures import ModelFigures, Problems, Subsets
+from .evaluation.sts import HUB_MTEB, PUBLISHED_PAIRS, SHORT_NAMES, load_sts_subsets, sets_of, sts_folder
+from .evaluation.tables import report
 from .files import check_folder_of, replacing
-from .model_figures import ModelFigures, Problems, Subsets
-from .sts import HUB_MTEB, PUBLISHED_PAIRS, SHORT_NAMES, load_sts_subsets, sets_of, sts_folder
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -234,7 +234,7 @@ def run(
         with replacing(markdown_file) as path:
             path.write_text(report(results) + "\n", encoding="utf-8")
     if figure_file is not None:
-        from .evaluation_figure import draw_evaluation
+        from .evaluation.figure import draw_evaluation
 
         with replacing(figure_file) as path:
             draw_evaluation(results, path)

@@ -20,19 +20,19 @@ from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 from .cached import CachedClusterNSLoss
-from .checkpoint import Checkpoint, Checkpoints
-from .config import TrainConfig
 from .data import Batches, batches
-from .devices import Precision, adamw, explained_errors
 from .encoder import SentenceEncoder
-from .figure import draw_run
-from .journal import Journal
-from .mlm import MaskedLanguageHead, TokenMasker, TrainingModel
-from .processes import Processes, joined
-from .resume import find_checkpoint, load_checkpoint, save_checkpoint
-from .run_folder import LOG, PICTURE, TENSORBOARD, claimed, read_summary, report, write_summary
-from .task import Task, prepare_encoder, prepare_task
-from .watch import Watch, measure
+from .training.checkpoint import Checkpoint, Checkpoints
+from .training.config import TrainConfig
+from .training.devices import Precision, adamw, explained_errors
+from .training.figure import draw_run
+from .training.journal import Journal
+from .training.mlm import MaskedLanguageHead, TokenMasker, TrainingModel
+from .training.processes import Processes, joined
+from .training.resume import find_checkpoint, load_checkpoint, save_checkpoint
+from .training.run_folder import LOG, PICTURE, TENSORBOARD, claimed, read_summary, report, write_summary
+from .training.task import Task, prepare_encoder, prepare_task
+from .training.watch import Watch, measure
 
 Scores = dict[str, float]
 Inputs = dict[str, Tensor]
@@ -42,7 +42,7 @@ TEMPERATURES = (0.01, 1.0)  # bounds of a learned one
 def train(config: TrainConfig) -> dict[str, Scores]:
     """Run a whole training; returns the dev scores "before" and "after" (of the best model).
 
-    `run_folder.py` lists what it writes into `output_dir`. With `config.resume` it goes on from the newest
+    `training/run_folder.py` lists what it writes into `output_dir`. With `config.resume` it goes on from the newest
     checkpoint there and ends as without the interruption: to the bit, but for the times in the log, on a
     device that computes the same bits twice, as the CPU does.
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from train_problems import flags, log_of, refused, save_tiny_model, sentences
 
-from clusterns.checkpoint import Checkpoints
 from clusterns.cli import main
+from clusterns.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -163,7 +163,7 @@ def test_pickles_that_run_code_are_refused(checkpoints):
     """Also with a matching checksum: training.pt is read with weights_only."""
     folder = write(checkpoints, 3)
     torch.save({"optimizer": print}, folder / "training.pt")
-    from clusterns.checkpoint import _size_and_crc
+    from clusterns.training.checkpoint import _size_and_crc
 
     files = json.loads((folder / "progress.json").read_text())["files"]
     edit(folder, files={**files, "training.pt": _size_and_crc(folder / "training.pt")})

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from clusterns.arguments import add_arguments, read_config
-from clusterns.config import FROM_SCRATCH, TrainConfig
+from clusterns.training.arguments import add_arguments, read_config
+from clusterns.training.config import FROM_SCRATCH, TrainConfig
 
 
 def parse(*arguments: str) -> TrainConfig:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap, spearmanr
 
-from clusterns.correlation import (
+from clusterns.evaluation.correlation import (
     bootstrap_correlations,
     correlation,
     interval,
@@ -68,7 +68,7 @@ def test_every_resample_is_scipys_spearman(rows: list[tuple[int, int]]) -> None:
 def test_resamples_do_not_depend_on_how_many_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = judged(50, 0.2)
     whole = bootstrap_correlations("set", x, y, resamples=20)
-    monkeypatch.setattr("clusterns.correlation._CELLS", 150)
+    monkeypatch.setattr("clusterns.evaluation.correlation._CELLS", 150)
     np.testing.assert_allclose(bootstrap_correlations("set", x, y, resamples=20), whole, atol=1e-10)
 
 

@@ -15,11 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clusterns.corpus.rows import Rows
+from clusterns.corpus.sources import load_rows
 from clusterns.data import CHARACTERS_PER_TOKEN, Batches, _Texts, batches
-from clusterns.rows import Rows
-from clusterns.scratch import train_tokenizer
-from clusterns.sources import load_rows
-from clusterns.views import ViewTokenizer
+from clusterns.models.views import ViewTokenizer
+from clusterns.training.scratch import train_tokenizer
 
 Row = tuple[str, ...]
 
@@ -230,7 +230,7 @@ def test_real_processes_agree_on_every_batch(tmp_path: Path) -> None:
     code = """
 import json, sys
 from clusterns.data import batches
-from clusterns.sources import load_rows
+from clusterns.corpus.sources import load_rows
 rows = load_rows(sys.argv[1]) if sys.argv[3] == "0" else list(load_rows(sys.argv[1]))
 print(json.dumps(list(batches(rows, batch_size=12, tokenize=list, rank=int(sys.argv[2]), world_size=2))))
 """
@@ -280,8 +280,8 @@ def test_workers_tokenize_without_a_warning_about_the_fork(tmp_path: Path) -> No
     code = """
 import os
 from clusterns.data import batches
-from clusterns.scratch import train_tokenizer
-from clusterns.views import ViewTokenizer
+from clusterns.training.scratch import train_tokenizer
+from clusterns.models.views import ViewTokenizer
 rows = [(f"sentence number {i}",) for i in range(64)]
 tokenize = ViewTokenizer(train_tokenizer([row[0] for row in rows]), max_length=8)
 tokenize(rows)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clusterns.docstrings import (
+from clusterns.corpus.docstrings import (
     default_roots,
     docstring_corpus,
     docstrings,

@@ -33,14 +33,14 @@ def test_encode_does_not_depend_on_batch_size_or_window(
 ) -> None:
     encoder = make_encoder(pooling="mean")
     expected = encoder.encode(SENTENCES)
-    monkeypatch.setattr("clusterns.encoding.SORT_WINDOW", 4)
+    monkeypatch.setattr("clusterns.models.encoding.SORT_WINDOW", 4)
     for tokens in (1024, 10, 1):
-        monkeypatch.setattr("clusterns.encoding.CPU_TOKENS", tokens)
+        monkeypatch.setattr("clusterns.models.encoding.CPU_TOKENS", tokens)
         assert_close(encoder.encode(SENTENCES, batch_size=batch_size), expected)
 
 
 def test_batches_on_a_cpu_have_at_most_so_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clusterns.encoding.CPU_TOKENS", 20)
+    monkeypatch.setattr("clusterns.models.encoding.CPU_TOKENS", 20)
     encoder, shapes = make_encoder(pooling="mean"), []
     encoder.transformer.register_forward_pre_hook(
         lambda _module, _args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True

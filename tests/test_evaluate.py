@@ -13,12 +13,12 @@ import torch
 from tiny import SENTENCES, WORDS, make_encoder, write_sts_folder
 
 from clusterns.cli import main
-from clusterns.correlation import spearman
 from clusterns.encoder import SentenceEncoder
 from clusterns.evaluate import evaluate
-from clusterns.evaluation_tables import format_table, report
-from clusterns.geometry import mean_cosine, uniformity
-from clusterns.sts import SEVEN, SHORT_NAMES, SUBSETS, load_sts, load_sts_subsets
+from clusterns.evaluation.correlation import spearman
+from clusterns.evaluation.geometry import mean_cosine, uniformity
+from clusterns.evaluation.sts import SEVEN, SHORT_NAMES, SUBSETS, load_sts, load_sts_subsets
+from clusterns.evaluation.tables import format_table, report
 
 SEVEN_SHORT = [SHORT_NAMES.get(name, name) for name in SEVEN]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import SENTENCES, assert_close, make_encoder
 
-from clusterns.evaluated_model import load_model
+from clusterns.evaluation.evaluated_model import load_model
 
 TEXTS = [sentence for sentence in SENTENCES if sentence]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from clusterns.geometry import alignment, first_component_share, mean_cosine, uniformity
+from clusterns.evaluation.geometry import alignment, first_component_share, mean_cosine, uniformity
 
 
 def test_alignment_and_uniformity_against_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,7 +24,7 @@ def test_alignment_and_uniformity_against_the_definition(monkeypatch: pytest.Mon
         largest = max(kernel)
         expected = largest + math.log(sum(math.exp(k - largest) for k in kernel) / 55)
         for rows in (1, 4, 11, 1024):
-            monkeypatch.setattr("clusterns.geometry.UNIFORMITY_ROWS", rows)
+            monkeypatch.setattr("clusterns.evaluation.geometry.UNIFORMITY_ROWS", rows)
             assert uniformity(x, t) == pytest.approx(expected, rel=1e-9)
     assert uniformity(torch.ones(4, 3)) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match=r"^x: expected an \(N ≥ 2, D\) tensor, got \(1, 5\)$"):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tiny import assert_close
 from tiny_prompt import make_kind, make_prompted, without_dropout
 
-from clusterns import length_groups as module
-from clusterns.length_groups import LEAST_SHARE, length_groups, map_groups
+from clusterns.models import length_groups as module
+from clusterns.models.length_groups import LEAST_SHARE, length_groups, map_groups
 
 WORDS = "the cat sat on the mat far far home a dog and a bird sat there".split()
 ROWS = [(" ".join(WORDS[: 1 + (5 * i) % 14]),) for i in range(11)]

@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 from tiny import ROWS, write_sts_folder
 
-from clusterns.sts import MTEB_DATASETS, SUBSETS, TABLES, load_sts, load_sts_subsets, sets_of
+from clusterns.evaluation.sts import MTEB_DATASETS, SUBSETS, TABLES, load_sts, load_sts_subsets, sets_of
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 STS, STS_RAW = SHARED / "data" / "sts", SHARED / "data" / "sts_raw"

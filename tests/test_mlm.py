@@ -17,7 +17,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from clusterns.mlm import MaskedLanguageHead, TokenMasker, TrainingModel
+from clusterns.training.mlm import MaskedLanguageHead, TokenMasker, TrainingModel
 
 
 @pytest.fixture(scope="module")

@@ -103,8 +103,8 @@ def test_failed_save_leaves_the_previous_model(
     place, name = {
         "model": (second.transformer, "save_pretrained"),
         "tokenizer": (second.tokenizer, "save_pretrained"),
-        "head": ("clusterns.model_saving.save_file", None),
-        "json": ("clusterns.model_saving.write_json", None),
+        "head": ("clusterns.models.saving.save_file", None),
+        "json": ("clusterns.models.saving.write_json", None),
     }[failing]
     if name is None:
         monkeypatch.setattr(place, fail)

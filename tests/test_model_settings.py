@@ -18,8 +18,8 @@ from tiny_prompt import make_kind, make_prompted
 from transformers import AutoModel, AutoTokenizer
 
 from clusterns.encoder import SentenceEncoder
-from clusterns.model_folder import HUB_FILES
-from clusterns.prompts import PUBLISHED, Prompt
+from clusterns.models.folder import HUB_FILES
+from clusterns.models.prompts import PUBLISHED, Prompt
 
 TEXTS = [*SENTENCES, "the cat sat on the mat far far far home home", " the cat ", "a [MASK] cat", "far?"]
 ENCODERS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ import torch
 from tiny import SENTENCES, assert_close
 from tiny_prompt import make_kind, without_dropout
 
-from clusterns.pooling import check_pooling
+from clusterns.models.pooling import check_pooling
 
 KINDS = ("bert", "roberta", "distilbert", "mpnet", "electra", "albert", "deberta-v2")
 PLAIN = ("cls", "cls-before-pooler", "mean", "mean-first-last", "mean-top2")

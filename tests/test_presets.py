@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from clusterns.cli import main
-from clusterns.config import TrainConfig
-from clusterns.presets import PRESETS
-from clusterns.prompts import Prompt
-from clusterns.sources import HUB_FILES
+from clusterns.corpus.sources import HUB_FILES
+from clusterns.models.prompts import Prompt
+from clusterns.training.config import TrainConfig
+from clusterns.training.presets import PRESETS
 
 # The paper's table: batch, learning rate, K, γ, σ, hard negatives, λ, α, β.
 TABLE = {

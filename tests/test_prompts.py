@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from clusterns.cached import CachedClusterNSLoss
 from clusterns.encoder import SentenceEncoder
 from clusterns.loss import ClusterNSLoss
-from clusterns.prompts import PUBLISHED, Prompt, PromptTokenizer, template_tokens
+from clusterns.models.prompts import PUBLISHED, Prompt, PromptTokenizer, template_tokens
 
 ROWS = [(sentence,) for sentence in SENTENCES]
 CUSTOM = ("[MASK] : [X] .", 'means "[X]" of this [MASK] sentence')
@@ -133,7 +133,7 @@ def test_delta_is_the_template_around_a_hidden_sentence(kind: str, templates: An
 def test_denoised_training_embeddings_and_their_gradient(
     denoising: str, hosts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clusterns.denoising.HOSTS", hosts)
+    monkeypatch.setattr("clusterns.models.denoising.HOSTS", hosts)
     encoder = without_dropout(make_prompted("roberta", denoising=denoising))
     inputs = encoder.view_tokenizer()([ROWS[0], ROWS[2], ROWS[5]])
     weights = torch.randn(6, encoder.embedding_dim, generator=torch.Generator().manual_seed(0))
@@ -184,13 +184,13 @@ def test_each_template_and_length_is_encoded_once(monkeypatch: pytest.MonkeyPatc
     expected = without_dropout(encoder)(inputs)
     assert rows == [2 * len(lengths)]
     rows.clear()
-    monkeypatch.setattr("clusterns.encoding.SORT_WINDOW", 2)
+    monkeypatch.setattr("clusterns.models.encoding.SORT_WINDOW", 2)
     encoder.encode(SENTENCES * 3, batch_size=1)
     assert sum(rows) == len(lengths)  # once per call, whatever the windows and batches
     rows.clear()
     encoder.encode(SENTENCES, batch_size=64)
     assert sum(rows) == len(lengths)
-    monkeypatch.setattr("clusterns.denoising.HOSTS", ())
+    monkeypatch.setattr("clusterns.models.denoising.HOSTS", ())
     rows.clear()
     assert_close(encoder(inputs), expected)
     assert rows == [2 * 7]  # lengths 0 to 6 of both templates: fewer than the rows

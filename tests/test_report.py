@@ -16,10 +16,10 @@ import torch
 from tiny import WORDS, make_encoder
 
 from clusterns.cli import main
-from clusterns.cluster_view import plane, view_clusters
 from clusterns.encoder import SentenceEncoder
+from clusterns.evaluation.cluster_view import plane, view_clusters
+from clusterns.evaluation.report import run_centroids
 from clusterns.loss import ClusterNSLoss
-from clusterns.report import run_centroids
 
 pytest.importorskip("sklearn")
 TEXTS = [f"a {first} {second} on the mat" for first in WORDS[:6] for second in WORDS[6:]]

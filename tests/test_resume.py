@@ -36,7 +36,7 @@ def processes():
     """Starts processes that have all modules loaded already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["clusterns.train", "clusterns.figure", "matplotlib.pyplot", "resume_worker"]
+        ["clusterns.train", "clusterns.training.figure", "matplotlib.pyplot", "resume_worker"]
     )
     return context
 

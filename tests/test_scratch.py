@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from clusterns.scratch import SPECIAL_TOKENS, small_bert, train_tokenizer
+from clusterns.training.scratch import SPECIAL_TOKENS, small_bert, train_tokenizer
 
 SENTENCES = [
     f"The {size} {thing} was {state} by the Engineer\u2019s na\u00efve tools, number {number}!"

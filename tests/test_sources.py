@@ -15,8 +15,8 @@ import pyarrow.parquet
 import pytest
 from huggingface_hub import constants
 
-from clusterns.rows import ABANDONED_SECONDS, RECORD_ROWS, UNUSED_SECONDS
-from clusterns.sources import HUB_FILES, load_rows
+from clusterns.corpus.rows import ABANDONED_SECONDS, RECORD_ROWS, UNUSED_SECONDS
+from clusterns.corpus.sources import HUB_FILES, load_rows
 
 # Characters that str.splitlines() splits at and a text file does not.
 NOT_NEWLINES = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
@@ -232,7 +232,7 @@ def test_old_entries_are_removed_when_a_new_one_is_made(tmp_path: Path, cache: P
     assert (old.exists(), used.exists(), abandoned.exists(), fresh.exists()) == (False, True, False, True)
 
 
-LOAD = "import sys; from clusterns.sources import load_rows; rows = load_rows(sys.argv[1]); "
+LOAD = "import sys; from clusterns.corpus.sources import load_rows; rows = load_rows(sys.argv[1]); "
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen[str]:

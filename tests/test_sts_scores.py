@@ -12,11 +12,11 @@ import torch
 from scipy.stats import spearmanr
 from tiny import ROWS, write_sts_folder
 
-from clusterns.correlation import spearman
 from clusterns.encoder import SentenceEncoder
-from clusterns.geometry import uniformity
-from clusterns.sts import SEVEN, load_sts
-from clusterns.sts_scores import evaluate_sts, sts_dev
+from clusterns.evaluation.correlation import spearman
+from clusterns.evaluation.geometry import uniformity
+from clusterns.evaluation.sts import SEVEN, load_sts
+from clusterns.evaluation.sts_scores import evaluate_sts, sts_dev
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 STS = SHARED / "data" / "sts"

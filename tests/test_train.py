@@ -91,7 +91,7 @@ def test_same_seed_same_bits(tiny_model, train_file, tmp_path):
 
 def test_early_stop_keeps_the_best(tiny_model, train_file, sts_dir, tmp_path, monkeypatch):
     """A dev score that only falls ends the run after `patience` evaluations and keeps the first model."""
-    import clusterns.task as module
+    import clusterns.training.task as module
 
     falling = iter(range(100, 0, -1))
     monkeypatch.setattr(module, "sts_dev", lambda encoder, sts_dir: {"spearman": float(next(falling))})
@@ -162,7 +162,7 @@ def test_mini_batches_train_as_the_whole_batch_does(tiny_model, train_file, tmp_
 
 def test_the_default_run_in_short(tmp_path, monkeypatch, capsys):
     """`clusterns train` with no model: the real corpus, tokenizer and small BERT, a few steps."""
-    import clusterns.task as module
+    import clusterns.training.task as module
 
     corpus = module.docstring_corpus
     monkeypatch.setattr(module, "docstring_corpus", lambda seed: corpus(4000, seed=seed, pairs=100))

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from train_problems import flags, log_of, refused, save_tiny_model, sentences, write_dev
 
 from clusterns import ClusterNSLoss
-from clusterns.checkpoint import Checkpoints
 from clusterns.cli import main
-from clusterns.devices import Precision
 from clusterns.encoder import SentenceEncoder
 from clusterns.train import Run
+from clusterns.training.checkpoint import Checkpoints
+from clusterns.training.devices import Precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ from tiny_prompt import make_kind, make_prompted
 from torch.utils.data import DataLoader
 
 from clusterns.encoder import SentenceEncoder
-from clusterns.views import ViewTokenizer
+from clusterns.models.views import ViewTokenizer
 
 TRIPLES = [(SENTENCES[i], SENTENCES[i + 1], SENTENCES[i + 2]) for i in range(4)]
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from conftest import embeddings
 
 from clusterns import ClusterNSLoss
-from clusterns.journal import Journal, tag_of
-from clusterns.watch import EARLIEST_STEP, IN_A_ROW, Watch, measure
+from clusterns.training.journal import Journal, tag_of
+from clusterns.training.watch import EARLIEST_STEP, IN_A_ROW, Watch, measure
 
 
 def clustered_loss(z1, z2, **settings) -> ClusterNSLoss:

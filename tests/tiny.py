@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from clusterns.encoder import SentenceEncoder
-from clusterns.sts import SUBSETS, TABLES
+from clusterns.evaluation.sts import SUBSETS, TABLES
 
 WORDS = ["a", "cat", "dog", "bird", "sat", "ran", "on", "the", "mat", "far", "home", "slowly"]
 WORDS += ["aab", "abb", "cde", "h", "b", "gh"]  # of ROWS below

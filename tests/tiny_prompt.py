@@ -20,7 +20,7 @@ from tokenizers import (
 from transformers import AutoModel, PreTrainedTokenizerFast
 
 from clusterns.encoder import SentenceEncoder
-from clusterns.prompts import Prompt
+from clusterns.models.prompts import Prompt
 
 BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ROBERTA_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

@@ -10,7 +10,7 @@ import torch
 
 from clusterns.cli import main
 from clusterns.encoder import SentenceEncoder
-from clusterns.scratch import small_bert, train_tokenizer
+from clusterns.training.scratch import small_bert, train_tokenizer
 
 WORDS = "a cat dog bird sees hears eats likes the red blue old young small house tree river car".split()
 

@@ -54,7 +54,7 @@ def draw_cosines(samples: Mapping[str, NDArray[Any]]) -> str:
 
 def draw_curves(records: Sequence[dict]) -> str:
     """The picture of a training run, as `clusterns train` draws it."""
-    from .figure import draw_run
+    from ..training.figure import draw_run
 
     with tempfile.TemporaryDirectory(prefix="clusterns-") as folder:
         path = Path(folder) / "run.svg"

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .encoder import SentenceEncoder
-from .model_folder import first_line, read_json, read_modules, resolve
-from .model_settings import SETTINGS_FILE
+from ..encoder import SentenceEncoder
+from ..models.folder import first_line, read_json, read_modules, resolve
+from ..models.settings import SETTINGS_FILE
 
 
 class Encoder(Protocol):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checks import check_count
+from ..checks import check_count
 from .positions import evaluating
 from .views import check_texts
 
 if TYPE_CHECKING:
-    from .encoder import SentenceEncoder
+    from ..encoder import SentenceEncoder
 
 # Sentences tokenised and sorted at a time: enough that padding is negligible, few enough to bound memory.
 SORT_WINDOW = 16384

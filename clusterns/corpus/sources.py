@@ -11,7 +11,7 @@ from pathlib import Path
 import xxhash
 from tqdm.auto import tqdm
 
-from .checks import check_count
+from ..checks import check_count
 from .readers import NUMBERS, READERS, TEXT, Table, arrow_kinds, fingerprint, open_table
 from .rows import Row, Rows, cached_rows
 

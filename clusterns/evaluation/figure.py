@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .evaluation_tables import TEST_SETS
+from .tables import TEST_SETS
 
 
 def draw_evaluation(results: Mapping[str, Any], path: Path) -> None:

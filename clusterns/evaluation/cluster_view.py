@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .functional import nearest_centroids
+from ..functional import nearest_centroids
+from ..normalization import unit_rows
 from .geometry import mean_cosine
-from .normalization import unit_rows
 
 # Pairs drawn for each histogram.
 DRAWN_PAIRS = 200_000

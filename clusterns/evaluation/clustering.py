@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checks import check_choice, check_count
+from ..checks import check_choice, check_count
 
 # "kmeans" is scikit-learn's, "spherical" our SphericalKMeans, which goes by cosine.
 ALGORITHMS = ("kmeans", "spherical")
@@ -150,7 +150,7 @@ def _cluster(points: NDArray[np.float32], count: int, algorithm: str, seed: int,
     try:
         from sklearn.cluster import KMeans
 
-        from .spherical_kmeans import SphericalKMeans
+        from ..spherical_kmeans import SphericalKMeans
     except ImportError as error:
         raise ImportError(
             f'clustering: expected scikit-learn 1.6 or newer, got: {error}; pip install "clusterns[evaluate]"'

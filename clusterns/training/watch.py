@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import nearest_centroids
-from .loss import ClusterNSLoss
-from .normalization import unit_rows, without_autocast
+from ..functional import nearest_centroids
+from ..loss import ClusterNSLoss
+from ..normalization import unit_rows, without_autocast
 
 # Anchors whose softmax is looked at; all of their negatives are.
 SAMPLED_ANCHORS = 256

@@ -12,16 +12,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import __version__
-from .checks import check_choice, check_count
+from .. import __version__
+from ..checks import check_choice, check_count
+from ..corpus.sources import load_rows
+from ..encoder import SentenceEncoder
+from ..files import check_folder_of, replacing
+from ..models.folder import first_line, resolve
 from .cluster_view import plane, view_clusters
-from .encoder import SentenceEncoder
 from .evaluated_model import load_model
-from .files import check_folder_of, replacing
-from .model_folder import first_line, resolve
 from .report_figures import draw_cosines, draw_curves, draw_sizes
 from .report_page import render, write_case_studies
-from .sources import load_rows
 
 STATE_FILE, LOG_FILE = "loss.safetensors", "log.jsonl"
 MAPS = ("tsne", "pca")
@@ -171,7 +171,7 @@ def _check_finite(embeddings: Tensor) -> None:
 
 def _cluster(embeddings: Tensor, count: int, seed: int) -> Tensor:
     """Centroids (K, D) of the embeddings (N, D)."""
-    from .spherical_kmeans import SphericalKMeans
+    from ..spherical_kmeans import SphericalKMeans
 
     if count > len(embeddings):
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_choice
+from ..checks import check_choice
 
 POOLINGS = ("cls", "cls-before-pooler", "mean", "mean-first-last", "mean-top2", "mask")
 # The hidden states whose average is taken before the mean over the tokens.

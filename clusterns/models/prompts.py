@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, normalizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from .checks import check_choice
+from ..checks import check_choice
 
 SENTENCE = "[X]"
 MASKS = ("[MASK]", "<mask>")

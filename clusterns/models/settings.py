@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .model_folder import read_json, read_max_length, read_modules, read_pooling, read_pooling_file
+from .folder import read_json, read_max_length, read_modules, read_pooling, read_pooling_file
 from .pooling import LAYERS, check_pooling
 from .prompts import Prompt
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from clusterns.clustering_eval import clustering_accuracy, evaluate_clustering, load_labelled_texts
+from clusterns.evaluation.clustering import clustering_accuracy, evaluate_clustering, load_labelled_texts
 
 pytest.importorskip("sklearn")
 

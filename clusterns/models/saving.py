@@ -21,12 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn, tensor
 
-from .model_folder import HEAD_FILE, POOLING_KEYS, first_line, write_json
-from .model_settings import SETTINGS_FILE, TOKENIZER_FOLDER, sentence_transformers_modules
+from .folder import HEAD_FILE, POOLING_KEYS, first_line, write_json
 from .pooling import LAYERS
+from .settings import SETTINGS_FILE, TOKENIZER_FOLDER, sentence_transformers_modules
 
 if TYPE_CHECKING:
-    from .encoder import SentenceEncoder
+    from ..encoder import SentenceEncoder
 
 # The names that every sentence-transformers reads: version 6 still maps them to its new ones.
 LIBRARY = "sentence_transformers.models"
@@ -142,7 +142,7 @@ def write_modules(
 
     Args:
         folder: the model folder, whose root holds the transformer and the tokenizer.
-        modules: what `model_folder.sentence_transformers_modules` returns.
+        modules: what `folder.sentence_transformers_modules` returns.
         pooling: of the encoder.
         width: of the embedding, D.
         max_length: tokens of an input, template and special tokens included.

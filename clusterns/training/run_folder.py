@@ -24,10 +24,10 @@ import torch
 import transformers
 from filelock import FileLock, Timeout
 
-from . import __version__
+from .. import __version__
+from ..evaluation.tables import format_table
+from ..files import replacing
 from .config import TrainConfig, to_dict
-from .evaluation_tables import format_table
-from .files import replacing
 
 LOCK, LOG, SUMMARY, PICTURE = ".lock", "log.jsonl", "training.json", "training.png"
 TENSORBOARD = "tensorboard"

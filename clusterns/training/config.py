@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .backend import BACKENDS, check_backend
-from .cached import CachedClusterNSLoss
-from .centroids import CENTROID_UPDATES
-from .checks import check_choice, check_count, check_number
-from .distributed import GATHERS
-from .functional import FALSE_NEGATIVES
-from .loss import ClusterNSLoss
-from .pooling import HEADS, POOLINGS
+from ..backend import BACKENDS, check_backend
+from ..cached import CachedClusterNSLoss
+from ..centroids import CENTROID_UPDATES
+from ..checks import check_choice, check_count, check_number
+from ..distributed import GATHERS
+from ..functional import FALSE_NEGATIVES
+from ..loss import ClusterNSLoss
+from ..models.pooling import HEADS, POOLINGS
 from .presets import PRESETS
 
 
@@ -239,7 +239,7 @@ class TrainConfig:
 
     def build_prompt(self) -> Any:
         """The `Prompt` these settings describe, or None."""
-        from .prompts import Prompt  # late: it needs transformers
+        from ..models.prompts import Prompt  # late: it needs transformers
 
         if self.template is not None:
             templates = [self.template, self.second_template]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
 from transformers.modeling_outputs import BaseModelOutput
 
-from .encoder import SentenceEncoder
-from .model_folder import first_line, read_modules, resolve
+from ..encoder import SentenceEncoder
+from ..models.folder import first_line, read_modules, resolve
 
 # What the transformer takes; a prompt's further entries are for the pooling.
 _OF_TRANSFORMER = ("attention_mask", "token_type_ids", "position_ids")

@@ -13,7 +13,7 @@ from .processes import Processes
 from .run_folder import LOG, model_files
 
 if TYPE_CHECKING:
-    from .train import Run
+    from ..train import Run
 
 # Attributes of the run that JSON holds as they are.
 _PROGRESS = ("epoch batch deferred first_scores best_scores best_step evaluations_without_gain").split()

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .model_folder import first_line
+from ..models.folder import first_line
 
 FORMAT = "clusterns checkpoint"
 VERSION = 1

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..corpus.docstrings import docstring_corpus, retrieval_score
+from ..corpus.sources import load_rows
+from ..encoder import SentenceEncoder
+from ..evaluation.geometry import alignment, uniformity
+from ..evaluation.sts_scores import sts_dev
 from .config import TrainConfig
-from .docstrings import docstring_corpus, retrieval_score
-from .encoder import SentenceEncoder
-from .geometry import alignment, uniformity
 from .scratch import small_bert, train_tokenizer
-from .sources import load_rows
-from .sts_scores import sts_dev
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""What a training run is told, keeps, watches and leaves; the loop itself is `clusterns/train.py`."""
