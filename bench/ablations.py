@@ -94,17 +94,18 @@ VARIANTS: dict[str, tuple[type[TrainConfig], dict[str, Any]]] = {
     "mean update": (TrainConfig, TUNED | {"centroid_update": "mean"}),
 }
 
-# Learning rates of SimCSE; then settings of ClusterNS, one at a time from PUBLISHED, and some together.
+# Learning rates of SimCSE; then σ; then, from the best σ, other settings of ClusterNS one at a time.
 LEARNING_RATES = [2e-5, 5e-5, 1e-4]
+START = {"start_cosine": 0.8}
 SEARCH: list[dict[str, Any]] = [
     {},
     *({"start_cosine": value} for value in (0.2, 0.6, 0.8)),
-    *({"num_clusters": value} for value in (8, 16, 64)),
-    *({"centroid_momentum": value} for value in (1e-4, 1e-2)),
-    *({"bml_weight": value} for value in (1e-2, 1e-1, 1.0)),
-    {"bml_beta": 0.5},
-    {"bml_alpha": 0.2},
-    {"hard_negative_weight": 1.0},
+    *(START | {"num_clusters": value} for value in (8, 16, 64)),
+    *(START | {"centroid_momentum": value} for value in (1e-4, 1e-2)),
+    *(START | {"bml_weight": value} for value in (1e-2, 1e-1, 1.0)),
+    START | {"bml_beta": 0.5},
+    START | {"bml_alpha": 0.2},
+    START | {"hard_negative_weight": 1.0},
 ]
 
 
