@@ -1,0 +1,82 @@
+"""The experiment of bench/ablations.py, tiny: what it writes, that it goes on, and shares its runs."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from tiny import make_tokenizer, write_sts_folder
+from train_problems import sentences
+from transformers import DistilBertConfig, DistilBertModel
+
+from clusterns.encoder import SentenceEncoder
+
+SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "ablations.py"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    config = DistilBertConfig(
+        vocab_size=len(tokenizer), dim=16, n_layers=3, n_heads=2, hidden_dim=32, initializer_range=0.5
+    )
+    encoder = SentenceEncoder(DistilBertModel(config), tokenizer, pooling="cls", head="none")
+    encoder.save(root / "models" / "distilbert-base-cased-gec")
+    (root / "wiki_sentences.txt").write_text("\n".join(sentences(200)) + "\n")
+    write_sts_folder(root / "sts_raw")
+    return root
+
+
+def ablations(data: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    small = "--layers 1 --batch 32 --steps 4 --eval-steps 2 --learning-rate 1e-3".split()
+    command = [sys.executable, str(SCRIPT), "--data", str(data), "--output", str(output), *small, *more]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_runs_are_made_once_and_shared(data, tmp_path):
+    two = ["--variants", "SimCSE", "random clusters", "--seeds"]
+    with FileLock(tmp_path / "simcse" / "1" / ".lock"):  # as while another process is at this run
+        done = ablations(data, tmp_path, *two, "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (tmp_path / "simcse" / "1" / "result.json").exists()
+    first = tmp_path / "random-clusters" / "1" / "result.json"
+    before = first.read_bytes()
+
+    assert ablations(data, tmp_path, *two, "2").returncode == 0
+    assert first.read_bytes() == before
+    with (tmp_path / "comparison.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["variant"], row["seed"]) for row in rows] == [
+        ("SimCSE", "1"),
+        ("SimCSE", "2"),
+        ("random clusters", "1"),
+        ("random clusters", "2"),
+    ]
+    lines = (tmp_path / "comparison.md").read_text().splitlines()
+    assert sum(line.startswith("|") for line in lines) == 4  # head, rule, two variants
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    assert not list(tmp_path.rglob("model.safetensors"))[1:]  # but for the model that all start from
+
+    refused = ablations(data, tmp_path, *two, "1", "--steps", "6")
+    assert refused.returncode == 1
+    assert "expected runs of" in refused.stderr.splitlines()[-1]
+
+
+def test_the_search_sees_dev_alone(data, tmp_path):
+    done = ablations(data, tmp_path, "--search", "--seeds", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    with (tmp_path / "search.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0].keys() == {"settings", "seed", "dev", "clustering_started"}
+    assert [float(row["dev"]) for row in rows] == sorted((float(row["dev"]) for row in rows), reverse=True)
+    assert sum("SimCSE" in row["settings"] for row in rows) == 3
+    assert {row["seed"] for row in rows} == {"1000"}
+    result = next((tmp_path / "search").rglob("result.json")).read_text()
+    assert '"test"' not in result
