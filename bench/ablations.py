@@ -100,12 +100,14 @@ START = {"start_cosine": 0.8}
 SEARCH: list[dict[str, Any]] = [
     {},
     *({"start_cosine": value} for value in (0.2, 0.6, 0.8)),
-    *(START | {"num_clusters": value} for value in (8, 16, 64)),
+    *(START | {"num_clusters": value} for value in (4, 8, 16, 64)),
     *(START | {"centroid_momentum": value} for value in (1e-4, 1e-2)),
     *(START | {"bml_weight": value} for value in (1e-2, 1e-1, 1.0)),
     START | {"bml_beta": 0.5},
     START | {"bml_alpha": 0.2},
     START | {"hard_negative_weight": 1.0},
+    {"start_cosine": 0.9, "num_clusters": 8},
+    {"start_cosine": 0.6, "num_clusters": 8},
 ]
 
 
