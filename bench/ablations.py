@@ -23,7 +23,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -251,23 +251,42 @@ def compare(wanted: argparse.Namespace) -> None:
 
 
 def search(wanted: argparse.Namespace) -> None:
-    """Settings of ClusterNS one at a time, on dev."""
+    """Settings one at a time, on dev."""
     baseline = {"num_clusters": 0}
-    tried = [(f"SimCSE, learning rate {rate}", baseline | {"learning_rate": rate}) for rate in LEARNING_RATES]
+    every = {f"SimCSE, learning rate {rate}": baseline | {"learning_rate": rate} for rate in LEARNING_RATES}
     for settings in SEARCH:
         what = ", ".join(f"{name} {value}" for name, value in settings.items())
-        tried.append((f"ClusterNS, {what or 'published settings'}", settings))
-    found: dict[str, list[dict[str, Any]]] = {}
+        every[f"ClusterNS, {what or 'published settings'}"] = settings
+    tried = best_so_far(wanted, every) if wanted.best else list(every)
     with tqdm(list(itertools.product(range(wanted.seeds), tried)), desc="search", unit="run") as bar:
-        for number, (name, settings) in bar:
-            folder = (
-                wanted.output / "search" / name.replace(", ", "-").replace(" ", "-").lower() / str(number)
-            )
-            result = one_run(TrainConfig, settings, SEARCH_SEED + number, folder, wanted, with_test=False)
-            if result is not None:
-                found.setdefault(name, []).append(result)
-                write_search(found, wanted.output, described(wanted))
+        for number, name in bar:
+            bar.set_postfix_str(f"{name}, seed {SEARCH_SEED + number}")
+            folder = search_folder(wanted, name) / str(number)
+            one_run(TrainConfig, every[name], SEARCH_SEED + number, folder, wanted, with_test=False)
+            write_search(searched(wanted, every), wanted.output, described(wanted))
     print((wanted.output / "search.md").read_text())
+
+
+def search_folder(wanted: argparse.Namespace, name: str) -> Path:
+    """Where the runs of some settings are."""
+    return wanted.output / "search" / slug(name)
+
+
+def searched(wanted: argparse.Namespace, names: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+    """What runs of these settings there are, of whatever seeds."""
+    found = {}
+    for name in names:
+        files = sorted(search_folder(wanted, name).glob("*/result.json"))
+        if files:
+            found[name] = [json.loads(file.read_text()) for file in files]
+    return found
+
+
+def best_so_far(wanted: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """The settings that did best with the first seed of the search, and the best SimCSE."""
+    found = searched(wanted, names)
+    ranked = sorted(found, key=lambda name: -found[name][0]["dev"])
+    return ranked[: wanted.best] + [name for name in ranked if name.startswith("SimCSE")][:1]
 
 
 def described(wanted: argparse.Namespace) -> dict[str, Any]:
@@ -282,6 +301,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--best", type=int, help="of a search with one seed: more seeds for so many settings")
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS))
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=64)

@@ -80,3 +80,12 @@ def test_the_search_sees_dev_alone(data, tmp_path):
     assert {row["seed"] for row in rows} == {"1000"}
     result = next((tmp_path / "search").rglob("result.json")).read_text()
     assert '"test"' not in result
+
+    assert ablations(data, tmp_path, "--search", "--seeds", "2", "--best", "2").returncode == 0
+    with (tmp_path / "search.csv").open(newline="") as file:
+        more = list(csv.DictReader(file))
+    again = {row["settings"] for row in more if row["seed"] == "1001"}
+    assert {row["settings"] for row in rows[:2]} <= again  # and the best SimCSE
+    assert len(again) <= 3
+    assert any("SimCSE" in name for name in again)
+    assert len(more) == len(rows) + len(again)
