@@ -95,16 +95,20 @@ def draw(found: Found, names: list[str], file: Path) -> None:
 
 
 def write_search(found: dict[str, list[dict[str, Any]]], folder: Path, origin: dict[str, Any]) -> None:
-    """search.csv and search.md, best on dev first."""
-    rows = sorted(found.items(), key=lambda item: -statistics.fmean(result["dev"] for result in item[1]))
+    """search.csv and search.md: dev for each seed, ranked by the first, which all settings have."""
     with (folder / "search.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["settings", "seed", "dev", "clustering_started"])
-        for name, results in rows:
+        for name, results in found.items():
             for result in results:
                 started = result["clustering_started"]
                 writer.writerow([name, result["seed"], result["dev"], started[0] if started else ""])
-    lines = ["| settings | seeds | STS-B dev |", "|:--|--:|--:|"]
-    lines += [f"| {name} | {len(each)} | {spread([r['dev'] for r in each])} |" for name, each in rows]
-    lines += ["", "```json", json.dumps(origin), "```", ""]
+    seeds = sorted({result["seed"] for results in found.values() for result in results})
+    lines = [f"| settings | {' | '.join(f'seed {seed}' for seed in seeds)} | clustering starts at step |"]
+    lines.append(f"|:--|{'--:|' * (len(seeds) + 1)}")
+    for name, results in sorted(found.items(), key=lambda item: -item[1][0]["dev"]):
+        dev = {result["seed"]: f"{result['dev']:.2f}" for result in results}
+        started = next(iter(results[0]["clustering_started"]), "never")
+        lines.append(f"| {name} | {' | '.join(dev.get(seed, '') for seed in seeds)} | {started} |")
+    lines += ["", "STS-B dev, Spearman × 100.", "", "```json", json.dumps(origin), "```", ""]
     (folder / "search.md").write_text("\n".join(lines))

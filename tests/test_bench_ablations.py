@@ -75,7 +75,10 @@ def test_the_search_sees_dev_alone(data, tmp_path):
     with (tmp_path / "search.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[0].keys() == {"settings", "seed", "dev", "clustering_started"}
-    assert [float(row["dev"]) for row in rows] == sorted((float(row["dev"]) for row in rows), reverse=True)
+    lines = (tmp_path / "search.md").read_text().splitlines()[2 : 2 + len(rows)]
+    shown = [float(line.split("|")[2]) for line in lines]
+    assert shown == sorted((round(float(row["dev"]), 2) for row in rows), reverse=True)
+    ranked = [line.split("|")[1].strip() for line in lines]
     assert sum("SimCSE" in row["settings"] for row in rows) == 3
     assert {row["seed"] for row in rows} == {"1000"}
     result = next((tmp_path / "search").rglob("result.json")).read_text()
@@ -85,7 +88,7 @@ def test_the_search_sees_dev_alone(data, tmp_path):
     with (tmp_path / "search.csv").open(newline="") as file:
         more = list(csv.DictReader(file))
     again = {row["settings"] for row in more if row["seed"] == "1001"}
-    assert {row["settings"] for row in rows[:2]} <= again  # and the best SimCSE
+    assert set(ranked[:2]) <= again  # and the best SimCSE
     assert len(again) <= 3
     assert any("SimCSE" in name for name in again)
     assert len(more) == len(rows) + len(again)
