@@ -132,19 +132,15 @@ def one_run(
     wanted: argparse.Namespace,
     *,
     with_test: bool,
-) -> dict[str, Any] | None:
-    """The figures of a run: those of before, else of a new one; None while another process is at it."""
+) -> None:
+    """Make a run, unless there is its result already or another process is at it."""
     file = folder / "result.json"
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(Timeout), FileLock(folder / ".lock", timeout=0):
         if not file.is_file():
             run(kind, settings, seed, folder, wanted, with_test=with_test)
-    if not file.is_file():
-        return None
-    result = json.loads(file.read_text())
-    if result["protocol"] != protocol(wanted):
-        raise SystemExit(f"--output: expected runs of {protocol(wanted)}, got {file} of {result['protocol']}")
-    return result
+    if file.is_file() and (found := json.loads(file.read_text())["protocol"]) != protocol(wanted):
+        raise SystemExit(f"--output: expected runs of {protocol(wanted)}, got {file} of {found}")
 
 
 def protocol(wanted: argparse.Namespace) -> dict[str, Any]:
@@ -236,18 +232,24 @@ def quiet() -> Iterator[None]:
 def compare(wanted: argparse.Namespace) -> None:
     """All variants, seed after seed, so that an interruption leaves whole seeds."""
     names = wanted.variants or list(VARIANTS)
-    runs = list(itertools.product(range(1, wanted.seeds + 1), names))
-    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
-    with tqdm(runs, desc="runs", unit="run") as bar:
+    seeds = range(1, wanted.seeds + 1)
+    with tqdm(list(itertools.product(seeds, names)), desc="runs", unit="run") as bar:
         for seed, name in bar:
             bar.set_postfix_str(f"{name}, seed {seed}")
             kind, settings = VARIANTS[name]
-            folder = wanted.output / slug(name) / str(seed)
-            result = one_run(kind, settings, seed, folder, wanted, with_test=True)
-            if result is not None:
-                found[name][seed] = result
+            one_run(kind, settings, seed, wanted.output / slug(name) / str(seed), wanted, with_test=True)
+            # Those that another process made meanwhile, too.
+            found = {each: results_by_seed(wanted.output / slug(each), seeds) for each in names}
+            if any(found.values()):
                 write_comparison(found, wanted.output, described(wanted))
-    print((wanted.output / "comparison.md").read_text())
+    if (wanted.output / "comparison.md").is_file():
+        print((wanted.output / "comparison.md").read_text())
+
+
+def results_by_seed(folder: Path, seeds: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """What runs of a variant there are."""
+    files = {seed: folder / str(seed) / "result.json" for seed in seeds}
+    return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.is_file()}
 
 
 def search(wanted: argparse.Namespace) -> None:
@@ -264,7 +266,8 @@ def search(wanted: argparse.Namespace) -> None:
             folder = search_folder(wanted, name) / str(number)
             one_run(TrainConfig, every[name], SEARCH_SEED + number, folder, wanted, with_test=False)
             write_search(searched(wanted, every), wanted.output, described(wanted))
-    print((wanted.output / "search.md").read_text())
+    if (wanted.output / "search.md").is_file():
+        print((wanted.output / "search.md").read_text())
 
 
 def search_folder(wanted: argparse.Namespace, name: str) -> Path:
