@@ -42,9 +42,9 @@ TEMPERATURES = (0.01, 1.0)  # bounds of a learned one
 def train(config: TrainConfig) -> dict[str, Scores]:
     """Run a whole training; returns the dev scores "before" and "after" (of the best model).
 
-    `training/run_folder.py` lists what it writes into `output_dir`. With `config.resume` it goes on from the newest
-    checkpoint there and ends as without the interruption: to the bit, but for the times in the log, on a
-    device that computes the same bits twice, as the CPU does.
+    `training/run_folder.py` lists what it writes into `output_dir`. With `config.resume` it goes on from the
+    newest checkpoint there and ends as without the interruption: to the bit, but for the times in the log, on
+    a device that computes the same bits twice, as the CPU does.
 
     Raises `ValueError` or `OSError` with one line for bad settings, data, models, folders and checkpoints, a
     loss that is no number, and a full device or disk.
