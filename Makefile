@@ -8,7 +8,7 @@ SETUP := setup.py pyproject.toml constraints.txt
 .PHONY: help train test lint bench exactness audit gpu clean
 
 help:
-	@echo "make train  train a small sentence encoder on this machine's own documentation, about two minutes"
+	@echo "make train  train a small sentence encoder on this machine's own documentation, one to two minutes"
 	@echo "make test   lint, type check and run the tests"
 	@echo "make bench  speed and memory of the loss against its rivals on this machine"
 	@echo "make exactness  error of loss and gradients against float64, by dtype, batch size and backend"
