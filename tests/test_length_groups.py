@@ -84,3 +84,13 @@ def test_rows_without_a_token_and_entries_of_one_dimension(monkeypatch):
         return part["template"] * 10 + part["attention_mask"].sum(dim=1)
 
     assert map_groups(encode, inputs).tolist() == [0, 13, 21, 30]
+
+
+def test_rows_padded_on_the_left_stay_whole(monkeypatch):
+    monkeypatch.setattr(module, "LEAST_TOKENS", 1)
+    mask = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
+    seen = []
+    map_groups(
+        lambda part: seen.append(part["attention_mask"]) or part["attention_mask"], {"attention_mask": mask}
+    )
+    assert [part.tolist() for part in seen] == [mask.tolist()]

@@ -28,23 +28,25 @@ def length_groups(lengths: list[int]) -> list[list[int]]:
 
 
 def map_groups(encode: Callable[[dict[str, Tensor]], Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-    """`encode` of a right-padded batch, (rows, ...), a group at a time where that is less work.
+    """`encode` of a batch, (rows, ...), a group of rows at a time where that is less work.
 
     Args:
         encode: gives a value for each row, whatever rows are beside it and however far it is padded.
         inputs: `attention_mask` (rows, T) and what else `encode` takes of each row: (rows, T) or (rows,).
 
-    Only on a CPU: elsewhere the host would have to wait for the lengths, and smaller launches cost more than
-    the padding.
+    Only for right-padded rows, which can be cut; and only on a CPU: elsewhere the host would have to wait for
+    the lengths, and smaller launches may cost more than the padding.
     """
     mask = inputs["attention_mask"]
-    groups = length_groups(mask.sum(dim=1).tolist()) if mask.device.type == "cpu" else []
+    if mask.device.type != "cpu" or bool((mask[:, 1:] > mask[:, :-1]).any()):
+        return encode(dict(inputs))
+    lengths = mask.sum(dim=1).tolist()
+    groups = length_groups(lengths)
     if len(groups) < 2:
         return encode(dict(inputs))
     found = []
     for group in groups:
-        rows = torch.tensor(group)
-        longest = max(1, int(mask[group[0]].sum()))
+        rows, longest = torch.tensor(group), max(1, lengths[group[0]])
         part = {name: value[rows] for name, value in inputs.items()}
         found.append(encode({name: v[:, :longest] if v.ndim > 1 else v for name, v in part.items()}))
     places = torch.tensor([row for group in groups for row in group]).argsort()
