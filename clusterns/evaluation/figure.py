@@ -28,7 +28,7 @@ def draw_evaluation(results: Mapping[str, Any], path: Path) -> None:
     texts = list(dict.fromkeys(name for model in models for name in model["clustering"]))
     panels = [panel for panel in ("sts", "clustering") if (columns if panel == "sts" else texts)] or ["sts"]
     widths = [
-        max(3.0, 0.35 * len(columns if panel == "sts" else texts) * (len(models) + 2)) for panel in panels
+        max(3.5, 0.35 * len(columns if panel == "sts" else texts) * (len(models) + 2)) for panel in panels
     ]
     figure, grid = plt.subplots(
         1,
@@ -57,7 +57,7 @@ def draw_evaluation(results: Mapping[str, Any], path: Path) -> None:
         axes.grid(axis="y", alpha=0.3)
     titles = {
         "sts": ("STS, 95 % bootstrap intervals", "Spearman × 100"),
-        "clustering": ("clustering, standard deviation over seeds", "accuracy × 100"),
+        "clustering": ("clustering, std over seeds", "accuracy × 100"),
     }
     for panel, axes in zip(panels, grid[0], strict=True):
         title, label = titles[panel]
