@@ -64,6 +64,7 @@ def write_comparison(found: Found, folder: Path, origin: dict[str, Any]) -> None
             cells.append("" if math.isnan(difference) else f"{difference:+.2f} ({p:.3f})")
         lines.append(f"| {name} | {len(results)} | {' | '.join(cells)} |")
     lines += ["", "Spearman × 100, mean ± standard deviation over seeds; p of a paired t-test.", ""]
+    lines += ["This table was written by (commits of the runs: comparison.csv)", ""]
     lines += ["```json", json.dumps(origin), "```", ""]
     (folder / "comparison.md").write_text("\n".join(lines))
     draw(found, names, folder / "comparison.png")
@@ -110,5 +111,13 @@ def write_search(found: dict[str, list[dict[str, Any]]], folder: Path, origin: d
         dev = {result["seed"]: f"{result['dev']:.2f}" for result in results}
         started = next(iter(results[0]["clustering_started"]), "never")
         lines.append(f"| {name} | {' | '.join(dev.get(seed, '') for seed in seeds)} | {started} |")
-    lines += ["", "STS-B dev, Spearman × 100.", "", "```json", json.dumps(origin), "```", ""]
+    lines += [
+        "",
+        "STS-B dev, Spearman × 100. This table was written by",
+        "",
+        "```json",
+        json.dumps(origin),
+        "```",
+        "",
+    ]
     (folder / "search.md").write_text("\n".join(lines))
