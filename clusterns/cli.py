@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from . import __version__
 from .training.arguments import add_arguments, read_config, show_config
@@ -16,7 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     given = parser.parse_args(arguments)
     try:
-        return given.command(given) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            return given.command(given) or 0
     except KeyboardInterrupt:
         print("clusterns: interrupted", file=sys.stderr)
         return 130
@@ -26,6 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
         print(f"clusterns: error: {rank}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """In one line, without the place in the code."""
+    print(f"clusterns: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:

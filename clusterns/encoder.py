@@ -326,9 +326,9 @@ class SentenceEncoder(nn.Module):
 
         `beside`: tensors to save with it, by the name of their .safetensors file.
 
-        Everything is first written whole to a hidden folder beside `directory` and then moved in file by
-        file, so an error while writing (a full disk) leaves an earlier encoder there as it was. Other files
-        in `directory` stay. Raises OSError where it cannot be written.
+        Everything is first written whole to a hidden folder inside `directory` and moved file by file, so an
+        error while writing (a full disk) leaves an earlier encoder there as it was. Other files in
+        `directory` stay. Raises OSError where it cannot be written.
         """
         with replacing(directory) as folder:
             write_encoder(self, folder)

@@ -1,26 +1,163 @@
-"""Files written whole or not at all."""
+"""What is written appears whole or not at all; what a killed process leaves of it goes with the next write.
+
+Everything is written in a hidden folder inside the folder that it is for, hence on the same disk, and moved
+to its place at the end. Its writer holds a lock in there, which ends with the process: a hidden folder that
+nobody holds is a leftover, and `sweep` removes it. Each write sweeps its folder first, and a start those that
+it will write to.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+_PREFIX, _LOCK, _FILES = ".clusterns-", "lock", "files"
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what a disk says that has none
+_held: set[int] = set()  # descriptors of this process
+
+
+def _let_go() -> None:
+    """In a forked process, as a worker that loads data: it would hold them for longer than its parent."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
+def holding(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock among processes, a file that is there only meanwhile; a killed process holds it no longer.
+
+    Yields whether it is held: a disk may have no locks. Raises BlockingIOError where another holds it, unless
+    it is to wait, and FileNotFoundError where the folder is missing.
+    """
+    while (found := _lock(path)) is None and wait:
+        time.sleep(0.05)
+    if found is None:
+        raise BlockingIOError(errno.EAGAIN, "held by another process", str(path))
+    descriptor, is_held = found
+    try:
+        yield is_held
+    finally:
+        if descriptor in _held:
+            with suppress(OSError):  # of Windows, which removes no open file
+                path.unlink()
+            _release(descriptor)
+            if sys.platform == "win32":
+                path.unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> tuple[int, bool] | None:
+    """Descriptor of the lock, and whether the disk has locks; None where another has it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    _held.add(descriptor)
+    is_held = True
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        is_held = False
+        if error.errno not in _NO_LOCKS:
+            _release(descriptor)
+            if error.errno in (errno.EAGAIN, errno.EACCES):  # Windows says the latter
+                return None
+            raise
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor, is_held
+    _release(descriptor)  # of a file that its holder has removed since it was opened: no other would see it
+    return _lock(path)
+
+
+def _release(descriptor: int) -> None:
+    _held.discard(descriptor)
+    os.close(descriptor)
+
+
+@contextmanager
+def staging(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder, hidden inside `folder`, that goes at the end with what was not moved out of it.
+
+    Raises OSError where `folder` is missing or cannot be written to.
+    """
+    sweep(folder)
+    with ExitStack() as stack:
+        held = False
+        while not held:
+            hidden = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
+            # A sweep may come before the lock, and take it for a leftover.
+            with suppress(BlockingIOError, FileNotFoundError):
+                stack.enter_context(holding(hidden / _LOCK))
+                held = True
+        try:
+            place = hidden / _FILES
+            place.mkdir()
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+            stack.close()
+            with suppress(OSError):  # a sweep is at it
+                hidden.rmdir()
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, with its suffix, and move it there at the end.
+    """Yield a temporary path of the same name, and move it to `path` at the end.
 
-    An error in between leaves an earlier file at `path` as it was, and nothing beside it.
+    An error or a kill in between leaves an earlier file at `path` as it was. Raises OSError in one line where
+    it cannot be written.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with staging(target.absolute().parent) as place:
+            yield place / target.name
+            os.replace(place / target.name, target)
+    except OSError as error:
+        raise type(error)(f"{path}: cannot write this file, got {error.strerror or error}") from error
+
+
+def sweep(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed processes have left in `folder`, but nothing that a live one is writing.
+
+    A leftover that cannot be removed, as another user's, is warned of in one line.
+    """
+    for hidden in Path(folder).glob(f"{_PREFIX}*"):
+        try:
+            with holding(hidden / _LOCK) as is_held:
+                if not is_held:
+                    raise OSError(errno.ENOLCK, "this disk has no locks")
+                if (hidden / _FILES).exists():
+                    shutil.rmtree(hidden / _FILES)
+            hidden.rmdir()
+        except (BlockingIOError, FileNotFoundError):  # noqa: PERF203
+            continue  # a live process writes there, or another one has swept it
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:  # a writer that was about to begin has begun
+                text = f"cannot remove what a killed process may have left ({error.strerror}); it stays"
+                warnings.warn(f"{hidden}: {text}", stacklevel=2)
+
+
+def is_staged(path: Path) -> bool:
+    """Whether it is such a hidden folder."""
+    return path.name.startswith(_PREFIX)
 
 
 def check_folder_of(name: str, path: str | os.PathLike[str] | None) -> None:

@@ -22,6 +22,7 @@ from transformers import get_linear_schedule_with_warmup, set_seed
 from .cached import CachedClusterNSLoss
 from .data import Batches, batches
 from .encoder import SentenceEncoder
+from .files import replacing
 from .training.checkpoint import Checkpoint, Checkpoints
 from .training.config import TrainConfig
 from .training.devices import Precision, adamw, explained_errors
@@ -344,7 +345,8 @@ class Run:
         for event, text in self.watch.end(self.step):
             self.journal.event(self.step, event, text)
         self.journal.close()
-        draw_run(self.journal.records, self.output / PICTURE)
+        with replacing(self.output / PICTURE) as path:
+            draw_run(self.journal.records, path)
         write_summary(self.output, self.config, scores=scores, best_step=self.best_step, finished=True)
         report(self.config, self.output, scores, self.best_step, self.total_steps)
         return scores

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -15,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import xxhash
-from filelock import FileLock, Timeout
 from huggingface_hub import constants
+
+from ..files import holding, staging, sweep
 
 # Rows of an Arrow record batch; each but the last has exactly as many, so that a row is found by division.
 RECORD_ROWS = 4096
-# An entry of the cache that nobody opened for so long is removed, and what a killed process left half done.
-UNUSED_SECONDS, ABANDONED_SECONDS = 30 * 86_400, 86_400
+# An entry of the cache that nobody opened for so long is removed.
+UNUSED_SECONDS = 30 * 86_400
 _TEXTS, _KEYS, _ABOUT = "texts.arrow", "keys.uint64", "about.json"
 Row = tuple[str, ...]
 
@@ -43,7 +43,7 @@ class Rows(Sequence[Row]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        about = json.loads((folder / _ABOUT).read_text())
+        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
         self.columns: tuple[str, ...] = tuple(about["columns"])
         self.dropped: int = about["dropped"]
         self._length: int = about["rows"]
@@ -90,14 +90,15 @@ def cached_rows(
     folder = cache_folder() / key
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        sweep(folder.parent)
+        _remove_old(folder.parent)
+        with holding(Path(f"{folder}.lock"), wait=True):
             if folder.is_dir():
                 try:
                     os.utime(folder)
                     return Rows(folder)
                 except (OSError, ValueError, KeyError):  # damaged, as by a power cut
                     shutil.rmtree(folder)
-            _remove_old(folder.parent)
             return write_rows(folder, source, columns, rows(), limit)
     except OSError as error:
         if error.filename is None or str(folder.parent) in str(error.filename):
@@ -111,7 +112,7 @@ def cached_rows(
 def write_rows(
     folder: Path, source: str, columns: Sequence[str], rows: Iterator[Row | None], limit: int | None
 ) -> Rows:
-    """Write rows beside `folder` and move them there whole.
+    """Write rows in the folder of `folder` and move them there whole.
 
     Args:
         folder: does not exist yet; its parent does.
@@ -134,11 +135,10 @@ def write_rows(
 
     remaining = islice(present(), limit)
     schema = pyarrow.schema([(str(number), pyarrow.large_string()) for number in range(len(columns))])
-    staging = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
-    try:
+    with staging(folder.parent) as place:
         with (
-            (staging / _KEYS).open("wb") as keys,
-            pyarrow.OSFile(str(staging / _TEXTS), "wb") as texts,
+            (place / _KEYS).open("wb") as keys,
+            pyarrow.OSFile(str(place / _TEXTS), "wb") as texts,
             pyarrow.ipc.new_file(texts, schema) as records,
         ):
             while record := list(islice(remaining, RECORD_ROWS)):
@@ -157,17 +157,15 @@ def write_rows(
                 f"{source}: expected sentences, got {'only blank ones' if dropped else 'no rows'}"
             )
         about = {"columns": list(columns), "rows": written, "dropped": dropped, "source": source}
-        (staging / _ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-        for file in staging.iterdir():  # a power cut leaves whole files or no entry
+        (place / _ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        for file in place.iterdir():  # a power cut leaves whole files or no entry
             with file.open("rb+") as written_file:
                 os.fsync(written_file.fileno())
         try:
-            staging.rename(folder)
+            place.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process was faster, with the same content
                 raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return Rows(folder)
 
 
@@ -176,14 +174,14 @@ def _key(text: str) -> int:
 
 
 def _remove_old(cache: Path) -> None:
-    """Remove entries long unused and what killed processes left, unless in the making."""
-    for entry in cache.iterdir():
-        with suppress(OSError, Timeout):
-            age = time.time() - entry.stat().st_mtime
-            if entry.name.startswith(".") and age > ABANDONED_SECONDS:
-                shutil.rmtree(entry, ignore_errors=True)
-            elif entry.is_dir() and age > UNUSED_SECONDS:
-                lock = Path(f"{entry}.lock")
-                with FileLock(lock, timeout=0):
-                    shutil.rmtree(entry, ignore_errors=True)
-                    lock.unlink()
+    """Remove entries long unused, unless in use, and locks of entries that a killed process never made."""
+
+    def is_unused(entry: Path) -> bool:
+        return entry.is_dir() and time.time() - entry.stat().st_mtime > UNUSED_SECONDS
+
+    for entry in {path.with_suffix("") for path in cache.glob("[!.]*")}:
+        with suppress(OSError):  # one that is held among them
+            if is_unused(entry) or not entry.exists():
+                with holding(Path(f"{entry}.lock")):  # which removes it at the end
+                    if is_unused(entry):
+                        shutil.rmtree(entry, ignore_errors=True)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tarfile
-import tempfile
 from pathlib import Path
 
+from ..files import staging
 from .sts import HUB_MTEB, HUB_SENTEVAL, MTEB_DATASETS, StsSet, append_pair
 
 # SentEval's layout with the published split of SICK, which mteb's data set lacks.
@@ -38,28 +37,30 @@ def senteval_folder() -> Path:
 
 
 def _unpack(archive: Path, target: Path) -> None:
-    """Unpack STS and SICK beside `target` and move them there whole."""
+    """Unpack STS and SICK in the folder of `target` and move them there whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tar.getmembers():
-                parts = Path(member.name).parts
-                start = next((i for i, part in enumerate(parts) if part in ("STS", "SICK")), None)
-                if start is not None and member.isfile():
-                    member.name = "/".join(parts[start:])
-                    tar.extract(member, staging, filter="data")
-        if not (staging / "STS").is_dir():
+    with staging(target.parent) as place:
+        try:
+            _extract(archive, place)
+        except tarfile.TarError as error:
+            raise ValueError(f"{archive}: expected a tar archive of SentEval's data ({error})") from error
+        if not (place / "STS").is_dir():
             raise ValueError(f"{archive}: expected SentEval's folders STS and SICK, got neither")
         try:
-            os.rename(staging, target)
+            os.rename(place, target)
         except OSError:
             if not target.is_dir():  # else another process was faster, with the same content
                 raise
-    except tarfile.TarError as error:
-        raise ValueError(f"{archive}: expected a tar archive of SentEval's data ({error})") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _extract(archive: Path, place: Path) -> None:
+    with tarfile.open(archive) as tar:
+        for member in tar.getmembers():
+            parts = Path(member.name).parts
+            start = next((i for i, part in enumerate(parts) if part in ("STS", "SICK")), None)
+            if start is not None and member.isfile():
+                member.name = "/".join(parts[start:])
+                tar.extract(member, place, filter="data")
 
 
 def load_mteb(name: str) -> StsSet:

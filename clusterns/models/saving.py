@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn, tensor
 
+from ..files import staging
 from .folder import HEAD_FILE, POOLING_KEYS, first_line, write_json
 from .pooling import LAYERS
 from .settings import SETTINGS_FILE, TOKENIZER_FOLDER, sentence_transformers_modules
@@ -35,7 +34,7 @@ PROMPT_ENCODER = "clusterns.sentence_transformers_modules.PromptEncoder"
 
 @contextlib.contextmanager
 def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """A hidden folder to write into, whose files are then moved into `directory` one by one.
+    """A hidden folder to write into, whose files are then moved into `directory` around it one by one.
 
     Where writing fails, `directory` stays as it was. Other files in it stay. Raises OSError where it cannot
     be written.
@@ -43,22 +42,25 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(directory).absolute()
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"directory: expected a folder, got the file {directory}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    is_new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
     try:
-        yield staging
-        files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
-        for file in files:
-            (target / file).parent.mkdir(parents=True, exist_ok=True)
-        # safetensors makes its files private; give every file the mode an ordinary one has here.
-        usual = (staging / "modules.json").stat().st_mode
-        for file in files:
-            (staging / file).chmod(usual)
-            os.replace(staging / file, target / file)
+        with staging(target) as place:
+            yield place
+            files = sorted(path.relative_to(place) for path in place.rglob("*") if path.is_file())
+            for file in files:
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+            # safetensors makes its files private; give every file the mode an ordinary one has here.
+            usual = (place / "modules.json").stat().st_mode
+            for file in files:
+                (place / file).chmod(usual)
+                os.replace(place / file, target / file)
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(f"{directory}: cannot write the encoder ({first_line(error)})") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):  # but for a failure it is not empty
+                target.rmdir()
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -9,8 +9,7 @@
     best/                 the best model so far, as links to the files in the output folder
     progress.json         where the run stands, its settings, and size and CRC-32 of the files above
 
-A checkpoint is written to a hidden folder, synced to the disk and then renamed: it is there whole or not at
-all.
+A checkpoint is written in a hidden folder, synced to the disk and moved: it is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..files import staging
 from ..models.folder import first_line
 
 FORMAT = "clusterns checkpoint"
@@ -84,14 +84,9 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Delete all of them, of an earlier run, at one blow: none is ever taken for the last of them."""
-        self.sweep()
         if self.folder.exists():
-            self._delete(self.folder)
-
-    def sweep(self) -> None:
-        """Delete what a process that was killed while writing or deleting has left behind."""
-        for path in (*self.folder.glob(".*"), self.output / f".old-{self.folder.name}"):
-            shutil.rmtree(path, ignore_errors=True)
+            with staging(self.output) as place:
+                os.rename(self.folder, place / self.folder.name)
 
     def save(
         self,
@@ -114,39 +109,38 @@ class Checkpoints:
             best: files of the best model below the output folder, which are linked.
         """
         final = self.folder / f"step-{step:08d}"
-        staging = self.folder / f".{final.name}"
         try:
             self.folder.mkdir(exist_ok=True)
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
-            save_file(_tensors(modules), staging / MODULES)
-            torch.save(dict(training), staging / TRAINING)
-            shutil.copyfile(log, staging / log.name)
-            for path in best:
-                _link(path, staging / BEST / path.relative_to(self.output))
-            facts = {
-                "format": FORMAT,
-                "version": VERSION,
-                "step": step,
-                **progress,
-                "files": {name: _size_and_crc(staging / name) for name in (MODULES, TRAINING, log.name)},
-            }
-            (staging / PROGRESS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            for path in (*(path for path in staging.iterdir() if path.is_file()), staging):
-                _sync(path)
-            if final.exists():  # of a run that was resumed from an earlier one
-                self._delete(final)
-            os.rename(staging, final)
-            _sync(self.folder)
+            with staging(self.folder) as place:
+                made, old = place / "new", place / "old"
+                made.mkdir()
+                save_file(_tensors(modules), made / MODULES)
+                torch.save(dict(training), made / TRAINING)
+                shutil.copyfile(log, made / log.name)
+                for path in best:
+                    _link(path, made / BEST / path.relative_to(self.output))
+                facts = {
+                    "format": FORMAT,
+                    "version": VERSION,
+                    "step": step,
+                    **progress,
+                    "files": {name: _size_and_crc(made / name) for name in (MODULES, TRAINING, log.name)},
+                }
+                (made / PROGRESS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+                for path in (*(path for path in made.iterdir() if path.is_file()), made):
+                    _sync(path)
+                if final.exists():  # of a run that was resumed from an earlier one
+                    os.rename(final, old)
+                os.rename(made, final)
+                _sync(self.folder)
+                for path in self.all()[: -self.keep]:  # out of sight at once, then off the disk
+                    os.rename(path, place / path.name)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
-            shutil.rmtree(staging, ignore_errors=True)
             last = self.last()
             raise OSError(
                 f"step {step}: cannot write a checkpoint in {self.folder} ({first_line(error)}); "
                 + (f"the last good one is {last}" if last else "there is none before it")
             ) from error
-        for path in self.all()[: -self.keep]:
-            self._delete(path)
         return final
 
     def read(self, folder: Path, log_name: str) -> Checkpoint:
@@ -185,27 +179,17 @@ class Checkpoints:
         """Put the log and the best model back to what they were at the checkpoint."""
         best = checkpoint.folder / BEST
         found = [path for path in best.rglob("*") if path.is_file()] if best.is_dir() else []
-        for path, target in (
-            (checkpoint.folder / log.name, log),
-            *((path, self.output / path.relative_to(best)) for path in found),
-        ):
-            beside = target.with_name(f".{target.name}.partial")
-            beside.unlink(missing_ok=True)
+        with staging(self.output) as place:
             # The log is appended to, and must not change in the checkpoint; a model's files are replaced.
-            if target == log:
-                shutil.copyfile(path, beside)
-            elif target.exists() and path.samefile(target):
-                continue  # no kill came between; and renaming a link onto its like does nothing
-            else:
-                _link(path, beside)
-            os.replace(beside, target)
-
-    def _delete(self, path: Path) -> None:
-        """Out of sight at once, then off the disk."""
-        hidden = path.with_name(f".old-{path.name}")
-        shutil.rmtree(hidden, ignore_errors=True)
-        os.rename(path, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+            shutil.copyfile(checkpoint.folder / log.name, place / log.name)
+            os.replace(place / log.name, log)
+            for path in found:
+                target = self.output / path.relative_to(best)
+                if target.exists() and path.samefile(target):
+                    continue  # no kill came between; and renaming a link onto its like does nothing
+                _link(path, place / "file")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(place / "file", target)
 
 
 def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

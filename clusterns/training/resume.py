@@ -26,8 +26,6 @@ def find_checkpoint(config: TrainConfig, output: Path, processes: Processes) -> 
     `Checkpoints.read` raises.
     """
     checkpoints = Checkpoints(output, config.keep_checkpoints)
-    if processes.is_first:
-        checkpoints.sweep()
     last = processes.of_first(checkpoints.last() if config.resume else None)
     if last is None:
         return None

@@ -14,19 +14,17 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-import re
-import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from filelock import FileLock, Timeout
 
 from .. import __version__
 from ..evaluation.tables import format_table
-from ..files import replacing
+from ..files import holding, is_staged, replacing, sweep
 from .config import TrainConfig, to_dict
 
 LOCK, LOG, SUMMARY, PICTURE = ".lock", "log.jsonl", "training.json", "training.png"
@@ -45,15 +43,19 @@ def claimed(output: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"--output-dir: expected a folder, got the file {output}")
     output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise FileExistsError(
-            f"--output-dir: expected a folder of its own, {output} is in use by a running training"
-        ) from None
-    try:
-        if not overwrite and any(path.name != LOCK for path in output.iterdir()):
+    with contextlib.ExitStack() as stack:
+        try:
+            is_held = stack.enter_context(holding(output / LOCK))
+        except BlockingIOError:
+            raise FileExistsError(
+                f"--output-dir: expected a folder of its own, {output} is in use by a running training"
+            ) from None
+        if not is_held:
+            text = f"{output}: this disk has no locks, see to it that no other training writes there"
+            warnings.warn(text, stacklevel=3)
+        for folder in (output, output / "checkpoints"):
+            sweep(folder)
+        if not overwrite and any(path.name != LOCK and not is_staged(path) for path in output.iterdir()):
             if not resume:
                 raise FileExistsError(
                     f"--output-dir: expected a new or empty folder, {output} holds files; choose another or "
@@ -63,16 +65,7 @@ def claimed(output: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
                 raise FileExistsError(
                     f"--resume: expected the output folder of a training, {output} holds other files"
                 )
-        if resume:
-            # What a process that was killed while saving has left: the lock says that none is saving now.
-            left = re.compile(re.escape(f".{output.name}.") + "[a-z0-9_]{8}")
-            for path in output.absolute().parent.iterdir():
-                if left.fullmatch(path.name):
-                    shutil.rmtree(path, ignore_errors=True)
         yield
-    finally:
-        lock.release()
-        (output / LOCK).unlink(missing_ok=True)
 
 
 def model_files(output: Path) -> list[Path]:
