@@ -91,7 +91,6 @@ def cached_rows(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         sweep(folder.parent)
-        _remove_old(folder.parent)
         with holding(Path(f"{folder}.lock"), wait=True):
             if folder.is_dir():
                 try:
@@ -99,6 +98,7 @@ def cached_rows(
                     return Rows(folder)
                 except (OSError, ValueError, KeyError):  # damaged, as by a power cut
                     shutil.rmtree(folder)
+            _remove_old(folder.parent)
             return write_rows(folder, source, columns, rows(), limit)
     except OSError as error:
         if error.filename is None or str(folder.parent) in str(error.filename):
