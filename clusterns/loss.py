@@ -15,7 +15,6 @@ from .distributed import GATHERS, Ranks, seed_together
 from .functional import FALSE_NEGATIVES, ObjectiveTerms, objective
 from .options import WORKSPACE_BYTES, Options
 
-
 _NOT_STARTED = (
     "fullgraph: expected clustering_active, or eval mode, for a whole graph, as until then each step reads "
     "the mean cosine; run the steps up to the start without fullgraph=True, and with it from then on"
@@ -157,7 +156,7 @@ class ClusterNSLoss(OnlineKMeans):
         self.last = {name: term.detach() for name, term in terms._asdict().items()} | cosines
         if self.training and self.num_clusters and not clustered:
             if torch.compiler.is_compiling():
-                torch._dynamo.graph_break(_NOT_STARTED)
+                torch._dynamo.graph_break(msg=_NOT_STARTED)
             self._maybe_seed(anchors, positives, terms.mean_cosine, ranks)
         return terms.loss
 

@@ -337,7 +337,7 @@ def _(points, centroids):
     "sweep(Tensor anchors, Tensor positives, Tensor? negatives, float temperature, "
     "Tensor? temperature_tensor, Tensor? cluster_ids, Tensor? centroids, Tensor? hard_ids, Tensor? cosines, "
     "float hard_negative_weight, str false_negatives, float bml_weight, float bml_alpha, float bml_beta, "
-    "int workspace_bytes, bool[] needs, str backend=\"triton-chunked\") -> (Tensor loss, Tensor terms, "
+    'int workspace_bytes, bool[] needs, str backend="triton-chunked") -> (Tensor loss, Tensor terms, '
     "Tensor anchors, Tensor positives, Tensor negatives, Tensor temperature)"
 )
 def _sweep(anchors, positives, negatives, temperature, temperature_tensor, *rest):

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clusterns import ClusterNSLoss, info_nce, nearest_centroids, seed_centroids
+from clusterns import (
+    CachedClusterNSLoss,
+    ClusterNSLoss,
+    cosine_similarity_matrix,
+    info_nce,
+    nearest_centroids,
+    seed_centroids,
+)
 
 GOOD = torch.randn(4, 3)
 
@@ -72,6 +79,35 @@ def test_loss_of_other_width_or_device():
         loss(GOOD, GOOD)
     with pytest.raises(ValueError, match="anchors: expected the device of the loss, cpu, got meta"):
         loss(torch.empty(4, 5, device="meta"), torch.empty(4, 5, device="meta"))
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_temperature_elsewhere(learned):
+    tau = torch.empty((), device="meta")
+    tau = torch.nn.Parameter(tau) if learned else tau
+    settings = {"temperature": tau, "hard_negatives": False}
+
+    def losses(make, clusters=0, start=False, **more):
+        loss_fn = make(3, clusters, **settings, **more)
+        if start:
+            loss_fn.start_from(GOOD[:2])
+        return loss_fn
+
+    calls = [
+        *((losses(ClusterNSLoss, backend=word), (GOOD, GOOD)) for word in ("torch", "reference")),
+        (losses(ClusterNSLoss, 2, start=True), (GOOD, GOOD)),
+        (losses(ClusterNSLoss, 2).eval(), (GOOD, GOOD, GOOD)),
+        (losses(CachedClusterNSLoss), (torch.nn.Linear(3, 3), GOOD, GOOD)),
+        (lambda a, b: info_nce(a, b, temperature=tau), (GOOD, GOOD)),
+        (lambda a, b: cosine_similarity_matrix(a, b, tau), (GOOD, GOOD)),
+    ]
+    for call, arguments in calls:
+        line = (
+            r"temperature: expected the device of (anchors|a), cpu, got meta; move it, .* with \.to\(device\)"
+        )
+        with pytest.raises(ValueError, match=line) as caught:
+            call(*arguments)
+        assert "\n" not in str(caught.value)
 
 
 def test_stateless_arguments():
