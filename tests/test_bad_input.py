@@ -82,31 +82,21 @@ def test_loss_of_other_width_or_device():
 
 
 @pytest.mark.parametrize("learned", [True, False])
-def test_temperature_elsewhere(learned):
+def test_temperature_on_another_device(learned):
     tau = torch.empty((), device="meta")
-    tau = torch.nn.Parameter(tau) if learned else tau
-    settings = {"temperature": tau, "hard_negatives": False}
-
-    def losses(make, clusters=0, start=False, **more):
-        loss_fn = make(3, clusters, **settings, **more)
-        if start:
-            loss_fn.start_from(GOOD[:2])
-        return loss_fn
-
+    settings = {"temperature": torch.nn.Parameter(tau) if learned else tau}
     calls = [
-        *((losses(ClusterNSLoss, backend=word), (GOOD, GOOD)) for word in ("torch", "reference")),
-        (losses(ClusterNSLoss, 2, start=True), (GOOD, GOOD)),
-        (losses(ClusterNSLoss, 2).eval(), (GOOD, GOOD, GOOD)),
-        (losses(CachedClusterNSLoss), (torch.nn.Linear(3, 3), GOOD, GOOD)),
-        (lambda a, b: info_nce(a, b, temperature=tau), (GOOD, GOOD)),
-        (lambda a, b: cosine_similarity_matrix(a, b, tau), (GOOD, GOOD)),
+        *(ClusterNSLoss(3, 2, backend=word, **settings) for word in ("auto", "torch", "reference")),
+        ClusterNSLoss(3, 0, hard_negatives=False, **settings).eval(),
+        lambda a, p: CachedClusterNSLoss(3, 2, **settings)(torch.nn.Linear(3, 3), a, p),
+        lambda a, p: info_nce(a, p, **settings),
+        lambda a, p: cosine_similarity_matrix(a, p, **settings),
     ]
-    for call, arguments in calls:
-        line = (
-            r"temperature: expected the device of (anchors|a), cpu, got meta; move it, .* with \.to\(device\)"
-        )
+    calls[0].start_from(GOOD[:2])
+    line = r"temperature: expected the device of (anchors|a), cpu, got meta; move it, .* \.to\(device\)"
+    for call in calls:
         with pytest.raises(ValueError, match=line) as caught:
-            call(*arguments)
+            call(GOOD, GOOD)
         assert "\n" not in str(caught.value)
 
 
