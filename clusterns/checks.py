@@ -95,13 +95,21 @@ def check_count(name: str, value: int, *, at_least: int) -> None:
         raise ValueError(f"{name}: expected at least {at_least}, got {value}")
 
 
-def check_temperature(temperature: float | Tensor) -> None:
-    """Require τ > 0: a number, or a 0-dim floating tensor, whose value is read on the CPU only (no sync)."""
+def check_temperature(temperature: float | Tensor, other_name: str = "", other: Tensor | None = None) -> None:
+    """Require τ > 0: a number, or a 0-dim floating tensor, whose value is read on the CPU only (no sync).
+
+    Where embeddings are given it must be on their device.
+    """
     if isinstance(temperature, Tensor):
         if temperature.ndim != 0 or temperature.dtype not in FLOATING:
             raise ValueError(
                 "temperature: expected a number or a 0-dim floating tensor, "
                 f"got shape {tuple(temperature.shape)} of {temperature.dtype}"
+            )
+        if other is not None and temperature.device != other.device:
+            raise ValueError(
+                f"temperature: expected the device of {other_name}, {other.device}, got "
+                f"{temperature.device}; move it, or the loss that holds it, with .to(device)"
             )
         if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
             check_number("temperature", float(temperature.detach()), above=0)

@@ -175,7 +175,7 @@ class Ranks:
         if of_temperature is not None:
             of_temperature = self.sum(of_temperature.reshape(1)).reshape(())
         gradients = [g if need else None for g, need in zip(gradients, needs, strict=False)]
-        return Found(combine(rows, *parts), (*gradients, of_temperature if needs[3] else None))
+        return Found(*combine(rows, *parts), (*gradients, of_temperature if needs[3] else None))
 
     def _sweep_all(
         self, sweeper: Any, positives: Tensor, negatives: Tensor | None, ids: Tensor | None

@@ -58,7 +58,7 @@ def cosine_similarity_matrix(a: Tensor, b: Tensor, temperature: float | Tensor =
     Args:
         a: (M, D) embeddings.
         b: (N, D) embeddings on the same device.
-        temperature: τ > 0, a number or a 0-dim tensor.
+        temperature: τ > 0, a number or a 0-dim tensor on the same device.
 
     Returns:
         (M, N), float32, or float64 if an input is float64.
@@ -66,7 +66,7 @@ def cosine_similarity_matrix(a: Tensor, b: Tensor, temperature: float | Tensor =
     """
     check_embeddings("a", a)
     check_like("b", b, "a", a)
-    check_temperature(temperature)
+    check_temperature(temperature, "a", a)
     if choose_backend("auto", a, b) == "triton":
         return fused.cosine_similarity_matrix(a, b, temperature)
     dtype = compute_dtype(a, b)
@@ -199,7 +199,7 @@ def objective(
     `ranks`: the embeddings and ids are this rank's rows of a batch that several ranks share.
     """
     _check_objective(anchors, positives, negatives, centroids, hard_negative_ids, cluster_ids)
-    check_temperature(temperature)
+    check_temperature(temperature, "anchors", anchors)
     check_choice("false_negatives", false_negatives, FALSE_NEGATIVES)
     check_number("hard_negative_weight", hard_negative_weight)
     check_number("bml_weight", bml_weight, at_least=0)
@@ -245,19 +245,11 @@ def objective(
             bml_beta=bml_beta,
         )
     clusters = Clusters(cluster_ids, centroids, hard_negative_ids, centroid_cosines)
-    return ObjectiveTerms(
-        *ClusterAwareInfoNCE.apply(
-            anchors,
-            positives,
-            negatives,
-            temperature,
-            clusters,
-            options,
-            backend,
-            ranks,
-            torch.is_grad_enabled(),
-        )
+    inputs = (anchors, positives, negatives, temperature)
+    loss, terms = ClusterAwareInfoNCE.apply(
+        *inputs, clusters, options, backend, ranks, torch.is_grad_enabled()
     )
+    return ObjectiveTerms(loss, *terms.unbind())
 
 
 def info_nce(

@@ -193,7 +193,7 @@ def objective(
         anchors,
         positives,
         negatives,
-        temperature.to(anchors.device) if isinstance(temperature, Tensor) else None,
+        temperature if isinstance(temperature, Tensor) else None,
         compared,
         centroids,
         cluster_ids,
@@ -259,7 +259,7 @@ def cosine_similarity_matrix(a: Tensor, b: Tensor, temperature: float | Tensor) 
     return _Similarity.apply(
         a,
         b,
-        temperature.to(a.device) if isinstance(temperature, Tensor) else None,
+        temperature if isinstance(temperature, Tensor) else None,
         1.0 if isinstance(temperature, Tensor) else float(temperature),
     )
 

@@ -15,6 +15,11 @@ from .distributed import GATHERS, Ranks, seed_together
 from .functional import FALSE_NEGATIVES, ObjectiveTerms, objective
 from .options import WORKSPACE_BYTES, Options
 
+_NOT_STARTED = (
+    "fullgraph: expected clustering_active, or eval mode, for a whole graph, as until then each step reads "
+    "the mean cosine; run the steps up to the start without fullgraph=True, and with it from then on"
+)
+
 
 class ClusterNSLoss(OnlineKMeans):
     """Clustering-aware InfoNCE (Deng et al., Findings of ACL 2023).
@@ -148,9 +153,11 @@ class ClusterNSLoss(OnlineKMeans):
             terms, cosines = self._fused_step(*inputs, self.centroids if clustered else None)
         else:
             terms, cosines = self._step(*inputs, clustered, backend, ranks)
-        if self.training and self.num_clusters and not clustered:
-            self._maybe_seed(anchors, positives, terms.mean_cosine, ranks)
         self.last = {name: term.detach() for name, term in terms._asdict().items()} | cosines
+        if self.training and self.num_clusters and not clustered:
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break(msg=_NOT_STARTED)
+            self._maybe_seed(anchors, positives, terms.mean_cosine, ranks)
         return terms.loss
 
     def _meet(
@@ -269,7 +276,9 @@ class ClusterNSLoss(OnlineKMeans):
                 f"anchors: expected the device of the loss, {self.centroids.device}, got {anchors.device}; "
                 "move the loss with .to(device)"
             )
+        check_temperature(self.temperature, "anchors", anchors)
 
+    @torch.compiler.disable
     def _maybe_seed(
         self, anchors: Tensor, positives: Tensor, mean_cosine: Tensor, ranks: Ranks | None
     ) -> None:

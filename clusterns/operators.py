@@ -337,30 +337,41 @@ def _(points, centroids):
     "sweep(Tensor anchors, Tensor positives, Tensor? negatives, float temperature, "
     "Tensor? temperature_tensor, Tensor? cluster_ids, Tensor? centroids, Tensor? hard_ids, Tensor? cosines, "
     "float hard_negative_weight, str false_negatives, float bml_weight, float bml_alpha, float bml_beta, "
-    "int workspace_bytes, bool[] needs) -> (Tensor loss, Tensor info_nce, Tensor bml, Tensor mean_cosine, "
-    "Tensor positive_cosine, Tensor anchors, Tensor positives, Tensor negatives, Tensor temperature)"
+    'int workspace_bytes, bool[] needs, str backend="triton-chunked") -> (Tensor loss, Tensor terms, '
+    "Tensor anchors, Tensor positives, Tensor negatives, Tensor temperature)"
 )
 def _sweep(anchors, positives, negatives, temperature, temperature_tensor, *rest):
     from .sweep import Clusters, sweep_alone
 
-    *numbers, needs = rest
+    numbers, needs, backend = _sweep_arguments(rest)
     clusters, options = Clusters(*numbers[:4]), Options(*numbers[4:])
     tau = temperature if temperature_tensor is None else temperature_tensor
-    found = sweep_alone(anchors, positives, negatives, tau, clusters, options, tuple(needs), "triton-chunked")
-    gradients = (anchors.new_empty((0, 0)) if g is None else g for g in found.gradients)
-    return (*found.terms, *gradients)
+    found = sweep_alone(anchors, positives, negatives, tau, clusters, options, tuple(needs), backend)
+    gradients = [anchors.new_empty((0, 0)) if g is None else g.contiguous() for g in found.gradients]
+    if backend == "torch" and needs[2]:  # a part of one tensor with that of the positives
+        gradients[2] = gradients[2].clone()
+    return (found.loss, found.terms, *gradients)
 
 
 @torch.library.register_fake("clusterns::sweep")
 def _(anchors, positives, negatives, temperature, temperature_tensor, *rest):
-    present = [z for z in (anchors, positives, negatives) if z is not None]
-    dtypes = {z.dtype for z in present}
-    kept = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    kept = torch.float32 if kept == torch.float16 else kept
-    terms = [anchors.new_empty((), dtype=torch.float32) for _ in range(5)]
+    _, needs, backend = _sweep_arguments(rest)
+    dtypes = {z.dtype for z in (anchors, positives, negatives) if z is not None}
+    if backend == "torch":
+        dtype = kept = torch.float64 if torch.float64 in dtypes else torch.float32
+    else:
+        dtype, kept = torch.float32, dtypes.pop() if len(dtypes) == 1 else torch.float32
+        kept = torch.float32 if kept == torch.float16 else kept
+    shapes = [z.shape if z is not None else () for z in (anchors, positives, negatives)]
     gradients = [
-        anchors.new_empty((0, 0)) if z is None or not need else z.new_empty(z.shape, dtype=kept)
-        for z, need in zip((anchors, positives, negatives), rest[-1], strict=False)
+        anchors.new_empty(shape, dtype=kept) if need else anchors.new_empty((0, 0))
+        for shape, need in zip(shapes, needs, strict=False)
     ]
-    tau = anchors.new_empty((), dtype=torch.float32) if rest[-1][3] else anchors.new_empty((0, 0))
-    return (*terms, *gradients, tau)
+    tau = anchors.new_empty((), dtype=dtype) if needs[3] else anchors.new_empty((0, 0))
+    return (anchors.new_empty((), dtype=dtype), anchors.new_empty(4, dtype=dtype), *gradients, tau)
+
+
+def _sweep_arguments(rest):
+    """Numbers, needs and backend; the dispatcher leaves out a backend that is the default."""
+    *numbers, needs, backend = rest if isinstance(rest[-1], str) else (*rest, "triton-chunked")
+    return numbers, needs, backend

@@ -150,4 +150,5 @@ def objective(
     bml = S.new_zeros(())
     if M is not None and false_negatives == "bml":
         bml = bidirectional_margin_loss(S, M, bml_alpha, bml_beta)
-    return Terms(nce + bml_weight * bml, nce.detach(), bml.detach())
+    # One detached tensor: with BML = 0 a compiler takes loss and InfoNCE for one buffer, and cuts both.
+    return Terms(nce + bml_weight * bml, *torch.stack([nce, bml]).detach().unbind())

@@ -83,7 +83,8 @@ class Phase(enum.Enum):
 class Found(NamedTuple):
     """What comes out of a batch."""
 
-    terms: tuple[Tensor, ...]  # loss, InfoNCE, BML, mean cosine, mean positive cosine; 0-d
+    loss: Tensor  # 0-d
+    terms: Tensor  # (4,) InfoNCE, BML, mean cosine, mean positive cosine
     gradients: tuple[Tensor | None, ...]  # of anchors, positives, negatives, temperature; unscaled
 
 
@@ -102,8 +103,11 @@ class ClusterAwareInfoNCE(torch.autograd.Function):
         backend: str,
         ranks: Ranks | None,
         keeps_graph: bool,
-    ) -> tuple[Tensor, ...]:
-        """Return loss, InfoNCE, BML, mean cosine over all B² cells and over the diagonal, each 0-d.
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss, 0-d, and InfoNCE, BML, mean cosine over all B² cells and over the diagonal, (4,).
+
+        One tensor for all that has no gradient: where BML is 0 the loss is InfoNCE, a compiler then returns
+        one buffer for both, and marking that as not differentiable cuts the gradient of the loss too.
 
         keeps_graph: `torch.is_grad_enabled()` of the caller: in here it is off, and `needs_input_grad` does
         not know of it.
@@ -114,18 +118,18 @@ class ClusterAwareInfoNCE(torch.autograd.Function):
         with torch.no_grad(), without_autocast(anchors.device):
             if ranks is not None:
                 found = ranks.sweep(*inputs, clusters, options, needs, backend)
-            elif backend == "triton-chunked":
-                found = _as_operator(*inputs, clusters, options, needs)
+            elif torch.compiler.is_compiling():
+                found = _as_operator(*inputs, clusters, options, needs, backend)
             else:
                 found = sweep_alone(*inputs, clusters, options, needs, backend)
         ctx.save_for_backward(*found.gradients)
         ctx.dtypes = [value.dtype if isinstance(value, Tensor) else None for value in inputs]
-        ctx.mark_non_differentiable(*found.terms[1:])
-        return found.terms
+        ctx.mark_non_differentiable(found.terms)
+        return found.loss, found.terms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad_loss: Tensor, _grad_terms: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients of the forward by the gradient of the loss.
 
         Those of float16 stay in float32 until scaled: a loss scale exists to keep them from underflowing.
@@ -155,7 +159,7 @@ def sweep_alone(
     of_positives, of_negatives = columns.gradients()
     of_temperature = sweeper.temperature_gradient()
     gradients = (sweeper.anchor_gradient(), of_positives, of_negatives, of_temperature)
-    return Found(combine(rows, sweeper.sums(), *sweeper.directions()), gradients)
+    return Found(*combine(rows, sweeper.sums(), *sweeper.directions()), gradients)
 
 
 def make_sweeper(backend: str, rows: Rows, negatives: Tensor | None) -> Any:
@@ -178,8 +182,8 @@ def count_hard_negatives(clusters: Clusters) -> Tensor | None:
     return counts.scatter_add_(0, ids, torch.ones_like(ids, dtype=counts.dtype))
 
 
-def combine(rows: Rows, sums: Tensor, anchor_sum: Tensor, positive_sum: Tensor) -> tuple[Tensor, ...]:
-    """Loss, InfoNCE, BML, mean cosine, mean positive cosine from sums over all rows.
+def combine(rows: Rows, sums: Tensor, anchor_sum: Tensor, positive_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and terms of `Found` from sums over all rows.
 
     sums (3,): of the InfoNCE of each row, of the margins beyond what Δ = 0 adds, of the positive cosines.
     anchor_sum, positive_sum (D,): of the unit rows.
@@ -191,7 +195,7 @@ def combine(rows: Rows, sums: Tensor, anchor_sum: Tensor, positive_sum: Tensor) 
         bml = margins / batch**2 + margin_at_zero(options)
     info_nce = info_nce / batch
     loss = info_nce + options.bml_weight * bml
-    return loss, info_nce, bml, anchor_sum @ positive_sum / batch**2, positive / batch
+    return loss, torch.stack([info_nce, bml, anchor_sum @ positive_sum / batch**2, positive / batch])
 
 
 def margin_at_zero(options: Options) -> float:
@@ -223,10 +227,11 @@ def _as_operator(
     clusters: Clusters,
     options: Options,
     needs: tuple[bool, bool, bool, bool],
+    backend: str,
 ) -> Found:
-    """`sweep_alone` on Triton behind `torch.ops.clusterns.sweep`, which `torch.compile` takes whole."""
+    """`sweep_alone` behind `torch.ops.clusterns.sweep`, into which a compiler does not look."""
     is_tensor = isinstance(temperature, Tensor)
-    *terms, a, p, n, tau = torch.ops.clusterns.sweep(
+    loss, terms, *gradients = torch.ops.clusterns.sweep(
         anchors,
         positives,
         negatives,
@@ -235,6 +240,6 @@ def _as_operator(
         *clusters,
         *options,
         list(needs),
+        backend,
     )
-    gradients = [g if need else None for g, need in zip((a, p, n, tau), needs, strict=True)]
-    return Found(tuple(terms), tuple(gradients))
+    return Found(loss, terms, tuple(g if need else None for g, need in zip(gradients, needs, strict=True)))

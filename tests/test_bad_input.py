@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clusterns import ClusterNSLoss, info_nce, nearest_centroids, seed_centroids
+from clusterns import (
+    CachedClusterNSLoss,
+    ClusterNSLoss,
+    cosine_similarity_matrix,
+    info_nce,
+    nearest_centroids,
+    seed_centroids,
+)
 
 GOOD = torch.randn(4, 3)
 
@@ -72,6 +79,25 @@ def test_loss_of_other_width_or_device():
         loss(GOOD, GOOD)
     with pytest.raises(ValueError, match="anchors: expected the device of the loss, cpu, got meta"):
         loss(torch.empty(4, 5, device="meta"), torch.empty(4, 5, device="meta"))
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_temperature_on_another_device(learned):
+    tau = torch.empty((), device="meta")
+    settings = {"temperature": torch.nn.Parameter(tau) if learned else tau}
+    calls = [
+        *(ClusterNSLoss(3, 2, backend=word, **settings) for word in ("auto", "torch", "reference")),
+        ClusterNSLoss(3, 0, hard_negatives=False, **settings).eval(),
+        lambda a, p: CachedClusterNSLoss(3, 2, **settings)(torch.nn.Linear(3, 3), a, p),
+        lambda a, p: info_nce(a, p, **settings),
+        lambda a, p: cosine_similarity_matrix(a, p, **settings),
+    ]
+    calls[0].start_from(GOOD[:2])
+    line = r"temperature: expected the device of (anchors|a), cpu, got meta; move it, .* \.to\(device\)"
+    for call in calls:
+        with pytest.raises(ValueError, match=line) as caught:
+            call(GOOD, GOOD)
+        assert "\n" not in str(caught.value)
 
 
 def test_stateless_arguments():

@@ -1,0 +1,178 @@
+"""`torch.compile` on the CPU: loss, gradients and centroids are those of the eager loss, in every state."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import embeddings
+
+from clusterns import ClusterNSLoss, cosine_similarity_matrix, nearest_centroids
+from clusterns.functional import objective
+
+DIM, CLUSTERS = 32, 4
+TOLERANCE = 2e-5  # of the norm in float64, for float32; what is seen is below 1e-6
+
+COMPILERS = filter(None, (os.environ.get("CXX"), "g++", "clang++"))
+COMPILES = any(map(shutil.which, COMPILERS)) and Path(sysconfig.get_path("include"), "Python.h").exists()
+inductor = pytest.param(
+    "inductor", marks=pytest.mark.skipif(not COMPILES, reason="inductor needs a C++ compiler and Python.h")
+)
+
+
+@pytest.fixture(autouse=True)
+def _compiles_afresh(one_thread):
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(compile_threads=1):  # else it starts a pool of processes
+        yield
+    torch._dynamo.reset()
+
+
+def loss_in(state: str, dtype: torch.dtype, learned: bool, **settings) -> ClusterNSLoss:
+    """A loss before the start of clustering, on the step of it, after it, evaluating, or without clusters."""
+    tau = torch.nn.Parameter(torch.tensor(0.05, dtype=dtype)) if learned else 0.05
+    loss_fn = ClusterNSLoss(
+        DIM,
+        0 if state == "none" else CLUSTERS,
+        hard_negatives=state != "none",
+        temperature=tau,
+        start_cosine=-1.0 if state == "before" else 1.0,
+        centroid_momentum=0.1,
+        bml_weight=0.3,
+        **settings,
+    )
+    if state in ("active", "eval"):
+        loss_fn.start_from(embeddings(CLUSTERS, DIM, dtype=dtype, seed=9)[0].detach())
+    return loss_fn.train(state != "eval")
+
+
+def step(function, loss_fn: ClusterNSLoss, views: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a step finds; another term is added, so that a loss without a gradient would go unnoticed."""
+    torch.manual_seed(0)  # for the first pick of the centroids
+    loss = function(*views)
+    other = sum(view.square().mean() for view in views)
+    inputs = (*views, *loss_fn.parameters())
+    found = dict(loss_fn.last) | {"loss": loss.detach(), "centroids": loss_fn.centroids.clone()}
+    gradients = torch.autograd.grad(loss + other, inputs, allow_unused=True)
+    return found | {f"gradient {place}": gradient for place, gradient in enumerate(gradients)}
+
+
+def views_of(batch: int, negatives: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    views = list(embeddings(batch, DIM, dtype=dtype, seed=batch))
+    return views + ([embeddings(negatives, DIM, dtype=dtype, seed=7)[0]] if negatives else [])
+
+
+def check(backend: str, fullgraph: bool, state: str, batches: tuple[int, ...], more: bool, **settings):
+    """Compiled in float32 against eager in float64; `more`: with negatives and a learned temperature."""
+    plain = loss_in(state, torch.float64, more, **settings)
+    loss_fn = loss_in(state, torch.float32, more, **settings)
+    compiled = torch.compile(loss_fn, backend=backend, fullgraph=fullgraph)
+    for batch in batches:
+        expected = step(plain, plain, views_of(batch, 3 * more, torch.float64))
+        found = step(compiled, loss_fn, views_of(batch, 3 * more, torch.float32))
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name] is not None, (name, "has no gradient")
+            error = (found[name].double() - value).norm() / value.norm().clamp_min(1e-3)
+            assert error <= TOLERANCE, (name, batch, float(error))
+    assert loss_fn.clustering_active == plain.clustering_active == (state not in ("before", "none"))
+
+
+@pytest.mark.parametrize(
+    ("backend", "fullgraph", "state", "false_negatives", "more"),
+    [
+        ("aot_eager", True, "active", "bml", True),
+        ("aot_eager", True, "active", "exclude", False),
+        ("eager", True, "active", "keep", True),
+        ("aot_eager", True, "eval", "exclude", True),
+        ("eager", True, "none", "keep", False),
+        ("eager", False, "before", "bml", True),
+        ("aot_eager", False, "start", "bml", False),
+        ("eager", False, "start", "exclude", True),
+    ],
+)
+def test_compiled_loss_is_the_eager_loss(backend, fullgraph, state, false_negatives, more):
+    check(backend, fullgraph, state, (8, 8, 5), more, false_negatives=false_negatives)
+
+
+@pytest.mark.parametrize("backend", [inductor])
+@pytest.mark.parametrize(
+    ("fullgraph", "state", "false_negatives", "batches", "more"),
+    [
+        (False, "start", "exclude", (8, 8, 5), False),  # the first step is plain InfoNCE
+        (True, "active", "exclude", (8,), False),  # from inductor's cache
+        (True, "none", "keep", (8,), True),
+    ],
+)
+def test_default_compiler(backend, fullgraph, state, false_negatives, batches, more):
+    check(backend, fullgraph, state, batches, more, false_negatives=false_negatives)
+
+
+@pytest.mark.parametrize("backend", [inductor])
+def test_reference_keeps_its_gradient(backend):
+    """All terms come back; where the margin loss is 0, loss and InfoNCE are one number."""
+    anchors, positives = views_of(8, 0, torch.float64)
+    compiled = torch.compile(objective, backend=backend, fullgraph=True)
+    found = compiled(anchors, positives, backend="reference")
+    expected = objective(anchors, positives, backend="reference")
+    assert [term.requires_grad for term in found] == [True, False, False, False, False]
+    for mine, theirs in zip(
+        (*found, *torch.autograd.grad(found.loss, (anchors, positives))),
+        (*expected, *torch.autograd.grad(expected.loss, (anchors, positives))),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_functions():
+    anchors, positives = views_of(8, 0, torch.float64)
+
+    def both(a, b):
+        return cosine_similarity_matrix(a, b, 0.5), nearest_centroids(a, b[:3])
+
+    found = torch.compile(both, backend="aot_eager", fullgraph=True)(anchors, positives)
+    expected = both(anchors, positives)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    grads = [torch.autograd.grad(each[0].square().sum(), anchors)[0] for each in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+
+
+def test_whole_graph_before_the_start_is_refused_in_one_line():
+    loss_fn = loss_in("before", torch.float32, False)
+    anchors, positives = views_of(8, 0, torch.float32)
+    compiled = torch.compile(loss_fn, backend="eager", fullgraph=True)
+    line = "fullgraph: expected clustering_active, .* run the steps up to the start without fullgraph=True"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=line):
+        compiled(anchors, positives)
+    loss_fn.seed(anchors, positives)
+    assert compiled(anchors, positives).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "transposed", "learned"),
+    [
+        ((torch.float32, torch.float32, torch.float32), False, True),
+        ((torch.float64, torch.float64, None), True, True),
+        ((torch.float16, torch.bfloat16, torch.float32), True, False),
+        ((torch.float32, torch.float32, torch.float64), False, False),
+    ],
+)
+def test_operator_is_well_defined(dtypes, transposed, learned):
+    a, p, n = (
+        None if dtype is None else embeddings(6, DIM, seed=seed)[0].detach().to(dtype)
+        for seed, dtype in enumerate(dtypes)
+    )
+    if transposed:
+        a = a.T.contiguous().T
+    ids, hard = torch.tensor([0, 0, 1, 1, 2, 0]), torch.tensor([1, 2, 0, 2, 1, 1])
+    centroids = embeddings(3, DIM, seed=5)[0].detach().float()
+    tau = torch.tensor(0.1) if learned else None
+    needs = [True, True, n is not None, learned]
+    torch.library.opcheck(
+        torch.ops.clusterns.sweep.default,
+        (a, p, n, 0.1, tau, ids, centroids, hard, None, 0.2, "bml", 0.3, 0.1, 0.3, 3000, needs, "torch"),
+    )
