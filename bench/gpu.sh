@@ -36,7 +36,7 @@ measure() { # the stage's command, which ends by itself, or is interrupted and r
 }
 
 main() {
-    local stage seconds status=0 left=${#stages[@]} parallel=() sizes batches=64,300,1024,4096,16384,65536
+    local stage seconds status=0 left=${#stages[@]} workers parallel=() sizes batches=64,300,1024,4096,16384,65536
     "$python" -P - <<'PY' || return 2
 import json, os, pathlib, shutil, sys, sysconfig
 sys.path.insert(0, "bench")
@@ -50,7 +50,8 @@ if not compiler or not header.is_file():
     sys.exit(0 if found["gpu"] == "none" else 2)
 PY
     if [[ $device == cuda ]]; then nvidia-smi; else echo "NO GPU HERE: tiny sizes on the CPU, no GPU figures"; fi
-    "$python" -c 'import xdist' && parallel=(-n "$(($(nproc) < 8 ? $(nproc) : 8))" --maxschedchunk=1)
+    workers=$("$python" -c 'import os, xdist; print(min(8, os.cpu_count()))') &&
+        parallel=(-n "$workers" --maxschedchunk=1) # one test at a time: those for a GPU alone come first
     for stage in "${stages[@]}"; do
         seconds=$(((total - SECONDS) / left-- - 20)) # 20 for what follows the interrupt
         if ((seconds < 40)); then
@@ -60,7 +61,7 @@ PY
         echo "== $stage, at most $seconds s"
         local budget=(--device "$device" --output "$out" --seconds "$((seconds - 30))")
         case $stage in
-            tests) measure -P -m pytest -p no:cacheprovider -v -ra "${parallel[@]}" "${gpu_tests[@]}" ;;
+            tests) measure -P -m pytest -p no:cacheprovider -vv -ra "${parallel[@]}" "${gpu_tests[@]}" ;;
             step) measure bench/gpu_step.py "${budget[@]}" ;;
             large) measure bench/gpu_large_batch.py "${budget[@]}" ;;
             exactness)

@@ -97,13 +97,13 @@ def main() -> int:
     watch, results = prepare(wanted, "-large", *short_samples)
     sizes = Sizes() if results.on_gpu else TINY
     alive = run_all(stages(LargeBench(results, watch, sizes, deadline), sizes), results, deadline)
-    results.draw(plot_large)
     print("\n== large batches: microseconds, peak memory, achieved rate")
     print("\n".join(line(row, short=True) for row in results.rows))
     print("\n".join(f"skipped {each}" for each in results.skipped))
     print(f"matrix rate: {results.machine.get('matrix rate')}")
     if results.on_gpu:
         print(arithmetic(sizes))
+    results.draw(plot_large)
     return 0 if alive and results.ours_are_right() else 1
 
 

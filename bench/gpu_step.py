@@ -96,9 +96,9 @@ def main() -> int:
     shape = Shape() if results.on_gpu else Shape(batch=8, tokens=8, layers=1, hidden=32, clusters=4)
     todo = design() if results.on_gpu else tiny_design()
     alive = run_all(stages(todo, Bench(results, watch), shape), results, deadline)
-    results.draw(plot)
     results.summary()
-    print(f"\nwritten to {wanted.output}")
+    print(f"\nwritten to {wanted.output}", flush=True)
+    results.draw(plot)  # last: it takes seconds, which an interrupt may not leave
     return 0 if alive and results.ours_are_right() else 1
 
 
