@@ -260,7 +260,9 @@ def main() -> int:
     def add(row: dict) -> None:
         rows.append({**{name: found[name] for name in COLUMNS if name in found}, **row})
         write_csv(wanted.output, COLUMNS, rows)
+        print(line(row), flush=True)
 
+    print(f"ours / eager's error against float64; D={wanted.dim} K={wanted.clusters} N={NEGATIVES}")
     interrupted = False
     try:
         for case in tqdm(cases, desc="shapes", file=sys.stderr):
@@ -270,8 +272,6 @@ def main() -> int:
     except KeyboardInterrupt:
         interrupted = True
         print("interrupted")
-    print(f"\nours / eager's error against float64; D={wanted.dim} K={wanted.clusters} N={NEGATIVES}")
-    print("\n".join(map(line, rows)))
     bad = [row for row in rows if not (row["within"] and row["repeatable"])]
     print(f"{len(rows)} rows, {len(bad)} worse than eager + tolerance or not repeatable; in {wanted.output}")
     return 1 if bad or not rows or interrupted else 0
