@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import statistics
 from pathlib import Path
 from typing import Any
 
+from machine import write, write_csv
 from scipy.stats import ttest_rel
+
+from clusterns.files import replacing
 
 BASELINE = "SimCSE"
 Found = dict[str, dict[int, dict[str, Any]]]
@@ -37,21 +39,24 @@ def figure_of(result: dict[str, Any], name: str) -> float:
     return result["dev"] if name == "dev" else result["test"][name]
 
 
+def row_of(result: dict[str, Any]) -> dict[str, Any]:
+    """A run's own columns."""
+    started = next(iter(result["clustering_started"]), "")
+    row = {"seed": result["seed"], "dev": result["dev"], "clustering_started": started}
+    return row | {"seconds": round(result["seconds"], 1)}
+
+
 def write_comparison(found: Found, folder: Path, origin: dict[str, Any]) -> None:
     """comparison.csv (a row a run), comparison.md and comparison.png of what there is so far."""
     names = [name for name in found if found[name]]  # of other processes' runs some may be missing
     sets = list(next(iter(found[names[0]].values()))["test"])
-    with (folder / "comparison.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["variant", "seed", "dev", *sets, "clustering_started", "seconds", "commit", "cpu"])
-        for name in names:
-            for seed, result in sorted(found[name].items()):
-                started = result["clustering_started"]
-                first = started[0] if started else ""
-                origin_of_run = [result["machine"][each] for each in ("commit", "cpu")]
-                figures = [result["test"][each] for each in sets]
-                seconds = round(result["seconds"], 1)
-                writer.writerow([name, seed, result["dev"], *figures, first, seconds, *origin_of_run])
+    columns = ["variant", "seed", "dev", *sets, "clustering_started", "seconds", "commit", "cpu"]
+    rows = [
+        {**result["machine"], **result["test"], **row_of(result), "variant": name}
+        for name in names
+        for _, result in sorted(found[name].items())
+    ]
+    write_csv(folder / "comparison.csv", columns, rows)
     lines = [
         "| variant | seeds | STS-B dev | test avg | − SimCSE, dev (p) | − SimCSE, test avg (p) |",
         "|:--|--:|--:|--:|--:|--:|",
@@ -66,7 +71,7 @@ def write_comparison(found: Found, folder: Path, origin: dict[str, Any]) -> None
     lines += ["", "Spearman × 100, mean ± standard deviation over seeds; p of a paired t-test.", ""]
     lines += ["This table was written by (commits of the runs: comparison.csv)", ""]
     lines += ["```json", json.dumps(origin), "```", ""]
-    (folder / "comparison.md").write_text("\n".join(lines))
+    write(folder / "comparison.md", "\n".join(lines))
     draw(found, names, folder / "comparison.png")
 
 
@@ -91,19 +96,15 @@ def draw(found: Found, names: list[str], file: Path) -> None:
         axis.set_ylabel("Spearman × 100")
         axis.grid(axis="y", alpha=0.3)
     axes[0].legend(fontsize=7)
-    figure.savefig(file, dpi=120)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)
 
 
 def write_search(found: dict[str, list[dict[str, Any]]], folder: Path, origin: dict[str, Any]) -> None:
     """search.csv and search.md: dev for each seed, ranked by the first, which all settings have."""
-    with (folder / "search.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["settings", "seed", "dev", "clustering_started"])
-        for name, results in found.items():
-            for result in results:
-                started = result["clustering_started"]
-                writer.writerow([name, result["seed"], result["dev"], started[0] if started else ""])
+    rows = [{**row_of(result), "settings": name} for name, results in found.items() for result in results]
+    write_csv(folder / "search.csv", ["settings", "seed", "dev", "clustering_started"], rows)
     seeds = sorted({result["seed"] for results in found.values() for result in results})
     lines = [f"| settings | {' | '.join(f'seed {seed}' for seed in seeds)} | clustering starts at step |"]
     lines.append(f"|:--|{'--:|' * (len(seeds) + 1)}")
@@ -120,4 +121,4 @@ def write_search(found: dict[str, list[dict[str, Any]]], folder: Path, origin: d
         "```",
         "",
     ]
-    (folder / "search.md").write_text("\n".join(lines))
+    write(folder / "search.md", "\n".join(lines))

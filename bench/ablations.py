@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 import torch
 from ablation_tables import write_comparison, write_search
 from filelock import FileLock, Timeout
-from machine import machine
+from machine import machine, write_json
 from torch import Tensor
 from tqdm import tqdm
 
@@ -139,8 +139,13 @@ def one_run(
     with contextlib.suppress(Timeout), FileLock(folder / ".lock", timeout=0):
         if not file.is_file():
             run(kind, settings, seed, folder, wanted, with_test=with_test)
-    if file.is_file() and (found := json.loads(file.read_text())["protocol"]) != protocol(wanted):
+    if file.is_file() and (found := read(file)["protocol"]) != protocol(wanted):
         raise SystemExit(f"--output: expected runs of {protocol(wanted)}, got {file} of {found}")
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A run's result."""
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def protocol(wanted: argparse.Namespace) -> dict[str, Any]:
@@ -187,7 +192,7 @@ def run(
         given["backend"] = "torch"  # the fused kernels assign on their own
     with quiet():
         scores = train(kind.from_settings(given))
-    log = (folder / "model" / "log.jsonl").read_text().splitlines()
+    log = (folder / "model" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in log]
     result = {
         "protocol": protocol(wanted),
@@ -203,9 +208,7 @@ def run(
     result |= {"seconds": time.perf_counter() - began, "machine": machine(gpu=True)}
     shutil.copy(folder / "model" / "log.jsonl", folder / "log.jsonl")
     shutil.rmtree(folder / "model")
-    partial = folder / ".result.json"
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(folder / "result.json")
+    write_json(folder / "result.json", result)
 
 
 def seven_sets(model: Path, sts_dir: Path) -> dict[str, float]:
@@ -243,13 +246,13 @@ def compare(wanted: argparse.Namespace) -> None:
             if any(found.values()):
                 write_comparison(found, wanted.output, described(wanted))
     if (wanted.output / "comparison.md").is_file():
-        print((wanted.output / "comparison.md").read_text())
+        print((wanted.output / "comparison.md").read_text(encoding="utf-8"))
 
 
 def results_by_seed(folder: Path, seeds: Iterable[int]) -> dict[int, dict[str, Any]]:
     """What runs of a variant there are."""
     files = {seed: folder / str(seed) / "result.json" for seed in seeds}
-    return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.is_file()}
+    return {seed: read(file) for seed, file in files.items() if file.is_file()}
 
 
 def search(wanted: argparse.Namespace) -> None:
@@ -267,7 +270,7 @@ def search(wanted: argparse.Namespace) -> None:
             one_run(TrainConfig, every[name], SEARCH_SEED + number, folder, wanted, with_test=False)
             write_search(searched(wanted, every), wanted.output, described(wanted))
     if (wanted.output / "search.md").is_file():
-        print((wanted.output / "search.md").read_text())
+        print((wanted.output / "search.md").read_text(encoding="utf-8"))
 
 
 def search_folder(wanted: argparse.Namespace, name: str) -> Path:
@@ -281,7 +284,7 @@ def searched(wanted: argparse.Namespace, names: Iterable[str]) -> dict[str, list
     for name in names:
         files = sorted(search_folder(wanted, name).glob("*/result.json"))
         if files:
-            found[name] = [json.loads(file.read_text()) for file in files]
+            found[name] = [read(file) for file in files]
     return found
 
 
@@ -294,7 +297,7 @@ def best_so_far(wanted: argparse.Namespace, names: Iterable[str]) -> list[str]:
 
 def described(wanted: argparse.Namespace) -> dict[str, Any]:
     """What the tables say of their origin."""
-    return protocol(wanted) | machine(gpu=True) | {"command": f"python {' '.join(sys.argv)}"}
+    return protocol(wanted) | machine(gpu=True)
 
 
 def main() -> int:

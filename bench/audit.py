@@ -10,7 +10,6 @@ too much shared memory on an NVIDIA target, a half-precision product on sm_90 wi
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 import subprocess
@@ -27,7 +26,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # before the kernels are imported: interpr
 import torch
 import triton
 from audit_launches import record
-from machine import machine
+from machine import machine, write_csv
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -283,16 +282,10 @@ def report(rows: list[dict[str, Any]], output: Path | None, shared_limit: int | 
         )
         print(line.rstrip() + ("" if row["verdict"] == "ok" else f"  <- {row['verdict']}"))
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        found = machine()  # before the file changes: the commit would read as dirty
-        with output.open("w", newline="") as file:
-            file.write(
-                f"# make audit: triton {triton.__version__}, torch {torch.__version__}, "
-                f"python {found['python']}, commit {found['commit']}, {found['cpu']}\n"
-            )
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        found = machine()
+        head = f"# make audit: triton {triton.__version__}, torch {torch.__version__}, "
+        head += f"python {found['python']}, commit {found['commit']}, {found['cpu']}\n"
+        write_csv(output, COLUMNS, rows, head)
     print(f"{len(rows)} kernels compiled, {bad} violations")
     return 1 if bad else 0
 

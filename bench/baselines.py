@@ -111,7 +111,9 @@ class EagerStep(nn.Module):
         a, p = F.normalize(anchors, dim=1), F.normalize(positives, dim=1)
         with torch.no_grad():
             nearest = (a @ self.unit_centroids(a).T).argmax(dim=1)
-            members = a.new_zeros((len(a), len(self.centroids))).scatter_(1, nearest[:, None], 1.0)
+            clusters = torch.arange(len(self.centroids), device=a.device)
+            # No scatter into zeros: torch 2.11's inductor makes float32 of it, whatever their dtype.
+            members = (nearest[:, None] == clusters).to(a.dtype)
             totals = (members.T @ anchors).float()
             moved = torch.lerp(self.centroids, totals, self.settings.centroid_momentum)
             occupied = members.sum(dim=0)[:, None] > 0

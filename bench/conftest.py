@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from machine import machine
+from machine import machine, write_json
 
 HERE = Path(__file__).parent
 OURS = "clusterns"
@@ -33,10 +32,9 @@ def peak_memory():
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """After pytest-benchmark's own table: the ratios, and cpu.json or gpu-host.json in bench/results.
+    """After pytest-benchmark's own table: the ratios, and bench/results/cpu.json.
 
-    `CLUSTERNS_RESULTS` names another folder. A part of the benchmarks (-k, single files) is written there or
-    nowhere, so that it does not take the place of them all.
+    A part of the benchmarks (-k, single files) is written nowhere: it is not to take the place of them all.
     """
     session = getattr(config, "_benchmarksession", None)
     groups: dict[str, dict[str, dict]] = {}
@@ -56,16 +54,8 @@ def pytest_terminal_summary(terminalreporter, config):
             columns += [f"{row['peak_mib']:8.0f} MiB peak"] if "peak_mib" in row else []
             columns += [f"{row['memory_ratio']:6.2f}x memory"] if "memory_ratio" in row else []
             terminalreporter.write_line("  ".join(columns))
-    named = os.environ.get("CLUSTERNS_RESULTS")
     in_part = config.option.keyword or [Path(argument).resolve() for argument in config.args] != [HERE]
-    if in_part and not named:
-        return
-    folder = Path(named or HERE / "results")
-    for file, on_gpu in (("cpu.json", False), ("gpu-host.json", True)):
-        chosen = {name: rows for name, rows in groups.items() if name.startswith("GPU") == on_gpu}
-        if chosen:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_text(
-                json.dumps({"machine": machine(on_gpu), "groups": chosen}, indent=1) + "\n"
-            )
-            terminalreporter.write_line(f"\nwritten to {folder / file}")
+    if groups and not in_part:
+        file = HERE / "results" / "cpu.json"
+        write_json(file, {"machine": machine() | {"command": "make bench"}, "groups": groups})
+        terminalreporter.write_line(f"\nwritten to {file}")

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from machine import machine, version
+from machine import machine, version, write_json
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 from transformers.utils import logging as transformers_logging
@@ -202,15 +202,14 @@ def main() -> None:
     datasets.disable_progress_bars()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    found = machine() | {"command": f"python {' '.join(sys.argv)}"}
+    found = machine()
     found["load_average"] = os.getloadavg()[0]  # well above 0 the machine was busy with something else
     found |= {name: version(name) for name in ("tokenizers", "datasets", "sentence-transformers")}
     settings = {name: str(value) for name, value in vars(wanted).items()}
     results: dict[str, dict] = {"machine": found, "settings": settings, "kinds": {}}
     for kind in wanted.kinds.split(","):
         results["kinds"][kind] = rows = measure(kind, wanted)
-        wanted.output.parent.mkdir(parents=True, exist_ok=True)
-        wanted.output.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(wanted.output, results)
         print(f"\n{kind:52} {'rows/s':>8} {'(rounds)':>18} {'CPU/row':>11} {'first batch':>13} {'wait':>10}")
         for name, row in sorted(rows.items(), key=lambda item: -item[1]["rows_per_second"]):
             span = f"{row['slowest_round']:,.0f}–{row['fastest_round']:,.0f}"

@@ -15,8 +15,6 @@ differ in a bit. Where eager torch outgrows the memory, its largest error at the
 from __future__ import annotations
 
 import argparse
-import csv
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from contenders import SETTINGS
 from gpu_contenders import Case, make_views
-from machine import machine
+from machine import machine, write_csv
 from torch import Tensor
 from tqdm import tqdm
 
@@ -255,28 +253,28 @@ def main() -> int:
     elif device.type == "cpu":
         print(f"Triton rows: by the interpreter, up to B = {INTERPRETED_AT_MOST}")
         round_in_the_interpreter()
-    interpreted = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
-    found = machine(gpu=True) | {"command": f"{interpreted}python {' '.join(sys.argv)}"}
+    found = machine(gpu=True)
     rows: list[dict] = []
     seen: dict[tuple, tuple[int, dict[str, float]]] = {}
 
     def add(row: dict) -> None:
         rows.append({**{name: found[name] for name in COLUMNS if name in found}, **row})
-        wanted.output.parent.mkdir(parents=True, exist_ok=True)
-        with wanted.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(wanted.output, COLUMNS, rows)
+        print(line(row), flush=True)
 
-    for case in tqdm(cases, desc="shapes", file=sys.stderr):
-        measure(case, device, seen, add)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    print(f"\nours / eager's error against float64; D={wanted.dim} K={wanted.clusters} N={NEGATIVES}")
-    print("\n".join(map(line, rows)))
+    print(f"ours / eager's error against float64; D={wanted.dim} K={wanted.clusters} N={NEGATIVES}")
+    interrupted = False
+    try:
+        for case in tqdm(cases, desc="shapes", file=sys.stderr):
+            measure(case, device, seen, add)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted")
     bad = [row for row in rows if not (row["within"] and row["repeatable"])]
     print(f"{len(rows)} rows, {len(bad)} worse than eager + tolerance or not repeatable; in {wanted.output}")
-    return 1 if bad or not rows else 0
+    return 1 if bad or not rows or interrupted else 0
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ class LargeBench:
         self.rate = max(rates.values())
         listed = ", ".join(f"{shape} {rate / 1e12:.1f} TFLOP/s" for shape, rate in rates.items())
         self.results.machine["matrix rate"] = f"bf16 torch.mm: {listed}; fractions use the largest"
+        self.results.write()
         print(self.results.machine["matrix rate"])
 
     def start(self, case: Case) -> None:
@@ -201,7 +202,9 @@ class LargeBench:
         expected = before[1] * 1e-6 * (batch / before[0]) ** 2 if before else 0.0
         limit = min(ONCE_SECONDS, self.deadline - time.monotonic())
         if self.results.on_gpu and (before is None or expected > limit):
-            self.results.skip(f"once B={batch}", f"expected {expected:.0f} s, at most {limit:.0f} s allowed")
+            self.results.skip(
+                [f"once B={batch}"], f"expected {expected:.0f} s, at most {limit:.0f} s allowed"
+            )
             return
 
         def work() -> dict:

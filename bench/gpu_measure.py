@@ -2,14 +2,70 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from gpu_contenders import CONTENDERS, OURS, Built, Case, Contender, Views, make_views
 from gpu_parity import Expected, errors, expected, failure, tolerance
 from gpu_results import Results
-from gpu_timing import Captured, Run, Spread, Stopwatch, paired_ratio, spread
+from gpu_timing import Captured, CudaStopwatch, Run, Spread, Stopwatch, paired_ratio, spread
+from machine import machine
+
+Stage = tuple[str, Callable[[], None]]  # a name and its work
+
+
+def parser(description: str, seconds: float) -> argparse.ArgumentParser:
+    """Command line of a GPU benchmark."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "gpu")
+    made.add_argument("--seconds", type=float, default=seconds, help="time budget")
+    made.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    return made
+
+
+def prepare(
+    wanted: argparse.Namespace, suffix: str, on_gpu: dict[str, Any], on_cpu: dict[str, Any]
+) -> tuple[Stopwatch, Results]:
+    """A stopwatch with these settings, and results in the folder wanted."""
+    cuda = wanted.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        print("No GPU is available here: nothing was measured. --device cpu runs the machinery on the CPU.")
+        raise SystemExit(2)
+    if not cuda:
+        print("CPU run: it checks the machinery at tiny sizes. These are not GPU figures.")
+    watch = CudaStopwatch(**on_gpu) if cuda else Stopwatch(**on_cpu)
+    found = machine(gpu=True) | {"timed with": watch.label}
+    return watch, Results(wanted.output, found, on_gpu=cuda, suffix=suffix)
+
+
+def run_all(todo: list[Stage], results: Results, deadline: float) -> bool:
+    """Measure until the deadline or an interrupt, and skip the rest by name.
+
+    Returns whether the device is still there.
+    """
+    ends = (signal.SIGINT, signal.SIGTERM)
+    for each in ends:  # a shell may have handed INT down as ignored
+        signal.signal(each, signal.default_int_handler)
+    reason, alive = "time budget", True
+    try:
+        while todo and time.monotonic() < deadline:
+            todo[0][1]()
+            todo.pop(0)
+    except KeyboardInterrupt:
+        reason = "interrupted"
+    except LostDevice as error:
+        reason, alive = f"the device was lost: {error}", False
+        todo.pop(0)
+    for each in ends:  # the report is short
+        signal.signal(each, signal.SIG_IGN)
+    results.skip([name for name, _ in todo], reason)
+    return alive
 
 
 class LostDevice(RuntimeError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from clusterns.files import replacing
+
 COLORS = ["#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f"]
 PANELS = [("step", "bfloat16"), ("step", "float32"), ("plain", "bfloat16")]
 
@@ -47,11 +49,7 @@ def plot(rows: list[dict], path: Path, title: str) -> bool:
             axis.grid(alpha=0.3, which="both")
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize=7)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return True
+    return save(figure, path, title)
 
 
 def plot_large(rows: list[dict], path: Path, title: str) -> bool:
@@ -95,11 +93,7 @@ def plot_large(rows: list[dict], path: Path, title: str) -> bool:
                 axis.legend(fontsize=7)
         column_axes[0].set_title(label)
         column_axes[-1].set_xlabel("batch size B")
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return True
+    return save(figure, path, title)
 
 
 def draw(axis, rows: list[dict], column: str, color: str, style: str, label: str | None) -> None:
@@ -107,3 +101,12 @@ def draw(axis, rows: list[dict], column: str, color: str, style: str, label: str
     points = [(row["B"], row[column]) for row in rows if row.get(column) and row[column] > 0]
     if points:
         axis.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=4, label=label)
+
+
+def save(figure, path: Path, title: str) -> bool:
+    """Write the figure whole."""
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    return True

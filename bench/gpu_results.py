@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from gpu_contenders import OURS
+from machine import write_json
 
 COLUMNS = """
 contender kind what B D K dtype precision status note device_us device_us_p20 device_us_p80 graph_us
@@ -32,14 +31,12 @@ ON_TARGET = {"B": 512, "D": 768, "K": 128}
 
 
 class Results:
-    """Rows and skips, rewritten to JSON and CSV after each."""
+    """Rows and skips, rewritten as JSON after each."""
 
     def __init__(self, folder: Path, machine: dict[str, object], *, on_gpu: bool, suffix: str = ""):
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.on_gpu = folder, on_gpu
-        self.stem = (
-            "gpu" if on_gpu else "cpu-machinery"
-        ) + suffix  # no file of a CPU run looks like GPU figures
+        # No file of a CPU run looks like GPU figures.
+        self.stem = ("gpu" if on_gpu else "cpu-machinery") + suffix
         self.machine = machine
         self.rows: list[dict] = []
         self.skipped: list[str] = []
@@ -53,13 +50,27 @@ class Results:
         print(line(row), flush=True)
         self.write()
 
-    def skip(self, what: str, reason: str) -> None:
-        """Name something that was not measured."""
-        self.skipped.append(f"{what}: {reason}")
+    def skip(self, names: Iterable[str], reason: str) -> None:
+        """Name what was not measured."""
+        self.skipped += [f"{name}: {reason}" for name in names]
         self.write()
 
+    def draw(self, plot: Callable[[list[dict], Path, str], object]) -> None:
+        """Plot the rows beside them."""
+        title = f"{self.machine['gpu']}, torch {self.machine['torch']}, commit {self.machine['commit']}"
+        try:
+            title = title if self.on_gpu else f"CPU MACHINERY CHECK, {title}"
+            plot(self.rows, self.folder / f"{self.stem}.png", title)
+        except Exception as error:  # the figures are on disk; a picture less must not hide them
+            print(f"no plot: {type(error).__name__}: {error}")
+
+    def ours_are_right(self) -> bool:
+        """Whether all of our own rows were measured."""
+        ours = [row for row in self.rows if row["contender"] == OURS]
+        return bool(ours) and all(row["status"] == "ok" for row in ours)
+
     def write(self) -> None:
-        """JSON and CSV, each complete at any time."""
+        """The file, which is complete at any time."""
         content = {
             "note": "" if self.on_gpu else "CPU figures of the benchmark's machinery: not GPU figures",
             "machine": self.machine,
@@ -68,17 +79,7 @@ class Results:
             "rows": self.rows,
             "skipped": self.skipped,
         }
-        self._replace("json", json.dumps(plain(content), indent=1) + "\n")
-        path = self.folder / f"{self.stem}.csv"
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-    def _replace(self, ending: str, text: str) -> None:
-        temporary = self.folder / f".{self.stem}.{ending}"
-        temporary.write_text(text)
-        os.replace(temporary, self.folder / f"{self.stem}.{ending}")
+        write_json(self.folder / f"{self.stem}.json", plain(content))
 
     def find(self, contender: str, **columns) -> dict | None:
         """First measured row of a contender with these columns."""

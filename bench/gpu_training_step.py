@@ -6,7 +6,6 @@ model; their steps are taken in turn, and plain SimCSE is timed twice, which sho
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import torch
 from baselines import eager_info_nce, published_step
 from contenders import SETTINGS
 from gpu_results import Results
-from gpu_timing import Stopwatch, spread
+from gpu_timing import Stopwatch, paired_ratio, spread
 from torch import Tensor, nn
 
 import clusterns
@@ -78,17 +77,19 @@ def losses(shape: Shape, centers: Tensor) -> dict[str, Loss]:
 
 
 def measure_training(results: Results, watch: Stopwatch, shape: Shape, rounds: int = 20) -> None:
-    """Add a row per loss: time of the whole step, and what it adds to plain SimCSE's in percent."""
+    """Add a row per loss: time of the whole step, and what it adds to plain SimCSE's in percent.
+
+    After an interrupt there are the rows of the turns that were whole.
+    """
     base = {"kind": "training", "what": "whole", "B": shape.batch, "D": shape.hidden, "K": shape.clusters}
-    base |= {
-        "dtype": "bfloat16",
-        "precision": "highest",
-        "note": f"{shape.layers} layers, {shape.tokens} tokens",
-    }
+    base |= {"dtype": "bfloat16", "precision": "highest"}
     watch.release()
     torch.set_float32_matmul_precision("highest")
+    times: dict[str, list[float]] = {}
+    values: dict[str, Tensor] = {}
+    interrupt = None
     try:
-        times, values = _times(watch, shape, rounds)
+        _time(watch, shape, rounds, times, values)
     except ImportError as error:
         results.add({**base, "contender": PLAIN, "status": "not installed", "note": str(error)[:160]})
         return
@@ -96,20 +97,29 @@ def measure_training(results: Results, watch: Stopwatch, shape: Shape, rounds: i
         text = f"{type(error).__name__}: {error}"[:160]
         results.add({**base, "contender": PLAIN, "status": "failed", "note": text})
         return
+    except KeyboardInterrupt as error:
+        interrupt = error
     finally:
         watch.release()
-    for name, samples in times.items():
-        row = {**base, "contender": name, "status": "ok", "loss": values[name]}
+    turns = min(map(len, times.values()), default=0)
+    note = f"{shape.layers} layers, {shape.tokens} tokens, {turns} turns"
+    for name in times if turns else ():
+        samples, plain = times[name][:turns], times[PLAIN][:turns]
+        row = {**base, "contender": name, "status": "ok", "note": note, "loss": float(values[name])}
         row |= dict(zip(("device_us", "device_us_p20", "device_us_p80"), spread(samples), strict=True))
         if name != PLAIN:
-            added = [100 * (a - b) / b for a, b in zip(samples, times[PLAIN], strict=True)]
+            added = [100 * (a - b) / b for a, b in zip(samples, plain, strict=True)]
             names = ("adds_percent", "adds_percent_p20", "adds_percent_p80")
             row |= dict(zip(names, spread(added), strict=True))
-            row["ratio_device"] = statistics.median(a / b for a, b in zip(samples, times[PLAIN], strict=True))
+            row["ratio_device"] = paired_ratio(samples, plain)
         results.add(row)
+    if interrupt:
+        raise interrupt
 
 
-def _times(watch: Stopwatch, shape: Shape, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+def _time(
+    watch: Stopwatch, shape: Shape, rounds: int, times: dict[str, list[float]], values: dict[str, Tensor]
+) -> None:
     """Microseconds per step of each loss, blocks of steps taken in turn in changing order; last losses."""
     device = watch.device
     torch.manual_seed(0)
@@ -121,7 +131,6 @@ def _times(watch: Stopwatch, shape: Shape, rounds: int) -> tuple[dict[str, list[
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
         centers = encoder(ids[: shape.batch], mask[: shape.batch])[: shape.clusters].float()
     candidates = losses(shape, centers)
-    values: dict[str, Tensor] = {}
 
     def step(name: str) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -135,7 +144,7 @@ def _times(watch: Stopwatch, shape: Shape, rounds: int) -> tuple[dict[str, list[
     on_gpu = device.type == "cuda"
     rounds, steps, warm_up = (rounds, 4, 3) if on_gpu else (3, 1, 1)
     names = list(candidates)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times |= {name: [] for name in names}
     for name in names:
         for _ in range(warm_up):
             step(name)
@@ -143,4 +152,3 @@ def _times(watch: Stopwatch, shape: Shape, rounds: int) -> tuple[dict[str, list[
         turned = names[turn % len(names) :] + names[: turn % len(names)]
         for name in turned:
             times[name].append(watch.block(lambda name=name: step(name), steps))
-    return times, {name: float(value) for name, value in values.items()}

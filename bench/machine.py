@@ -1,28 +1,71 @@
-"""Where and with what a figure was measured."""
+"""Where and with what a figure was measured, and how it is written down."""
 
 from __future__ import annotations
 
+import csv
 import datetime
+import io
+import json
 import os
 import platform
+import re
+import shlex
 import subprocess
+import sys
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from clusterns.files import replacing
+
 ROOT = Path(__file__).resolve().parents[1]
+ABSOLUTE = re.compile(r"(?<![^\s\"'=,:(\[])/[\w.+@~-]+(?:/[\w.+@~-]+)*")
+
+
+def without_paths(text: str) -> str:
+    """The text with paths relative to the repository where they lie in or beside it, else their last name."""
+
+    def shown(found: re.Match[str]) -> str:
+        path = Path(found[0])
+        near = ROOT.parent.name and path.is_relative_to(ROOT.parent)
+        return os.path.relpath(path, ROOT) if near else path.name
+
+    return ABSOLUTE.sub(shown, text)
+
+
+def write(path: Path, text: str) -> None:
+    """A result, whole or not at all, without the paths of this machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(without_paths(text), encoding="utf-8")
+
+
+def write_json(path: Path, content: object) -> None:
+    """`write` of a JSON document."""
+    write(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict], head: str = "") -> None:
+    """`write` of a table below a line; what a row lacks is empty, what has no column is left out."""
+    text = io.StringIO(head)
+    text.seek(0, io.SEEK_END)
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue())
 
 
 def machine(gpu: bool = False) -> dict[str, object]:
-    """Processor, versions and commit; with `gpu` also the GPU, its driver, and what else matters there."""
+    """Processor, versions, commit and command; with `gpu` also the GPU and its driver."""
     found: dict[str, object] = {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit(),
-        "command": "make bench",
+        "command": command(),
     }
     if gpu:
         found |= {name: version(name) for name in ("triton", "transformers", "sentence-transformers")}
@@ -42,13 +85,17 @@ def machine(gpu: bool = False) -> dict[str, object]:
 
 
 def commit() -> str:
-    """`git describe`; without git what CLUSTERNS_COMMIT or a file COMMIT says."""
-    described = output("git", "describe", "--always", "--dirty")
-    if described == "unknown" and os.environ.get("CLUSTERNS_COMMIT"):
-        described = os.environ["CLUSTERNS_COMMIT"]
-    if described == "unknown" and (ROOT / "COMMIT").is_file():
-        described = (ROOT / "COMMIT").read_text().strip()
-    return described
+    """What CLUSTERNS_COMMIT says (a copy of the tree has no .git), else `git describe`."""
+    found = os.environ.get("CLUSTERNS_COMMIT") or output("git", "describe", "--always", "--dirty")
+    if found == "unknown":
+        print("commit: unknown, since there is no git here and CLUSTERNS_COMMIT is not set", file=sys.stderr)
+    return found
+
+
+def command() -> str:
+    """How this process was started, without the paths of this machine."""
+    interpreted = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
+    return interpreted + shlex.join(["python", *map(without_paths, sys.argv)])
 
 
 def output(*command: str) -> str:
@@ -71,7 +118,7 @@ def version(package: str) -> str:
 def cpu_name() -> str:
     """Model name of the processor."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

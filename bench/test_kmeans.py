@@ -42,7 +42,7 @@ def sentences() -> np.ndarray:
         pytest.skip("no ../shared/data with sentences and an encoder")
     encoders = pytest.importorskip("sentence_transformers")
     encoder = encoders.SentenceTransformer(str(SHARED / "models/all-MiniLM-L6-v2"), device="cpu").float()
-    lines = (SHARED / "wiki_sentences.txt").read_text().splitlines()[:SENTENCES]
+    lines = (SHARED / "wiki_sentences.txt").read_text(encoding="utf-8").splitlines()[:SENTENCES]
     with torch.autocast("cpu", torch.bfloat16):
         found = encoder.encode(lines, batch_size=128, show_progress_bar=False, convert_to_tensor=True)
     return unit_rows(found, torch.float32)[0].numpy()

@@ -26,12 +26,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
+from machine import machine, write_json
 from tqdm import tqdm
 from training_step import LENGTH, LOSSES, Step, matrix_rate, write_model
 
@@ -63,7 +63,7 @@ def ours(folder: Path, sentences: Path, wanted: argparse.Namespace, output: Path
         "tensorboard": False,
     }
     train(TrainConfig.from_settings(settings))
-    lines = (output / "log.jsonl").read_text().splitlines()
+    lines = (output / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [record["seconds"] for record in map(json.loads, lines) if "loss" in record]
 
 
@@ -127,8 +127,8 @@ def sentences_per_second(ends: list[float], batch: int) -> float:
 
 
 def measure_whole(
-    folder: Path, sentences: Path, wanted: argparse.Namespace, scratch: Path
-) -> dict[str, dict[str, Any]]:
+    folder: Path, sentences: Path, wanted: argparse.Namespace, scratch: Path, rows: dict[str, dict[str, Any]]
+) -> Iterator[None]:
     """Sentences per second of each trainer, and ours over theirs run by run."""
     runs: dict[str, Callable[[], list[float]]] = {
         "clusterns train": lambda: ours(folder, sentences, wanted, scratch / "ours"),
@@ -140,45 +140,44 @@ def measure_whole(
         ),
     }
     rates: dict[str, list[float]] = {name: [] for name in runs}
-    failed: dict[str, dict[str, Any]] = {}
-    for _ in range(wanted.rounds):
-        for name, run in runs.items():
-            try:
-                rates[name].append(sentences_per_second(run(), wanted.batch))
-            except ImportError as error:  # noqa: PERF203 (a GPU machine may lack what a trainer needs)
-                failed[name] = {"failed": f"not installed: {error}"}
     first = rates["clusterns train"]
-    rows = {
-        name: {
-            "sentences_per_second": statistics.median(found),
-            "ours_over_theirs": statistics.median(a / b for a, b in zip(first, found, strict=False)),
-            "rounds": found,
-            # Of the paper's 1M sentences, from this rate: not a run of that length.
-            "extrapolated_epoch_minutes": 1e6 / statistics.median(found) / 60,
-        }
-        for name, found in rates.items()
-        if found and first
-    }
-    return rows | failed
+    for name, run in list(runs.items()) * wanted.rounds:
+        try:
+            rates[name].append(sentences_per_second(run(), wanted.batch))
+        except ImportError as error:  # a GPU machine may lack what a trainer needs
+            rows[name] = {"failed": f"not installed: {error}"}
+        found = rates[name]
+        if found and first:
+            rows[name] = {
+                "sentences_per_second": statistics.median(found),
+                "ours_over_theirs": statistics.median(a / b for a, b in zip(first, found, strict=False)),
+                "rounds": found,
+                # Of the paper's 1M sentences, from this rate: not a run of that length.
+                "extrapolated_epoch_minutes": 1e6 / statistics.median(found) / 60,
+            }
+        yield
 
 
-def measure_parts(folder: Path, sentences: Path, wanted: argparse.Namespace) -> dict[str, float]:
+def measure_parts(
+    folder: Path, sentences: Path, wanted: argparse.Namespace, parts: dict[str, float]
+) -> Iterator[None]:
     """Median seconds of each part of a step, and of the losses on the same embeddings."""
     step = Step(folder, sentences, wanted.batch, wanted.clusters, torch.device(wanted.device))
+    rate = matrix_rate(step.device)
     found: dict[str, list[float]] = {}
     for number in tqdm(range(wanted.steps), desc="parts", unit="step"):
-        for name, seconds in step.timed().items():
-            if number >= WARM_UP:
-                found.setdefault(name, []).append(seconds)
-    parts = {name: statistics.median(values) for name, values in found.items()}
-    share = step.operations / parts["encoder"] / matrix_rate(step.device)
-    print(f"encoder: {share:.0%} of the matrix rate of this device, measured in this run")
-    return parts | {"encoder_share_of_matrix_rate": share}
+        took = step.timed()
+        if number < WARM_UP:
+            continue
+        for name, seconds in took.items():
+            found.setdefault(name, []).append(seconds)
+            parts[name] = statistics.median(found[name])
+        parts["encoder_share_of_matrix_rate"] = step.operations / parts["encoder"] / rate
+        yield
 
 
-def measure_memory(folder: Path, wanted: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_memory(folder: Path, wanted: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[None]:
     """Peak of a step above the model, MiB, or why there is none."""
-    rows = []
     cases = list(itertools.product(wanted.memory_batches, MEMORY_CONTENDERS))
     for batch, contender in tqdm(cases, desc="memory", unit="run"):
         command = [sys.executable, str(HERE / "training_step.py"), str(folder), contender, str(batch)]
@@ -189,7 +188,7 @@ def measure_memory(folder: Path, wanted: argparse.Namespace) -> list[dict[str, A
         else:
             row["failed"] = (done.stderr.strip().splitlines() or [f"killed, status {done.returncode}"])[-1]
         rows.append(row)
-    return rows
+        yield
 
 
 def show(content: dict[str, Any]) -> None:
@@ -200,8 +199,10 @@ def show(content: dict[str, Any]) -> None:
             continue
         print(f"{name:55} {row['sentences_per_second']:8.1f} sentences/s  {row['ours_over_theirs']:.2f}x")
     parts = dict(content["parts"])
-    parts.pop("encoder_share_of_matrix_rate")
-    whole = sum(parts[name] for name in ("data", "encoder", "loss: clusterns", "optimiser"))
+    if parts:
+        share = parts.pop("encoder_share_of_matrix_rate")
+        print(f"encoder: {share:.0%} of the matrix rate of this device, measured in this run")
+        whole = sum(parts[name] for name in ("data", "encoder", "loss: clusterns", "optimiser"))
     for name, seconds in parts.items():
         print(f"{name:55} {1e3 * seconds:8.1f} ms  {seconds / whole:6.1%} of our step")
     for row in content["memory"]:
@@ -225,22 +226,32 @@ def main() -> int:
     if wanted.steps < WARM_UP + 3:
         parser.error(f"--steps: expected at least {WARM_UP + 3}, got {wanted.steps}")
     output = wanted.output or HERE / "results" / f"training-{wanted.device}.json"
+    content: dict[str, Any] = {
+        "machine": machine(gpu=True),
+        "settings": {key: value for key, value in vars(wanted).items() if key != "output"},
+        "losses_checked_at": LOSSES,
+        "whole": {},
+        "parts": {},
+        "memory": [],
+    }
+    status = 0
     with tempfile.TemporaryDirectory(prefix="clusterns-") as name:
         scratch = Path(name)
-        folder, sentences = write_model(scratch, wanted.layers, wanted.hidden)
-        content = {
-            "machine": machine(gpu=True) | {"command": f"python {' '.join(sys.argv)}"},
-            "settings": {key: value for key, value in vars(wanted).items() if key != "output"},
-            "losses_checked_at": LOSSES,
-            "whole": measure_whole(folder, sentences, wanted, scratch),
-            "parts": measure_parts(folder, sentences, wanted),
-            "memory": measure_memory(folder, wanted),
-        }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(content, indent=1) + "\n")
+        try:
+            folder, sentences = write_model(scratch, wanted.layers, wanted.hidden)
+            for _ in itertools.chain(  # after each figure all of them are on disk
+                measure_whole(folder, sentences, wanted, scratch, content["whole"]),
+                measure_parts(folder, sentences, wanted, content["parts"]),
+                measure_memory(folder, wanted, content["memory"]),
+            ):
+                write_json(output, content)
+        except KeyboardInterrupt:
+            status = 1
+            print("interrupted")
+    write_json(output, content)
     show(content)
     print(f"written to {output}")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def data(tmp_path_factory):
     )
     encoder = SentenceEncoder(DistilBertModel(config), tokenizer, pooling="cls", head="none")
     encoder.save(root / "models" / "distilbert-base-cased-gec")
-    (root / "wiki_sentences.txt").write_text("\n".join(sentences(200)) + "\n")
+    (root / "wiki_sentences.txt").write_text("\n".join(sentences(200)) + "\n", encoding="utf-8")
     write_sts_folder(root / "sts_raw")
     return root
 
@@ -37,7 +37,7 @@ def data(tmp_path_factory):
 def ablations(data: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
     small = "--layers 1 --batch 32 --steps 4 --eval-steps 2 --learning-rate 1e-3".split()
     command = [sys.executable, str(SCRIPT), "--data", str(data), "--output", str(output), *small, *more]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
 
 
 def test_runs_are_made_once_and_shared(data, tmp_path):
@@ -51,7 +51,7 @@ def test_runs_are_made_once_and_shared(data, tmp_path):
 
     assert ablations(data, tmp_path, *two, "2").returncode == 0
     assert first.read_bytes() == before
-    with (tmp_path / "comparison.csv").open(newline="") as file:
+    with (tmp_path / "comparison.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["variant"], row["seed"]) for row in rows] == [
         ("SimCSE", "1"),
@@ -59,7 +59,7 @@ def test_runs_are_made_once_and_shared(data, tmp_path):
         ("random clusters", "1"),
         ("random clusters", "2"),
     ]
-    lines = (tmp_path / "comparison.md").read_text().splitlines()
+    lines = (tmp_path / "comparison.md").read_text(encoding="utf-8").splitlines()
     assert sum(line.startswith("|") for line in lines) == 4  # head, rule, two variants
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     assert not list(tmp_path.rglob("model.safetensors"))[1:]  # but for the model that all start from
@@ -72,20 +72,20 @@ def test_runs_are_made_once_and_shared(data, tmp_path):
 def test_the_search_sees_dev_alone(data, tmp_path):
     done = ablations(data, tmp_path, "--search", "--seeds", "1")
     assert done.returncode == 0, done.stderr[-3000:]
-    with (tmp_path / "search.csv").open(newline="") as file:
+    with (tmp_path / "search.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[0].keys() == {"settings", "seed", "dev", "clustering_started"}
-    lines = (tmp_path / "search.md").read_text().splitlines()[2 : 2 + len(rows)]
+    lines = (tmp_path / "search.md").read_text(encoding="utf-8").splitlines()[2 : 2 + len(rows)]
     shown = [float(line.split("|")[2]) for line in lines]
     assert shown == sorted((round(float(row["dev"]), 2) for row in rows), reverse=True)
     ranked = [line.split("|")[1].strip() for line in lines]
     assert sum("SimCSE" in row["settings"] for row in rows) == 3
     assert {row["seed"] for row in rows} == {"1000"}
-    result = next((tmp_path / "search").rglob("result.json")).read_text()
+    result = next((tmp_path / "search").rglob("result.json")).read_text(encoding="utf-8")
     assert '"test"' not in result
 
     assert ablations(data, tmp_path, "--search", "--seeds", "2", "--best", "2").returncode == 0
-    with (tmp_path / "search.csv").open(newline="") as file:
+    with (tmp_path / "search.csv").open(encoding="utf-8", newline="") as file:
         more = list(csv.DictReader(file))
     again = {row["settings"] for row in more if row["seed"] == "1001"}
     assert set(ranked[:2]) <= again  # and the best SimCSE

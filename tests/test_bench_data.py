@@ -9,18 +9,21 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_data_throughput(tmp_path):
     pytest.importorskip("sentence_transformers")
     options = "--kinds sentences --rows 300 --batch-size 32 --rounds 1 --steps 2".split()
-    command = [sys.executable, str(BENCH / "data_throughput.py"), *options]
+    scripts = [str(ROOT / name) for name in ("tests/fixed_corpus.py", "bench/data_throughput.py")]
     done = subprocess.run(
-        [*command, "--output", str(tmp_path / "data.json")], capture_output=True, text=True, check=False
-    )
+        [sys.executable, *scripts, *options, "--output", str(tmp_path / "data.json")],
+        capture_output=True, encoding="utf-8", check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]
-    rows = json.loads((tmp_path / "data.json").read_text())["kinds"]["sentences"]
+    content = json.loads((tmp_path / "data.json").read_text(encoding="utf-8"))
+    assert "python bench/data_throughput.py --kinds sentences " in content["machine"]["command"]
+    rows = content["kinds"]["sentences"]
     assert {name.split(",")[0] for name in rows} == {"clusterns", "sentence-transformers", "datasets.map"}
     for row in rows.values():
         assert row["rows"] == 300
