@@ -6,6 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+try:
+    from hypothesis import settings
+except ImportError:  # the GPU tests need none
+    pass
+else:  # the same examples each time, however slow the machine
+    settings.register_profile("fixed", derandomize=True, deadline=None)
+    settings.load_profile("fixed")
+
 # The kernels run where there is a GPU on it, elsewhere in Triton's interpreter, on CPU tensors. It must be
 # chosen before the kernels are imported.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,6 +49,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def no_picture():
+    """Most of the time of a tiny training is its picture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clusterns.train.draw_run", lambda records, path: None)
+        yield
 
 
 @pytest.fixture

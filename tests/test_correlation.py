@@ -52,7 +52,7 @@ def test_no_correlation_is_an_error(cosines: list[float], scores: list[float]) -
         correlation("set", cosines, scores)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), min_size=2, max_size=30))
 def test_every_resample_is_scipys_spearman(rows: list[tuple[int, int]]) -> None:
     x, y = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))

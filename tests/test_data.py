@@ -141,7 +141,7 @@ def test_few_distinct_texts_end_in_an_error_or_a_shorter_epoch() -> None:
     assert loader.left_out is not None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     count=st.integers(8, 120),
     texts=st.integers(8, 60),

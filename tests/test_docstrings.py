@@ -190,7 +190,7 @@ def naive_score(queries: np.ndarray, documents: np.ndarray) -> dict[str, float]:
 
 
 # Small whole numbers make ties, also of vectors that differ, and zero vectors.
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 25).flatmap(
         lambda n: st.lists(
