@@ -1,4 +1,4 @@
-"""Python in processes of its own that need not load torch and the rest: forked from one that has them loaded."""
+"""Python in processes of its own, forked from one that has torch, transformers and the package loaded."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ def start(function: Callable[..., Any], *arguments: Any) -> Any:
     """A process that calls a function of a module, with one thread: what is this small needs no more."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_call, args=(function, *arguments))
+    process = context.Process(target=_call, args=(dict(os.environ), function, *arguments))
     process.start()
     return process
 
 
-def _call(function: Callable[..., Any], *arguments: Any) -> None:
+def _call(environment: dict[str, str], function: Callable[..., Any], *arguments: Any) -> None:
+    os.environ.update(environment)  # may have changed since the first
     torch.set_num_threads(1)
     function(*arguments)
 
