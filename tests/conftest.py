@@ -20,8 +20,21 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Left out by `make test-fast`: files that start processes or train, test_{name}.py, and single tests.
+SLOW = set(
+    """audit bench bench_ablations bench_data cached checkpoint distributed docs launch package resume sources
+    spherical_kmeans train train_distributed train_options
+    test_ranks_equal_one_process test_resume_keeps_the_clusters""".split()
+)
+
 # Real data beside the checkout; a user's checkout has none, and the tests that need it skip.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {item.path.stem.removeprefix("test_"), getattr(item, "originalname", None)} & SLOW:
+            item.add_marker("slow")
 
 
 @pytest.fixture

@@ -24,9 +24,11 @@ import torch
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-NUMERIC = """backend cached chunked clustering correlation encoder functional fused fused_module
-fused_precision geometry golden kernels kmeans_steps large launch length_groups loss mlm pooling prompts
-sentence_transformers spherical_kmeans sts_scores train train_options views watch""".split()
+# Files whose tests start processes, or are of texts and files.
+OTHERS = """audit bad_input bench bench_ablations bench_data cached checkpoint config data distributed docs
+docstrings evaluate evaluated_model gpu load_sts model_folder model_settings package presets report resume
+scratch sources train_distributed""".split()
+NUMERIC = sorted(path for path in TESTS.glob("test_*.py") if path.stem.removeprefix("test_") not in OTHERS)
 PLAIN = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
 NO_UTF8 = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 LATIN = "en_US.ISO-8859-1"
@@ -51,7 +53,7 @@ def machine() -> dict:
     x = torch.linspace(-3, 3, 97 * 61, dtype=torch.float64).sin().float().view(97, 61)
     y = x.T.contiguous()
     results = [x @ y, x.bfloat16() @ y.bfloat16(), x.exp(), x.softmax(1), torch.linalg.svdvals(x)]
-    results.append(torch.nn.functional.conv1d(x[None], x.view(61, 97, 1)))
+    results += [torch.nn.functional.linear(x, x), torch.nn.functional.linear(x.bfloat16(), x.bfloat16())]
     arrays = [*(result.float().numpy() for result in results), x.numpy() @ y.numpy()]
     return {
         "bits": [zlib.crc32(array.tobytes()) for array in arrays],
@@ -103,8 +105,7 @@ def test(name: str, scratch: Path) -> tuple[str, int, list[str], float]:
     """Name, passed tests, failures in a line each, and seconds."""
     began = time.monotonic()
     options = ["-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--tb=no", "-m", "not slow"]
-    files = [str(TESTS / f"test_{stem}.py") for stem in NUMERIC]
-    done = python(name, scratch, "-m", "pytest", *options, *files)
+    done = python(name, scratch, "-m", "pytest", *options, *map(str, NUMERIC))
     failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     if done.returncode and not failures:
         failures = [f"pytest ended with {done.returncode}: {(done.stdout + done.stderr).strip()[-1000:]}"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
@@ -28,6 +30,8 @@ def compare(rank: int, folder: str, met: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{met}", rank=rank, world_size=2)
     for mini_batch_size in (None, 3):
         compare_steps(folder, mini_batch_size)
+    gc.collect()  # DistributedDataParallel holds the group in a cycle, and its threads must end with it
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 
 import pytest
 import torch
@@ -254,3 +256,11 @@ def test_help_and_version(capsys):
             main(arguments)
         assert ended.value.code == 0
     assert "--bml-weight" in capsys.readouterr().out
+
+
+def test_a_locale_without_greek_letters(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help"])
+    assert ended.value.code == 0
+    assert b"--bml-weight" in sys.stdout.buffer.getvalue()

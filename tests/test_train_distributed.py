@@ -95,7 +95,7 @@ def test_two_ranks(place, tmp_path):
     for name in RUNS:
         assert main(arguments(place, name, tmp_path / "one" / name)) == 0
         ends_as_one(name, place / "model", tmp_path / name, tmp_path / "one" / name)
-    # Rank 1 failed between two checkpoints. The run goes on; then rank 0 fails, and the other waits for a score.
+    # The run that broke between two checkpoints goes on; then rank 0 fails, and the other waits for a score.
     again = arguments(place, "published", tmp_path / "judged")
     fails = {"rank": 0, "method": "judge", "step": 2, "run": "judged"}
     said = run({"runs": [broken, again], "fails": fails})
@@ -112,7 +112,8 @@ def ends_as_one(name: str, start: Path, mine: Path, theirs: Path) -> None:
         assert record.keys() == other.keys()
         for key in record.keys() - {"seconds"}:
             assert record[key] == pytest.approx(other[key], rel=2e-3, abs=2e-4), (name, key)
-    assert_trained_alike(start, mine, theirs)
+    # Denoising takes away what the template alone gives, which leaves some gradients little but rounding.
+    assert_trained_alike(start, mine, theirs, 0.06 if name == "triplets" else 0.005)
     ours, expected = (load_file(folder / "loss.safetensors") for folder in (mine, theirs))
     assert ours.keys() == expected.keys()
     for key, value in ours.items():

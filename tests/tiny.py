@@ -58,7 +58,9 @@ def assert_close(
 
     least: the measure at least, where what is expected may be rounding alone.
     """
-    scale = max(least, float(expected.detach().abs().max())) or 1.0
+    assert found.dtype == expected.dtype
+    found, expected = found.detach().double(), expected.detach().double()
+    scale = max(least, float(expected.abs().max())) or 1.0
     torch.testing.assert_close(found, expected, atol=tolerance * scale, rtol=0)
 
 
