@@ -5,11 +5,13 @@ RUN := $(VENV)/bin
 JOBS ?= 2
 SETUP := setup.py pyproject.toml constraints.txt
 
-.PHONY: help train test lint bench exactness audit gpu clean
+.PHONY: help train test test-fast test-portable lint bench exactness audit gpu clean
 
 help:
 	@echo "make train  train a small sentence encoder on this machine's own documentation, one to two minutes"
 	@echo "make test   lint, type check and run the tests"
+	@echo "make test-fast  the quick ones of them, for after each edit"
+	@echo "make test-portable  the numeric ones as other processors, libraries, threads and locales would run them"
 	@echo "make bench  speed and memory of the loss against its rivals on this machine"
 	@echo "make exactness  error of loss and gradients against float64, by dtype, batch size and backend"
 	@echo "make audit  compile the GPU kernels for four chips, no GPU needed: registers, spills, shared memory"
@@ -19,7 +21,14 @@ train: $(VENV)/.ready-train
 	$(RUN)/clusterns train --output-dir runs/demo --overwrite-output-dir
 
 test: $(VENV)/.ready-test lint
-	$(RUN)/python -m pytest -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-fast: $(VENV)/.ready-test
+	$(RUN)/ruff check .
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+
+test-portable: $(VENV)/.ready-test
+	$(RUN)/python tests/portable.py --jobs $(JOBS)
 
 lint: $(VENV)/.ready-test
 	$(RUN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -15,6 +16,8 @@ from .training.arguments import add_arguments, read_config, show_config
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; bad input ends in one line on stderr and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # λ in another locale is a question mark, not an error
+        sys.stdout.reconfigure(errors="replace")
     parser = build_parser()
     given = parser.parse_args(arguments)
     try:

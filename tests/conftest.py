@@ -6,14 +6,35 @@ from pathlib import Path
 import pytest
 import torch
 
+try:
+    from hypothesis import settings
+except ImportError:  # the GPU tests need none
+    pass
+else:  # the same examples each time, however slow the machine
+    settings.register_profile("fixed", derandomize=True, deadline=None)
+    settings.load_profile("fixed")
+
 # The kernels run where there is a GPU on it, elsewhere in Triton's interpreter, on CPU tensors. It must be
 # chosen before the kernels are imported.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Left out by `make test-fast`: files that start processes or train, test_{name}.py, and single tests.
+SLOW = set(
+    """audit bench bench_ablations bench_data cached checkpoint distributed docs launch package resume sources
+    spherical_kmeans train train_distributed train_options
+    test_ranks_equal_one_process test_resume_keeps_the_clusters""".split()
+)
+
 # Real data beside the checkout; a user's checkout has none, and the tests that need it skip.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {item.path.stem.removeprefix("test_"), getattr(item, "originalname", None)} & SLOW:
+            item.add_marker("slow")
 
 
 @pytest.fixture
@@ -41,6 +62,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def no_picture():
+    """Most of the time of a tiny training is its picture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clusterns.train.draw_run", lambda records, path: None)
+        yield
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from train_problems import flags, log_of, refused, save_tiny_model, sentences
 from clusterns.cli import main
 from clusterns.training.checkpoint import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_picture")
 
 RUN = "--max-steps 8 --checkpoint-steps 2 --keep-checkpoints 2 --no-tensorboard".split()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -141,7 +142,7 @@ def test_few_distinct_texts_end_in_an_error_or_a_shorter_epoch() -> None:
     assert loader.left_out is not None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     count=st.integers(8, 120),
     texts=st.integers(8, 60),
@@ -231,19 +232,14 @@ def test_real_processes_agree_on_every_batch(tmp_path: Path) -> None:
 import json, sys
 from clusterns.data import batches
 from clusterns.corpus.sources import load_rows
-rows = load_rows(sys.argv[1]) if sys.argv[3] == "0" else list(load_rows(sys.argv[1]))
-print(json.dumps(list(batches(rows, batch_size=12, tokenize=list, rank=int(sys.argv[2]), world_size=2))))
+rows = load_rows(sys.argv[1])
+given = rows, list(rows)
+settings = {"batch_size": 12, "tokenize": list, "world_size": 2}
+print(json.dumps([list(batches(given[rank], rank=rank, **settings)) for rank in range(2)]))
 """
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(path), str(rank), str(rank % 2)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONHASHSEED": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    shares = [json.loads(process.communicate()[0]) for process in processes]
+    environment = {**os.environ, "PYTHONHASHSEED": "7" if os.environ.get("PYTHONHASHSEED") != "7" else "8"}
+    command = [sys.executable, "-c", code, str(path)]
+    shares = json.loads(subprocess.check_output(command, encoding="utf-8", env=environment))
     union = [[tuple(row) for share in parts for row in share] for parts in zip(*shares, strict=True)]
     assert union == epoch_of(rows, 12)
     assert all(len(part) == 6 for part in shares[0])
@@ -279,6 +275,7 @@ def test_workers_tokenize_without_a_warning_about_the_fork(tmp_path: Path) -> No
     """In a process whose tokenizer has used its threads, and has them again afterwards."""
     code = """
 import os
+os.environ.pop("TOKENIZERS_PARALLELISM", None)
 from clusterns.data import batches
 from clusterns.training.scratch import train_tokenizer
 from clusterns.models.views import ViewTokenizer
@@ -292,9 +289,7 @@ shapes = [
 assert shapes[0] == shapes[1] and len(shapes[0]) == 4, shapes
 assert "TOKENIZERS_PARALLELISM" not in os.environ
 """
-    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert run_python(tmp_path, code) == ""
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

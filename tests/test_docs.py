@@ -1,13 +1,12 @@
-"""Every Python block of docs/ runs, every flag its shell blocks show exists, every file it names is there."""
+"""Every Python block of README and docs/ runs, the flags in shell blocks exist, and the files they name."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import run_python
 from test_sentence_transformers import TEXTS
 from tiny import make_encoder
 from tiny_prompt import make_kind
@@ -15,7 +14,7 @@ from tiny_prompt import make_kind
 from clusterns.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -34,13 +33,8 @@ def place(tmp_path_factory):
     return folder
 
 
-def run(folder, *command: str) -> str:
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 PRINTS = {
+    "README.md": ["info_nce", "info_nce", "\\(20, 64\\)"],
     "loss.md": ["True", "True", "\\d"],
     "models.md": ["4 torch.Size\\(.1, 16.\\)", "True"],
     "quickstart.md": ["tensor"],
@@ -54,14 +48,16 @@ PRINTS = {
     ids=lambda value: getattr(value, "name", value),
 )
 def test_python_blocks_run(page, number, place):
-    printed = run(place, "-c", blocks(page, "python")[number])
+    printed = run_python(place, blocks(page, "python")[number])
     assert re.search(PRINTS[page.name][number], printed), printed
 
 
 def test_the_example_script_runs(place):
-    script = str(ROOT / "docs" / "train_sentence_transformers.py")
+    script = ROOT / "docs" / "train_sentence_transformers.py"
     short = "--max-steps 3 --batch-size 8 --mini-batch-size 4 --num-clusters 4 --start-cosine 1".split()
-    printed = run(place, script, "--model", "bert-base-uncased", "--sentences", "sentences.txt", *short)
+    printed = run_python(
+        place, script, "--model", "bert-base-uncased", "--sentences", "sentences.txt", *short
+    )
     assert "nearest_cosine" in printed  # clustering is under way
 
 

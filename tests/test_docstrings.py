@@ -28,8 +28,7 @@ def words(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
-@pytest.fixture
-def packages(tmp_path: Path) -> Path:
+def write_packages(root: Path) -> Path:
     """A folder of packages whose 72 functions are each described in words of their own."""
     for noun in NOUNS:
         functions = [f'"""All the functions of the {noun} package are in here."""\nimport does_not_exist\n']
@@ -42,9 +41,14 @@ def packages(tmp_path: Path) -> Path:
                 f"\n    Parameters\n    ----------\n    first : int\n        Is one of the two numbers.\n\n"
                 f'    >>> {verb}(1)\n    """\n    return 1\n'
             )
-        (tmp_path / noun).mkdir()
-        (tmp_path / noun / "__init__.py").write_text("\n\n".join(functions))
-    return tmp_path
+        (root / noun).mkdir(parents=True)
+        (root / noun / "__init__.py").write_text("\n\n".join(functions))
+    return root
+
+
+@pytest.fixture
+def packages(tmp_path: Path) -> Path:
+    return write_packages(tmp_path)
 
 
 def test_nothing_held_out_is_trained_on(packages: Path) -> None:
@@ -190,7 +194,7 @@ def naive_score(queries: np.ndarray, documents: np.ndarray) -> dict[str, float]:
 
 
 # Small whole numbers make ties, also of vectors that differ, and zero vectors.
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 25).flatmap(
         lambda n: st.lists(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import make_encoder, make_tokenizer
+from tiny import assert_close, make_encoder, make_tokenizer
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -86,7 +86,7 @@ def test_the_pretrained_head_gives_what_transformers_gives(kind, config, tmp_pat
     expected = whole(input_ids=ids, labels=labels.view(4, 9)).loss
     states = transformer(input_ids=ids).last_hidden_state.flatten(0, 1)[places]
     loss = head(states, labels[places])
-    torch.testing.assert_close(loss / len(places), expected)
+    assert_close(loss / len(places), expected)
     # The gradient reaches the encoder's embedding also as the output's, and the head does not own it.
     embedding = transformer.get_input_embeddings().weight
     assert not any(value is embedding for value in head.parameters())
@@ -121,9 +121,9 @@ def test_both_losses_in_one_pass(tokenizer):
     masked = TokenMasker(tokenizer, 0.5, seed=0)(inputs, 0)
     masked["input_ids"] = masked["input_ids"].clamp(max=21)  # this vocabulary's last token
     embeddings, loss = model(inputs, masked)
-    assert torch.equal(embeddings, encoder(inputs))
+    assert_close(embeddings, encoder(inputs))
     hidden = encoder.transformer(input_ids=masked["input_ids"], attention_mask=inputs["attention_mask"])
     states = hidden.last_hidden_state.flatten(0, 1)[masked["places"]]
     logits = model.mlm.whole(inputs_embeds=states[None]).logits[0]
-    torch.testing.assert_close(loss, F.cross_entropy(logits, masked["labels"], reduction="sum"))
+    assert_close(loss, F.cross_entropy(logits, masked["labels"], reduction="sum"))
     assert model(inputs)[1] is None

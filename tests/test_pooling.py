@@ -36,8 +36,8 @@ def test_pooling_of_a_padded_batch_is_that_of_each_sentence_alone(kind: str) -> 
         encoder.pooling = pooling
         expected = torch.stack([by_hand(pooling, layers) for layers in states])
         with torch.no_grad():
-            assert_close(encoder(encoder.tokenize(SENTENCES)), expected, tolerance=1e-4)
-        assert_close(encoder.encode(SENTENCES), expected, tolerance=1e-4)
+            assert_close(encoder(encoder.tokenize(SENTENCES)), expected)
+        assert_close(encoder.encode(SENTENCES), expected)
 
 
 @pytest.mark.parametrize("pooling", PLAIN)
@@ -60,7 +60,7 @@ def test_uses_of_the_head(pooling: str) -> None:
         inputs = encoder.tokenize(SENTENCES)
         bare = encoder(inputs, head=False)
         evaluation, training = encoder(inputs), without_dropout(encoder)(inputs)
-        results[use] = (torch.equal(evaluation, bare), torch.allclose(training, bare, atol=1e-6))
+        results[use] = (torch.equal(evaluation, bare), torch.allclose(training, bare, atol=1e-3))
         if encoder.head is not None:
             projected = torch.tanh(bare @ encoder.head[0].weight.T + encoder.head[0].bias)
             assert_close(training, projected)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SENTENCES, assert_close, make_encoder
+from tiny import SENTENCES, assert_close, assert_gradients_close, make_encoder
 from tiny_prompt import (
     ABSOLUTE,
     bert_tokenizer,
@@ -64,9 +64,9 @@ def test_the_test_protocol_is_the_first_template_with_a_period_and_no_delta(kind
         ended = sentence if not sentence or sentence[-1] in ".?\"'" else sentence + "."
         if not sentence and name == "roberta":
             continue  # the text's two spaces are a token of their own
-        assert_close(vectors[row], state_in_text(encoder, PUBLISHED[name][0], ended), tolerance=1e-4)
+        assert_close(vectors[row], state_in_text(encoder, PUBLISHED[name][0], ended))
     again = [encoder(encoder.tokenize([sentence]))[0] for sentence in endings]
-    assert_close(torch.stack(again).detach(), vectors[len(SENTENCES) :], tolerance=1e-4)
+    assert_close(torch.stack(again).detach(), vectors[len(SENTENCES) :])
 
 
 def test_without_period_and_with_custom_templates() -> None:
@@ -123,7 +123,7 @@ def test_delta_is_the_template_around_a_hidden_sentence(kind: str, templates: An
     with torch.no_grad():
         states = encoder.denoiser.states(encoder.transformer, template, length)
         expected = torch.stack([delta_by_hiding(encoder, *pair) for pair in pairs])
-    assert_close(states, expected, tolerance=1e-4)
+    assert_close(states, expected)
     if templates == "auto":
         assert (states[0] - states[2]).norm() > 0.01  # the shift matters
 
@@ -159,9 +159,8 @@ def test_denoised_training_embeddings_and_their_gradient(
     assert encoder.head is not None
     expected = encoder.head(torch.stack(rows))
     vectors = encoder(inputs)
-    assert_close(vectors, expected, tolerance=1e-4)
-    for ours, by_hand in zip(gradients(vectors), gradients(expected), strict=True):
-        assert_close(ours, by_hand, tolerance=2e-3)
+    assert_close(vectors, expected)
+    assert_gradients_close(gradients(vectors), gradients(expected))
 
 
 def count_template_rows(encoder: SentenceEncoder) -> list[int]:
@@ -210,12 +209,10 @@ def test_evaluation_with_denoising(kind: str) -> None:
         length = int(plain.tokenize([sentence])["attention_mask"].sum()) - size
         with torch.no_grad():
             expected.append(plain.encode([sentence])[0] - delta_by_hiding(plain, 0, length))
-    assert_close(encoder.encode(SENTENCES, batch_size=2), torch.stack(expected), tolerance=1e-4)
+    assert_close(encoder.encode(SENTENCES, batch_size=2), torch.stack(expected))
     with torch.no_grad():
-        assert_close(encoder(encoder.tokenize(SENTENCES)), torch.stack(expected), tolerance=1e-4)
-        assert_close(
-            encoder(encoder.tokenize(SENTENCES), denoise=False), plain.encode(SENTENCES), tolerance=1e-4
-        )
+        assert_close(encoder(encoder.tokenize(SENTENCES)), torch.stack(expected))
+        assert_close(encoder(encoder.tokenize(SENTENCES), denoise=False), plain.encode(SENTENCES))
 
 
 def test_the_longest_sentence_of_all_has_positions() -> None:
@@ -259,8 +256,7 @@ def test_gradient_caching_splits_the_dict_by_rows(denoising: str) -> None:
             [p.grad.clone() for p in encoder.parameters() if p.requires_grad and p.grad is not None]
         )
     assert len(results[0]) == len(results[1]) > 10
-    for first, second in zip(*results, strict=True):
-        assert_close(first, second, tolerance=1e-4)
+    assert_gradients_close(*results)
 
 
 @pytest.mark.parametrize(

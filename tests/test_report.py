@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import WORDS, make_encoder
+from threadpoolctl import threadpool_limits
+from tiny import WORDS, assert_close, make_encoder
 
 from clusterns.cli import main
 from clusterns.encoder import SentenceEncoder
@@ -81,6 +82,13 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of the time of a small report is its pictures."""
+    for name in ("sizes", "cosines", "curves"):
+        monkeypatch.setattr(f"clusterns.evaluation.report.draw_{name}", lambda shown: "<svg></svg>")
+
+
 def report(model: Path, sentences: Path, page: Path, *options: str) -> int:
     required = ["--sentences", str(sentences), "--output", str(page), "--map", "pca"]
     return main(["report", str(model), *required, *options])
@@ -88,7 +96,9 @@ def report(model: Path, sentences: Path, page: Path, *options: str) -> int:
 
 def points_of(page: Path) -> dict:
     text = re.search(
-        r'<script id="points" type="application/json">(.*?)</script>', page.read_text(), re.DOTALL
+        r'<script id="points" type="application/json">(.*?)</script>',
+        page.read_text(encoding="utf-8"),
+        re.DOTALL,
     )
     return json.loads(text.group(1))
 
@@ -106,7 +116,7 @@ def test_a_run_is_shown_with_its_own_centroids(run: Path, sentences: Path, tmp_p
     cosines = states @ torch.nn.functional.normalize(run_centroids(run), dim=1).T
     assert points["cluster"] == cosines.argmax(dim=1).tolist()
     assert points["cosine"] == pytest.approx(cosines.max(dim=1).values.tolist(), abs=1e-3)
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert "of the run, loss.safetensors" in text
     assert "curves of the training run" in text
 
@@ -133,7 +143,7 @@ def test_a_run_is_shown_with_its_own_centroids(run: Path, sentences: Path, tmp_p
 def test_the_page_needs_nothing_from_anywhere(run: Path, sentences: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert report(run, sentences, page, "--examples", "1000", "--nearest", "100") == 0
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     found = Page(text)
     assert found.addresses
     assert all(address.startswith("data:image/svg+xml;base64,") for address in found.addresses)
@@ -145,6 +155,7 @@ def test_the_page_needs_nothing_from_anywhere(run: Path, sentences: Path, tmp_pa
     assert outside == {"http://www.w3.org/2000/svg"}  # a name, no address
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_model_without_centroids_is_clustered(run: Path, sentences: Path, tmp_path: Path) -> None:
     for name in ("loss.safetensors", "log.jsonl"):
         (run / name).unlink()
@@ -158,7 +169,7 @@ def test_a_model_without_centroids_is_clustered(run: Path, sentences: Path, tmp_
     assert set(points["cluster"]) <= set(range(5))
     assert table.is_file()
     assert not page.with_suffix(".csv").exists()
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert "5, by k-means over these sentences" in text
     assert "The run" not in text
     again = tmp_path / "again.html"
@@ -166,17 +177,19 @@ def test_a_model_without_centroids_is_clustered(run: Path, sentences: Path, tmp_
     assert points_of(again) == points
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_number_of_clusters_leaves_the_runs_own_aside(run: Path, sentences: Path, tmp_path: Path) -> None:
     assert report(run, sentences, tmp_path / "page.html", "--num-clusters", "3") == 0
-    assert "3, by k-means over these sentences" in (tmp_path / "page.html").read_text()
+    assert "3, by k-means over these sentences" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_in_which_clustering_never_started(run: Path, sentences: Path, tmp_path: Path) -> None:
     state = ClusterNSLoss(16, 4).state_dict()
     SentenceEncoder.from_pretrained(run).save(run, beside={"loss.safetensors": state})
     assert run_centroids(run) is None
     assert report(run, sentences, tmp_path / "page.html") == 0
-    assert "by k-means over these sentences" in (tmp_path / "page.html").read_text()
+    assert "by k-means over these sentences" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_bad_input_is_one_line_and_leaves_old_files(
@@ -215,10 +228,11 @@ def test_bad_input_is_one_line_and_leaves_old_files(
     for model, file, options, words in cases:
         assert report(model, file, page, *options) == 2
         assert words in capsys.readouterr().err.splitlines()[-1]
-        assert page.read_text() == "old"
+        assert page.read_text(encoding="utf-8") == "old"
         assert not page.with_suffix(".csv").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_few_sentences_and_both_maps(run: Path, tmp_path: Path) -> None:
     few = tmp_path / "few.txt"
     few.write_text("a cat\nthe dog ran\n")
@@ -226,9 +240,10 @@ def test_few_sentences_and_both_maps(run: Path, tmp_path: Path) -> None:
     assert points_of(tmp_path / "page.html")["text"] == ["a cat", "the dog ran"]
     unit = torch.nn.functional.normalize(torch.randn(30, 5), dim=1)
     for method in ("tsne", "pca"):
-        places = plane(unit, method, seed=0)
+        with threadpool_limits(1):  # the same bits need the same order of sums
+            places, again = (plane(unit, method, seed=0) for _ in range(2))
         assert places.shape == (30, 2)
-        np.testing.assert_array_equal(places, plane(unit, method, seed=0))
+        np.testing.assert_array_equal(places, again)
     assert plane(unit[:3], "tsne", seed=0).shape == (3, 2)
 
 
@@ -238,9 +253,8 @@ def test_numbers_of_a_view_are_those_of_their_definitions() -> None:
     view = view_clusters([str(i) for i in range(40)], embeddings * 3, centroids, "somewhere")
     unit = torch.nn.functional.normalize(embeddings, dim=1)
     cosines = unit @ torch.nn.functional.normalize(centroids, dim=1).T
-    order = cosines.argsort(dim=1, descending=True)
-    assert torch.equal(view.nearest, order[:, 0])
-    assert torch.equal(view.runner_up, order[:, 1])
+    order = torch.stack([view.nearest, view.runner_up], 1)
+    assert_close(cosines.gather(1, order), cosines.topk(2).values)  # ids of ties may be others
     mates = [
         float(unit[i] @ unit[j])
         for i in range(40)
@@ -281,9 +295,8 @@ def test_the_map_is_drawn_in_a_real_browser(run: Path, sentences: Path, tmp_path
             page.as_uri(),
         ],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
-        timeout=120,
     )
     assert done.stdout.count("<circle") == len(TEXTS) + 1
     assert f"{len(TEXTS) + 1} shown" in done.stdout

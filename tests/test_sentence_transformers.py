@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+import sentence_transformers_worker as worker
 import torch
-from tiny import make_encoder
+from forked import start
+from tiny import assert_close, assert_gradients_close, make_encoder
 
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("accelerate", reason="needs pip install sentence-transformers[train]")
@@ -25,6 +22,7 @@ from sentence_transformers import (
 from clusterns.sentence_transformers import STATE_FILE, ClusteringState, ClusterNSLoss
 
 TEXTS = [f"{a} {b} {c}" for a in ("a", "the", "bird") for b in ("cat", "dog", "mat") for c in ("sat", "ran")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -71,11 +69,10 @@ def test_without_clusters_it_is_their_loss(still, columns, mini_batch_size):
     settings = {"hard_negatives": False, "mini_batch_size": mini_batch_size}
     ours, of_ours = loss_and_gradients(ClusterNSLoss(still, 0, **settings), still, *columns)
     theirs, of_theirs = loss_and_gradients(MultipleNegativesRankingLoss(still), still, *columns)
-    assert ours == pytest.approx(theirs, abs=1e-5)
-    assert of_ours.keys() == of_theirs.keys()
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert list(of_ours) == list(of_theirs)
     assert any(gradient.abs().max() > 1e-3 for gradient in of_theirs.values())
-    for name, gradient in of_theirs.items():
-        torch.testing.assert_close(of_ours[name], gradient, rtol=1e-3, atol=1e-5)
+    assert_gradients_close(of_ours.values(), of_theirs.values())
 
 
 def test_one_column_is_two_dropout_views(model, still):
@@ -83,7 +80,7 @@ def test_one_column_is_two_dropout_views(model, still):
         each.train()
         loss = ClusterNSLoss(each, 0, hard_negatives=False)
         loss(features(each, TEXTS[:6]))
-        assert (float(loss.last["positive_cosine"]) > 1 - 1e-6) == same
+        assert (float(loss.last["positive_cosine"]) > 1 - 1e-4) == same
 
 
 def run(model, folder, *, steps, seed=3, resume=False, save_steps=1000, **more):
@@ -127,9 +124,7 @@ def test_in_their_trainer(model, tmp_path):
     assert "deng-etal-2023-clustering" in card
     assert '"num_clusters": 4' in card
     again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
-    torch.testing.assert_close(
-        again.encode(TEXTS, convert_to_tensor=True), model.encode(TEXTS, convert_to_tensor=True)
-    )
+    assert_close(again.encode(TEXTS, convert_to_tensor=True), model.encode(TEXTS, convert_to_tensor=True))
 
 
 def test_resume_keeps_the_clusters(tmp_path):
@@ -170,14 +165,7 @@ def test_bad_settings(model):
 
 
 def test_ranks_equal_one_process(still, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = str(Path(__file__).with_name("sentence_transformers_worker.py"))
-    done = subprocess.run(
-        [*command, worker, str(tmp_path / "still")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "ranks agree with one process" in done.stdout
+    ranks = [start(worker.compare, rank, str(tmp_path / "still"), str(tmp_path / "met")) for rank in (0, 1)]
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]

@@ -4,19 +4,21 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from forked import start
 from huggingface_hub import constants
 
+from clusterns.corpus import readers
 from clusterns.corpus.rows import ABANDONED_SECONDS, RECORD_ROWS, UNUSED_SECONDS
 from clusterns.corpus.sources import HUB_FILES, load_rows
+from clusterns.data import batches
 
 # Characters that str.splitlines() splits at and a text file does not.
 NOT_NEWLINES = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
@@ -232,58 +234,71 @@ def test_old_entries_are_removed_when_a_new_one_is_made(tmp_path: Path, cache: P
     assert (old.exists(), used.exists(), abandoned.exists(), fresh.exists()) == (False, True, False, True)
 
 
-LOAD = "import sys; from clusterns.corpus.sources import load_rows; rows = load_rows(sys.argv[1]); "
+def load_and_die(path: Path) -> None:
+    """By SIGKILL, with some of the rows written and some not."""
+    lines = readers._lines
 
+    def dying(path: Path) -> Iterator[tuple[int, str]]:
+        for number, line in lines(path):
+            if number > 2 * RECORD_ROWS:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield number, line
 
-def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", LOAD + code, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    readers._lines = dying
+    load_rows(path)
 
 
 def test_a_killed_process_leaves_the_cache_usable(tmp_path: Path, cache: Path) -> None:
-    count = 400_000
+    count = 3 * RECORD_ROWS
     path = write(tmp_path / "a.txt", "".join(f"line {i}\n" for i in range(count)))
-    process = start("", path)
-    deadline = time.time() + 60
-    while time.time() < deadline and not list(cache.glob(".*/texts.arrow")):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process = start(load_and_die, path)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert list(cache.glob(".*/texts.arrow")), "it was to be killed while writing"
     assert not entries(cache) or entries(cache)[0].startswith(".")
     assert len(load_rows(path)) == count
 
 
+def load_and_tell(path: Path, place: Path) -> None:
+    rows = load_rows(path)
+    place.write_text(f"{len(rows)} {rows[-1][0]} {rows.folder}")
+
+
 def test_processes_that_load_at_once_share_an_entry(tmp_path: Path, cache: Path) -> None:
     path = write(tmp_path / "a.txt", "".join(f"line {i}\n" for i in range(50_000)))
-    processes = [start("print(len(rows), rows[49_999][0], rows.folder)", path) for _ in range(2)]
-    outputs = [process.communicate() for process in processes]
-    assert outputs[0] == outputs[1]
-    assert outputs[0] == (f"50000 line 49999 {cache / entries(cache)[0]}\n", "")
-    assert len(entries(cache)) == 1
+    places = [tmp_path / name for name in ("one", "two")]
+    processes = [start(load_and_tell, path, place) for place in places]
+    for process in processes:
+        process.join()
+    (entry,) = entries(cache)
+    assert [place.read_text() for place in places] == [f"50000 line 49999 {cache / entry}"] * 2
+
+
+def own_memory() -> float:
+    """Anonymous memory in MiB, the process's own: pages of a mapped file are the system's to drop."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+def load_and_measure(small: Path, large: Path, place: Path) -> None:
+    list(batches(load_rows(small), batch_size=10, tokenize=len, unique=False))
+    before = own_memory()
+    rows = load_rows(large)
+    assert sum(batches(rows, batch_size=1000, tokenize=len)) == len(rows)
+    assert str(rows.folder / "texts.arrow") in Path("/proc/self/maps").read_text()
+    place.write_text(str(own_memory() - before))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    """Anonymous memory, the process's own: pages of a mapped file are the system's to drop."""
     small = write(tmp_path / "small.txt", "a sentence\n" * 10)
-    large = write(tmp_path / "large.txt", "".join(f"{i:>200}\n".replace(" ", ".") for i in range(200_000)))
-    code = """
-from clusterns.data import batches
-def own():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
-list(batches(rows, batch_size=10, tokenize=len, unique=False))
-before = own()
-rows = load_rows(sys.argv[2])
-assert sum(batches(rows, batch_size=1000, tokenize=len)) == len(rows) == 200_000
-mapped = open("/proc/self/maps").read()
-print(own() - before, str(rows.folder / "texts.arrow") in mapped)
-"""
-    out, error = start(code, small, large).communicate()
-    grown, mapped = out.split()
-    assert (error, mapped) == ("", "True")
-    assert float(grown) < 15  # the file has 38 MiB, a list of its sentences takes 54
+    large = write(tmp_path / "large.txt", "".join(f"{i:.>200}\n" for i in range(200_000)))
+    process = start(load_and_measure, small, large, tmp_path / "grown")
+    process.join()
+    assert process.exitcode == 0
+    # The file has 38 MiB, a list of its sentences takes 54.
+    print("GROWN", (tmp_path / "grown").read_text())
+    assert float((tmp_path / "grown").read_text()) < 20
 
 
 def test_rows_pickle_as_a_place(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import embeddings
+from tiny import assert_close
 
-from clusterns import ClusterNSLoss
+from clusterns import ClusterNSLoss, nearest_centroids
 from clusterns.training.journal import Journal, tag_of
 from clusterns.training.watch import EARLIEST_STEP, IN_A_ROW, Watch, measure
 
@@ -31,8 +32,9 @@ def test_measure_is_what_it_says(batch, with_negatives):
 
     a, p, c = (F.normalize(z.double(), dim=1) for z in (z1, z2, loss_fn.centroids))
     similarity, to_centroids = a @ p.T, a @ c.T
-    order = to_centroids.argsort(dim=1, descending=True)
-    near, runner_up = order[:, 0], order[:, 1]
+    near, runner_up = (ids.long() for ids in nearest_centroids(z1, loss_fn.centroids)[:2])
+    # The ids are those of the largest cosines, or of ties but for rounding.
+    assert_close(to_centroids.gather(1, torch.stack([near, runner_up], 1)), to_centroids.topk(2).values)
     mates = (near[:, None] == near) & ~torch.eye(batch, dtype=torch.bool)
     sizes = torch.bincount(near, minlength=5).double()
     occupied = sizes[sizes > 0] / batch
@@ -55,7 +57,7 @@ def test_measure_is_what_it_says(batch, with_negatives):
     expected["effective_negatives"] = torch.stack(perplexities).mean()
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert float(found[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
+        assert float(found[name]) == pytest.approx(float(value), rel=1e-3, abs=1e-4), name
 
 
 def test_measure_before_clustering_and_without_mates():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -50,8 +51,25 @@ def make_encoder(seed: int = 0, pooling: str = "cls", max_length: int | None = N
     return SentenceEncoder(BertModel(config), make_tokenizer(), pooling=pooling, max_length=max_length).eval()
 
 
-def assert_close(first: torch.Tensor, second: torch.Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(first, second, atol=tolerance, rtol=tolerance)
+def assert_close(
+    found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4, *, least: float = 0.0
+) -> None:
+    """Alike but for the rounding of another order of sums: a share of the largest number expected.
+
+    least: the measure at least, where what is expected may be rounding alone.
+    """
+    assert found.dtype == expected.dtype
+    found, expected = found.detach().double(), expected.detach().double()
+    scale = max(least, float(expected.abs().max())) or 1.0
+    torch.testing.assert_close(found, expected, atol=tolerance * scale, rtol=0)
+
+
+def assert_gradients_close(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> None:
+    """The gradients of all parameters; that of a bias of attention's keys is 0 but for rounding."""
+    expected = list(expected)
+    largest = max(float(gradient.abs().max()) for gradient in expected)
+    for ours, gradient in zip(found, expected, strict=True):
+        assert_close(ours, gradient, 1e-3, least=largest / 100)
 
 
 ROWS = [("aab", "abb", "3.5"), ("cde", "h", "0.0"), ("a b", "b a", "5.0"), ("aab", "gh", "1.2")]

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from clusterns.cli import main
 from clusterns.encoder import SentenceEncoder
@@ -70,3 +71,18 @@ def refused(capsys, arguments: list[str]) -> str:
     assert message.startswith("clusterns: error: ")
     assert "Traceback" not in "\n".join(lines)
     return message
+
+
+def assert_trained_alike(start: Path, one: Path, other: Path, share: float = 0.005) -> None:
+    """Two runs from a model end with the same weights, but for rounding.
+
+    AdamW makes large what is rounding in a gradient: not each weight, but all together end alike. A bias of
+    attention's keys has the gradient 0 and walks at random, as the last bias does under denoising.
+    share: of what the weights moved, so much they may be apart.
+    """
+    before, ours, theirs = (load_file(folder / "model.safetensors") for folder in (start, one, other))
+    assert ours.keys() == theirs.keys()
+    names = [name for name in before if not name.endswith(("key.bias", "layer.1.output.LayerNorm.bias"))]
+    apart = torch.cat([(ours[name] - theirs[name]).flatten() for name in names]).norm()
+    moved = torch.cat([(theirs[name] - before[name]).flatten() for name in names]).norm()
+    assert apart < share * moved, (one.name, apart, moved)

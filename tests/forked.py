@@ -1,0 +1,58 @@
+"""Python in processes of its own, forked from one that has torch, transformers and the package loaded."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Of the first that starts one in a process of tests; what another needs besides is loaded when it is needed.
+PRELOADED = [
+    "clusterns.train",
+    "clusterns.training.figure",
+    "matplotlib.pyplot",
+    "clusterns.sentence_transformers",
+]
+
+
+def start(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A process that calls a function of a module, with one thread: what is this small needs no more."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_call, args=(dict(os.environ), function, *arguments))
+    process.start()
+    return process
+
+
+def _call(environment: dict[str, str], function: Callable[..., Any], *arguments: Any) -> None:
+    os.environ.update(environment)  # may have changed since the first
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def run_python(folder: Path, code: str | Path, *arguments: str) -> str:
+    """What `python -c code` or `python script` prints in a folder; it must end well."""
+    out = folder / "printed.txt"
+    process = start(_python, folder, code, arguments, out)
+    process.join()
+    printed = out.read_text(encoding="utf-8", errors="replace")
+    assert process.exitcode == 0, printed[-3000:]
+    return printed
+
+
+def _python(folder: Path, code: str | Path, arguments: tuple[str, ...], out: Path) -> None:
+    os.chdir(folder)
+    descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    sys.argv = [str(code), *arguments]
+    if isinstance(code, Path):
+        runpy.run_path(str(code), run_name="__main__")
+    else:
+        exec(code, {"__name__": "__main__"})
