@@ -11,12 +11,15 @@ import torch
 ROOM = 10  # how many times the error that rounding is seen to make is still right
 
 
-def assert_close_to_truth(found, truth, plain=None, *, condition=4.0, least=0.0, rounding=0.0, what=""):
+def assert_close_to_truth(
+    found, truth, plain=None, *, condition=4.0, least=0.0, rounding=0.0, dtype=None, what=""
+):
     """The error of `found` against the float64 `truth`, by norm and as a share of the truth's.
 
     At most ROOM times what plain torch errs in the same dtype, and `condition` times the dtype's epsilon:
     1/τ where a logit of that size is rounded. Half precision is computed in float32 and rounded at the end.
     least: the norm below which a truth does not count as a scale. rounding: allowed once more, as it stands.
+    dtype: what was computed in, if not that of `found`.
     """
     truth = truth.detach().double().cpu()
     scale = truth.norm().clamp_min(max(least, 1e-30))
@@ -24,7 +27,7 @@ def assert_close_to_truth(found, truth, plain=None, *, condition=4.0, least=0.0,
     def error(result):
         return float((result.detach().double().cpu() - truth).norm() / scale)
 
-    eps = torch.finfo(torch.float64 if found.dtype == torch.float64 else torch.float32).eps
+    eps = torch.finfo(torch.float64 if (dtype or found.dtype) == torch.float64 else torch.float32).eps
     allowed = ROOM * (condition * eps + (0.0 if plain is None else error(plain))) + rounding
     if found.dtype.itemsize == 2:
         allowed += 2 * torch.finfo(found.dtype).eps  # the interpreter truncates where a GPU rounds

@@ -93,9 +93,8 @@ def assert_exact(run, truth, temperature=0.05, condition=4.0, rounding=0.0):
     for name, one, other in zip(run[0]._fields, run[0], truth[0], strict=True):
         assert_close_to_truth(one, other, condition=condition, least=1.0, what=name)
     for place, (one, other) in enumerate(zip(run[1], truth[1], strict=True)):
-        assert_close_to_truth(
-            one, other, condition=condition, least=1e-6, rounding=rounding, what=f"gradient {place}"
-        )
+        more = {"least": 1e-6, "rounding": rounding, "dtype": run[0].loss.dtype, "what": f"gradient {place}"}
+        assert_close_to_truth(one, other, condition=condition, **more)
 
 
 def eager_half(anchors, positives, temperature):

@@ -178,7 +178,7 @@ def test_update_leaves_out_rows_without_a_direction():
 @pytest.mark.parametrize("learned", [False, True])
 @each_size
 def test_similarity_matrix_and_its_gradients(rows, columns, dim, dtype, learned):
-    a, b = (points(n, dim, dtype, n).requires_grad_() for n in (rows, columns))
+    a, b = (points(n, dim, dtype, seed).requires_grad_() for seed, n in enumerate((rows, columns)))
     tau = torch.tensor(0.3, device=DEVICE, requires_grad=True) if learned else 0.3
     upstream = torch.randn(columns, rows, device=DEVICE).T  # not contiguous
     actual = fused.cosine_similarity_matrix(a, b, tau)
