@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE
 from objective_problems import OPTIONS, exact, fix_clusters, gradients, problem
 
-from clusterns import ClusterNSLoss, large
+from clusterns import large
 from clusterns.functional import objective
 from clusterns.options import Options
 from clusterns.sweep import Clusters, sweep_alone
@@ -54,19 +53,3 @@ def test_the_workspace_decides_the_chunks(monkeypatch):
     with torch.no_grad():
         objective(anchors, positives, **arguments, backend="triton", workspace_bytes=15_000)
     assert {mode for mode, _ in seen} == {"totals"}  # no weights are written for nobody
-
-
-def test_module_trains_the_same_in_chunks():
-    """Assignment, update and loss of the module take the sweep when the workspace is small."""
-    results = []
-    for more in ({"backend": "torch"}, {"backend": "triton", "workspace_bytes": 6_000}):
-        torch.manual_seed(0)
-        loss_fn = ClusterNSLoss(12, 6, start_cosine=1.0, bml_weight=0.1, **more).to(DEVICE)
-        for step in range(3):
-            anchors, positives, _ = problem(50, 12, 0, seed=step)
-            torch.manual_seed(step)
-            loss = loss_fn(anchors, positives)
-        loss.backward()
-        results.append((loss.detach(), anchors.grad, loss_fn.centroids, loss_fn.last["with_mates"]))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
