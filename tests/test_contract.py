@@ -153,7 +153,7 @@ def surrounded(z):
 
 
 @pytest.mark.parametrize("false_negatives", ["bml", "exclude", "keep"])
-@pytest.mark.parametrize("shape", [(45, 19, 6, 4), (1, 3, 2, 1), (66, 33, 33, 34)])
+@pytest.mark.parametrize("shape", [(45, 19, 6, 4), (2, 8, 2, 1), (66, 33, 33, 34)])
 def test_reads_stay_inside_the_inputs_and_every_cell_is_written(
     nan_filled_memory, how, false_negatives, shape
 ):
@@ -168,7 +168,7 @@ def test_reads_stay_inside_the_inputs_and_every_cell_is_written(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_every_time(how, dtype):
     """Also under autocast, which must not round the products."""
-    anchors, positives, arguments = problem(70, 33, 12, 7, dtype=dtype)
+    anchors, positives, arguments = problem(34, 17, 5, 3, dtype=dtype)
     one, other = (gradients(anchors, positives, arguments, **BML, **how) for _ in range(2))
     with torch.autocast(DEVICE, torch.bfloat16):
         cast = gradients(anchors, positives, arguments, **BML, **how)
@@ -240,7 +240,7 @@ def rounding_of(how, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("false_negatives", ["bml", "exclude", "keep"])
 def test_half_precision_is_accumulated_in_float32(how, dtype, false_negatives):
-    anchors, positives, arguments = problem(70, 40, 12, 9, dtype=dtype)
+    anchors, positives, arguments = problem(66, 20, 4, 2, dtype=dtype)
     arguments["centroids"] = arguments["centroids"].float() * 1.001  # float32 centroids stay float32
     arguments.update(false_negatives=false_negatives, hard_negative_weight=0.4, temperature=0.01)
     fix_clusters(anchors, arguments)
@@ -261,7 +261,7 @@ def test_loss_scale_saves_float16_gradients(how):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dim", [1, 8, 1000])
+@pytest.mark.parametrize("dim", [1, 8, 300])
 def test_narrow_and_wide(how, dim, dtype):
     anchors, positives, arguments = problem(20, dim, 5, 3, dtype=dtype)
     arguments.update(BML, centroids=arguments["centroids"].float())
