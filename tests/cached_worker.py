@@ -1,9 +1,6 @@
-"""One rank of the test of several ranks in test_cached.py; started by torchrun."""
+"""One rank of the test of several ranks in test_cached.py."""
 
 from __future__ import annotations
-
-import gc
-import sys
 
 import torch
 import torch.distributed as dist
@@ -84,16 +81,3 @@ def run(output: str) -> None:
         }
     if rank == 0:
         torch.save(result, output)
-
-
-def main(output: str) -> None:
-    """Run inside a process group and leave it cleanly; see distributed_worker.py for the order."""
-    dist.init_process_group("gloo")
-    run(output)
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

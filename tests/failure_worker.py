@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,12 +15,8 @@ EXIT_CODE = 17  # of the rank that dies
 WIDTH, ROWS = 8, 6
 
 
-def main(gather: str, meeting: str, folder: str) -> None:
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # Longer than the tests wait: the others must notice the death itself, not that time has passed.
-    dist.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=90)
-    )
+def main(gather: str, folder: str) -> None:
+    rank = dist.get_rank()
     note = Path(folder) / str(rank)
     loss_fn = ClusterNSLoss(WIDTH, 3, start_cosine=1.0, process_group=dist.group.WORLD, gather=gather)
     sweep = chunked.Sweeper.sweep
@@ -29,7 +24,7 @@ def main(gather: str, meeting: str, folder: str) -> None:
     def dying(*arguments):
         """The first sweep of the step is done, blocks and gradients are still on their way."""
         sweep(*arguments)
-        note.write_text("dies")
+        note.write_text("dies", encoding="utf-8")
         os._exit(EXIT_CODE)
 
     for step in (1, 2, 3):
@@ -39,9 +34,10 @@ def main(gather: str, meeting: str, folder: str) -> None:
         try:
             loss_fn(a, p).backward()
         except Exception as error:
-            note.write_text(f"step {step} raised {type(error).__name__}")
+            note.write_text(f"step {step} raised {type(error).__name__}", encoding="utf-8")
             raise
 
 
 if __name__ == "__main__":
+    dist.init_process_group("gloo")
     main(*sys.argv[1:])

@@ -22,13 +22,18 @@ def unit(x):
     return np.divide(x, norm, out=np.zeros_like(x), where=norm > 1e-8)
 
 
-def oracle(x, centers, max_iter, weight=None):
-    """Spherical Lloyd, one formula a line, until no label changes; empty clusters are not expected."""
+def oracle(x, centers, max_iter, weight=None, gap=1e-9):
+    """Spherical Lloyd, one formula a line, until no label changes; empty clusters are not expected.
+
+    Nor is a point whose two best centres are within `gap`: there rounding would choose.
+    """
     x, c, labels, iterations = unit(x), unit(centers), None, 0
     weight = np.ones(len(x)) if weight is None else weight
     for _ in range(max_iter):
         iterations += 1
         before, labels = labels, (x @ c.T).argmax(axis=1)
+        best = np.sort(x @ c.T, axis=1)[x.any(axis=1), -2:]
+        assert len(c) == 1 or (best[:, 1] - best[:, 0] > gap).all()
         members = (labels == np.arange(len(c))[:, None]) * weight
         assert (members.sum(axis=1) > 0).all()
         c = unit(members @ x)

@@ -10,7 +10,7 @@ import clusterns
 from clusterns import functional, reference
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(rows=st.integers(1, 30), columns=st.integers(1, 30), dim=st.integers(1, 40), seed=st.integers(0, 99))
 def test_cosine_similarity_matrix(rows, columns, dim, seed):
     a, b = embeddings(rows, dim, seed=seed)[0], embeddings(columns, dim, seed=seed + 1)[1]
@@ -29,7 +29,7 @@ def test_cosine_similarity_matrix_gradients_and_dtypes():
         clusterns.cosine_similarity_matrix(a, torch.zeros(2, 4, dtype=torch.float64))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(rows=st.integers(1, 50), clusters=st.integers(1, 20), dim=st.integers(1, 24), seed=st.integers(0, 99))
 def test_nearest_centroids(rows, clusters, dim, seed):
     points, centroids = embeddings(rows, dim, seed=seed)[0], embeddings(clusters, dim, seed=seed + 1)[0]
@@ -76,7 +76,7 @@ def test_nearest_centroids_in_chunks(monkeypatch):
         torch.testing.assert_close(one, other)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(batch=st.integers(1, 30), dim=st.integers(2, 20), data=st.data(), seed=st.integers(0, 99))
 def test_seed_centroids(batch, dim, data, seed):
     anchors, positives = embeddings(batch, dim, seed=seed)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from compare import assert_close_to_truth
 from conftest import DEVICE
 from objective_problems import problem, started
 
@@ -13,32 +16,41 @@ pytest.importorskip("triton")
 from clusterns.kernels import launch
 
 
-@pytest.mark.parametrize("update", ["sum", "mean", "replace", "adamw"])
-@pytest.mark.parametrize("hard", [True, False])
-def test_module_agrees_with_the_torch_path(update, hard):
-    ours = started(update, centroid_momentum=0.1, hard_negatives=hard, hard_negative_weight=0.3)
-    theirs = ClusterNSLoss(
-        12,
-        6,
-        centroid_update=update,
-        centroid_momentum=0.1,
-        hard_negatives=hard,
-        hard_negative_weight=0.3,
-        backend="torch",
-    ).to(DEVICE)
-    theirs.load_state_dict(ours.state_dict())
-    for training in (True, True, False, True):
+def in_float64(loss_fn):
+    """The reference with the same settings and the same state."""
+    exact = copy.deepcopy(loss_fn)
+    exact.backend = "reference"
+    for name, value in loss_fn.named_buffers():
+        if value.is_floating_point():
+            setattr(exact, name, value.double())
+    return exact
+
+
+@pytest.mark.parametrize(
+    ("update", "hard"), [("sum", True), ("mean", False), ("replace", True), ("adamw", False)]
+)
+@pytest.mark.parametrize("how", [{}, {"workspace_bytes": 6_000}], ids=["whole", "in chunks"])
+def test_module_agrees_with_the_reference(update, hard, how):
+    ours = started(update, centroid_momentum=0.1, hard_negatives=hard, hard_negative_weight=0.3, **how)
+    theirs = in_float64(ours)
+    for training in (True, True, False):
         anchors, positives, arguments = problem(37, 12, 0, 5, seed=int(training))
         results = []
-        for loss_fn in (ours.train(training), theirs.train(training)):
-            loss = loss_fn(anchors, positives, arguments["negatives"])
-            results.append((loss, *torch.autograd.grad(loss, (anchors, positives, arguments["negatives"]))))
+        for loss_fn, dtype in (
+            (ours.train(training), torch.float32),
+            (theirs.train(training), torch.float64),
+        ):
+            views = [
+                z.detach().to(dtype).requires_grad_() for z in (anchors, positives, arguments["negatives"])
+            ]
+            loss = loss_fn(*views)
+            results.append((loss, *torch.autograd.grad(loss, views)))
         for mine, other in zip(*results, strict=True):
-            torch.testing.assert_close(mine, other, rtol=2e-5, atol=1e-6)
-        torch.testing.assert_close(ours.centroids, theirs.centroids)
+            assert_close_to_truth(mine, other, condition=24)
+        assert_close_to_truth(ours.centroids, theirs.centroids)
         assert ours.last.keys() == theirs.last.keys()
         for name, value in ours.last.items():
-            torch.testing.assert_close(value, theirs.last[name], rtol=1e-5, atol=1e-6)
+            assert_close_to_truth(value, theirs.last[name], condition=24, least=1.0, what=name)
             assert not value.requires_grad
 
 
@@ -53,7 +65,7 @@ def test_backward_after_the_centroids_have_moved_on(update, first_training):
     loss_fn.load_state_dict(state)
     first = loss_fn.train(first_training)(*one[:2])
     second = loss_fn.train()(*two[:2])
-    assert torch.equal(torch.autograd.grad(first + second, one[0])[0], expected)
+    assert_close_to_truth(torch.autograd.grad(first + second, one[0])[0], expected, condition=24)
 
 
 @pytest.mark.parametrize("how", ["half checkpoint", "transposed", "half default"])
@@ -74,14 +86,13 @@ def test_centroids_move_whatever_their_layout(how):
         state["centroids"] = state["centroids"].T.contiguous().T
     loss_fn.load_state_dict(state, assign=True)
     before = loss_fn.centroids.clone()
-    torch_fn = ClusterNSLoss(12, 6, backend="torch", centroid_momentum=0.5).to(DEVICE)
-    torch_fn.load_state_dict(loss_fn.state_dict())
+    exact = in_float64(loss_fn)
     anchors, positives, _ = problem(30, 12, 0)
     loss_fn(anchors, positives)
-    torch_fn(anchors, positives)
+    exact(anchors.double(), positives.double())
     assert loss_fn.centroids.dtype == torch.float32
     assert not torch.equal(loss_fn.centroids, before)
-    torch.testing.assert_close(loss_fn.centroids, torch_fn.centroids)
+    assert_close_to_truth(loss_fn.centroids, exact.centroids)
 
 
 def test_centroids_may_move_on_where_only_positives_learn():
@@ -125,12 +136,15 @@ def test_nothing_else_runs_on_the_device():
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Seen(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.names: set[str] = set()
+        ours: frozenset = frozenset()
+        others: frozenset = frozenset()
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.names.add(str(function))
+            name = str(function)
+            if name.startswith("clusterns."):
+                self.ours |= {name.split(".")[1]}
+            elif not function.is_view and "empty" not in name:
+                self.others |= {name}
             return function(*args, **(kwargs or {}))
 
     loss_fn = started()
@@ -140,20 +154,8 @@ def test_nothing_else_runs_on_the_device():
     with launch.recording(), Seen() as seen:
         loss = loss_fn(anchors, positives)
         torch.autograd.grad(loss, (anchors, positives), one)
-    harmless = {
-        "aten.detach.default",
-        "aten.unbind.int",
-        "aten.empty.memory_format",
-        "aten.new_empty.default",
-    }
-    harmless |= {"aten.empty_like.default", "aten.view.default", "aten.alias.default"}
-    ours = {name for name in seen.names if name.startswith("clusterns.")}
-    assert ours == {
-        "clusterns.compare.default",
-        "clusterns.evaluate.default",
-        "clusterns.differentiate.default",
-    }
-    assert seen.names - ours <= harmless, seen.names - ours - harmless
+    assert seen.ours == {"compare", "evaluate", "differentiate"}
+    assert not seen.others
 
 
 def operator_samples():
@@ -234,14 +236,13 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
-@pytest.mark.parametrize("update", ["sum", "adamw"])
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(("update", "learned"), [("sum", True), ("adamw", False)])
 def test_module_compiles_whole(update, learned):
     tau = torch.nn.Parameter(torch.tensor(0.05, device=DEVICE)) if learned else 0.05
     plain, whole = (started(update, temperature=tau, centroid_momentum=0.1) for _ in range(2))
     whole.load_state_dict(plain.state_dict())
     fast = compiled(whole)
-    for seed in range(3):
+    for seed in range(2):
         anchors, positives, _ = problem(40 + seed, 12, 0, seed=seed)
         wanted = (anchors, positives, tau) if learned else (anchors, positives)
         results = [
@@ -249,10 +250,10 @@ def test_module_compiles_whole(update, learned):
             for loss in (plain(anchors, positives), fast(anchors, positives))
         ]
         for mine, other in zip(*results, strict=True):
-            torch.testing.assert_close(mine, other)
-        torch.testing.assert_close(plain.centroids, whole.centroids)
+            assert_close_to_truth(mine, other, condition=24)
+        assert_close_to_truth(plain.centroids, whole.centroids)
         for name, value in plain.last.items():
-            torch.testing.assert_close(value, whole.last[name])
+            assert_close_to_truth(value, whole.last[name], condition=24, least=1.0)
 
 
 def test_functions_compile_whole():
@@ -265,4 +266,4 @@ def test_functions_compile_whole():
     expected = torch.autograd.grad(both(anchors, positives), (anchors, positives))
     actual = torch.autograd.grad(compiled(both)(anchors, positives), (anchors, positives))
     for mine, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
+        assert_close_to_truth(mine, theirs, condition=24)

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from compare import ROOM
 from conftest import DEVICE
 
 from clusterns import ClusterNSLoss, nearest_centroids
@@ -71,7 +72,8 @@ def test_recorded_run(shared, case, backend, dtype, monkeypatch):
     device = DEVICE if backend == "triton" else "cpu"
     loss_fn = loss_for(meta, backend).to(device)
     double = dtype == torch.float64
-    loss_tolerance, gradient_tolerance = (1e-9, 1e-9) if double else (1e-5, 1e-4)
+    # A rounded logit 1/τ; some runs were recorded through numbers with fewer digits.
+    tolerance = 1e-9 if double else ROOM * torch.finfo(dtype).eps * (4 + 1 / meta["tau"])
     seed = loss_fn.seed
     monkeypatch.setattr(loss_fn, "seed", lambda *views, first=None: seed(*views, first=meta["first_index"]))
     clustered_steps = 0
@@ -96,11 +98,11 @@ def test_recorded_run(shared, case, backend, dtype, monkeypatch):
             assert torch.equal(mask, torch.tensor(arrays[f"false_negatives_{step}"]))
             if meta["hard"]:
                 assert torch.equal(assigned.runner_up.cpu(), torch.tensor(arrays[f"runner_up_{step}"]))
-        assert_close(loss, arrays[f"loss_{step}"], loss_tolerance, "loss")
-        assert_close(loss_fn.last["info_nce"], arrays[f"info_nce_{step}"], loss_tolerance, "InfoNCE")
-        assert_close(loss_fn.last["bml"], arrays[f"bml_{step}"], loss_tolerance, "BML")
-        assert_close(loss_fn.last["mean_cosine"], arrays[f"mean_cosine_{step}"], loss_tolerance, "cosine")
-        assert_close(z1.grad, arrays[f"grad1_{step}"], gradient_tolerance, "anchor gradient")
-        assert_close(z2.grad, arrays[f"grad2_{step}"], gradient_tolerance, "positive gradient")
-        assert_close(loss_fn.centroids, arrays[f"centroids_{step}"], loss_tolerance, "centroids")
+        assert_close(loss, arrays[f"loss_{step}"], tolerance, "loss")
+        assert_close(loss_fn.last["info_nce"], arrays[f"info_nce_{step}"], tolerance, "InfoNCE")
+        assert_close(loss_fn.last["bml"], arrays[f"bml_{step}"], tolerance, "BML")
+        assert_close(loss_fn.last["mean_cosine"], arrays[f"mean_cosine_{step}"], tolerance, "cosine")
+        assert_close(z1.grad, arrays[f"grad1_{step}"], tolerance, "anchor gradient")
+        assert_close(z2.grad, arrays[f"grad2_{step}"], tolerance, "positive gradient")
+        assert_close(loss_fn.centroids, arrays[f"centroids_{step}"], tolerance, "centroids")
     assert clustered_steps >= 2

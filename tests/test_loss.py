@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from compare import assert_close_to_truth
 from conftest import embeddings
 
 import clusterns
@@ -35,7 +36,7 @@ def test_start_rule():
     loss_fn = ClusterNSLoss(12, 4, start_cosine=0.5)
     for views, active_after in (((close, close), False), (spread, True)):
         loss = loss_fn(*views)
-        torch.testing.assert_close(loss, clusterns.info_nce(*views))
+        assert_close_to_truth(loss, clusterns.info_nce(*views), condition=24)
         assert loss_fn.clustering_active == active_after == bool(loss_fn.initialized)
         assert "nearest_cosine" not in loss_fn.last
     loss = loss_fn(close, close)
@@ -69,8 +70,8 @@ def test_centroids_follow_the_reference(update, dtype):
             momentum = 1.0 if update == "replace" else 0.05
             expected = reference.update_centroids(expected, points, near, momentum, update)
         loss_fn(anchors, positives)
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-        torch.testing.assert_close(loss_fn.centroids.double(), expected, rtol=tolerance, atol=tolerance)
+        # AdamW divides by the root of a second moment, which is near 0 at first.
+        assert_close_to_truth(loss_fn.centroids, expected, condition=40)
         assert loss_fn.centroids.dtype == dtype
 
 
@@ -82,7 +83,7 @@ def test_assign_then_update_then_reassign():
     again = clusterns.info_nce(
         anchors, positives, centroids=loss_fn.centroids, false_negatives="bml", bml_weight=1e-4
     )
-    torch.testing.assert_close(loss, again)
+    assert_close_to_truth(loss, again, condition=24)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -90,7 +91,7 @@ def test_backends_agree_over_a_run(backend):
     losses = [started(dtype=torch.float64, backend=name) for name in ("auto", backend)]
     losses[1].load_state_dict(losses[0].state_dict())
     for anchors, positives in batches(3, dtype=torch.float64):
-        torch.testing.assert_close(losses[0](anchors, positives), losses[1](anchors, positives))
+        assert_close_to_truth(losses[0](anchors, positives), losses[1](anchors, positives), condition=24)
     assert losses[0].last.keys() == losses[1].last.keys()
 
 
@@ -102,10 +103,10 @@ def test_last_is_detached_and_complete():
     clustered = {"nearest_cosine", "hard_negative_cosine", "with_mates"}
     assert set(loss_fn.last) == terms | clustered
     assert all(value.ndim == 0 and not value.requires_grad for value in loss_fn.last.values())
-    torch.testing.assert_close(loss_fn.last["loss"], loss.detach())
+    assert_close_to_truth(loss_fn.last["loss"], loss.detach(), condition=24)
     matrix = clusterns.cosine_similarity_matrix(anchors, positives)
-    torch.testing.assert_close(loss_fn.last["mean_cosine"], matrix.mean().detach())
-    torch.testing.assert_close(loss_fn.last["positive_cosine"], matrix.diagonal().mean().detach())
+    assert_close_to_truth(loss_fn.last["mean_cosine"], matrix.mean().detach(), condition=24)
+    assert_close_to_truth(loss_fn.last["positive_cosine"], matrix.diagonal().mean().detach(), condition=24)
     assert loss_fn.last["nearest_cosine"] > loss_fn.last["hard_negative_cosine"]
 
 
@@ -137,7 +138,7 @@ def test_non_finite_rows_do_not_poison_the_centroids(bad, update):
     assert dirty.centroids.isfinite().all()
     rest = torch.arange(40) != 3
     clean(anchors[rest], positives[rest])
-    torch.testing.assert_close(dirty.centroids, clean.centroids)
+    assert_close_to_truth(dirty.centroids, clean.centroids, condition=24)
 
 
 def test_non_finite_batch_does_not_seed():
@@ -180,9 +181,9 @@ def test_a_run_goes_on_as_if_never_interrupted(update, how):
         resumed.load_state_dict({k: v.clone() for k, v in state.items()}, assign=how == "assign")
     assert resumed.clustering_active
     for views in data[2:]:
-        assert torch.equal(whole(*views), resumed(*views))
+        assert_close_to_truth(resumed(*views), whole(*views), condition=24)
     for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+        assert_close_to_truth(resumed.state_dict()[name].float(), value.float(), condition=24, what=name)
 
 
 def test_loading_a_started_state_into_a_used_loss():
@@ -226,7 +227,7 @@ def test_centroids_stay_float32(convert):
 def test_no_clusters_is_plain_info_nce():
     loss_fn = ClusterNSLoss(12, 0, hard_negatives=False, start_cosine=1.0)
     for views in batches(2):
-        torch.testing.assert_close(loss_fn(*views), clusterns.info_nce(*views))
+        assert_close_to_truth(loss_fn(*views), clusterns.info_nce(*views), condition=24)
     assert not loss_fn.clustering_active
     assert loss_fn.centroids.shape == (0, 12)
 
@@ -237,7 +238,7 @@ def test_one_cluster_without_hard_negatives():
     loss_fn(*views)
     loss = loss_fn(*again)
     assert loss_fn.last["with_mates"] == 1
-    torch.testing.assert_close(loss, loss_fn.last["info_nce"] + 0.5 * loss_fn.last["bml"])
+    assert_close_to_truth(loss, loss_fn.last["info_nce"] + 0.5 * loss_fn.last["bml"], condition=24)
 
 
 def test_user_negatives_reach_the_loss_and_get_gradient():
