@@ -29,7 +29,6 @@ from typing import Any, ClassVar
 
 import torch
 from ablation_tables import write_comparison, write_search
-from filelock import FileLock, Timeout
 from machine import machine, write_json
 from torch import Tensor
 from tqdm import tqdm
@@ -39,6 +38,7 @@ from clusterns.encoder import SentenceEncoder
 from clusterns.evaluation.correlation import spearman
 from clusterns.evaluation.sts import SEVEN, load_sts
 from clusterns.evaluation.sts_scores import Vectors, sentences_of
+from clusterns.files import holding
 from clusterns.functional import NearestCentroids
 from clusterns.train import train
 from clusterns.training.config import TrainConfig
@@ -136,7 +136,7 @@ def one_run(
     """Make a run, unless there is its result already or another process is at it."""
     file = folder / "result.json"
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(Timeout), FileLock(folder / ".lock", timeout=0):
+    with contextlib.suppress(BlockingIOError), holding(folder / ".lock"):
         if not file.is_file():
             run(kind, settings, seed, folder, wanted, with_test=with_test)
     if file.is_file() and (found := read(file)["protocol"]) != protocol(wanted):

@@ -22,8 +22,8 @@ if DEVICE == "cpu":
 
 # Left out by `make test-fast`: files that start processes or train, test_{name}.py, and single tests.
 SLOW = set(
-    """audit bench bench_ablations bench_data cached checkpoint distributed docs launch package resume sources
-    spherical_kmeans train train_distributed train_options
+    """audit bench bench_ablations bench_data cached checkpoint compile distributed docs killed launch package
+    sources spherical_kmeans train train_distributed train_options
     test_ranks_equal_one_process test_resume_keeps_the_clusters""".split()
 )
 

@@ -15,9 +15,14 @@ import torch
 # Of the first that starts one in a process of tests; what another needs besides is loaded when it is needed.
 PRELOADED = [
     "clusterns.train",
+    "clusterns.evaluate",
+    "clusterns.evaluation.figure",
+    "clusterns.evaluation.report",
+    "clusterns.sentence_transformers",
     "clusterns.training.figure",
     "matplotlib.pyplot",
-    "clusterns.sentence_transformers",
+    "sklearn.decomposition",
+    "transformers.models.bert.modeling_bert",
 ]
 
 

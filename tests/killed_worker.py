@@ -7,16 +7,10 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
 from clusterns.cli import main
 
-# For the process that forks: it loads no module of this folder, which it does not know of.
-LOADED = (
-    "clusterns.train clusterns.evaluate clusterns.evaluation.report clusterns.evaluation.figure "
-    "clusterns.training.figure matplotlib.pyplot transformers.models.bert.modeling_bert sklearn.decomposition"
-).split()
 # What Python reports before it changes the file system; os.replace is a rename too.
 CHANGES = {f"os.{name}" for name in ("rename", "remove", "rmdir", "link", "chmod", "truncate")}
 
@@ -26,8 +20,7 @@ def run(arguments: list[str], folder: str, kill_at: int, count_file: str, cache:
 
     Pictures are small text files here: drawing takes most of the time, and touches no file.
     """
-    os.environ["CLUSTERNS_CACHE"] = cache  # the environment is that of the process that forks
-    torch.set_num_threads(1)  # of a model this small two only wait for each other
+    os.environ["CLUSTERNS_CACHE"] = cache
     Figure.savefig = lambda self, target, **_: (
         target.write("<svg>") if hasattr(target, "write") else Path(target).write_text("", encoding="utf-8")
     )

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from forked import PRELOADED
 
 PATIENCE = 600.0  # seconds that a test waits, on a machine however busy
 
@@ -15,7 +16,7 @@ PATIENCE = 600.0  # seconds that a test waits, on a machine however busy
 def start(size, meeting, function, *arguments):
     """Processes that run `function(*arguments)` as ranks of a group that meets in a new file `meeting`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cached_worker", "distributed_worker", "failure_worker"])
+    context.set_forkserver_preload(PRELOADED)
     ranks = [
         context.Process(target=_run, args=(rank, size, str(meeting), function, arguments))
         for rank in range(size)

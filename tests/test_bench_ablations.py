@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
+from clusterns.files import holding
 from tiny import make_tokenizer, write_sts_folder
 from train_problems import sentences
 from transformers import DistilBertConfig, DistilBertModel
@@ -42,7 +42,7 @@ def ablations(data: Path, output: Path, *more: str) -> subprocess.CompletedProce
 
 def test_runs_are_made_once_and_shared(data, tmp_path):
     two = ["--variants", "SimCSE", "random clusters", "--seeds"]
-    with FileLock(tmp_path / "simcse" / "1" / ".lock"):  # as while another process is at this run
+    with holding(tmp_path / "simcse" / "1" / ".lock"):  # as while another process is at this run
         done = ablations(data, tmp_path, *two, "1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (tmp_path / "simcse" / "1" / "result.json").exists()

@@ -92,9 +92,9 @@ def test_at_most_so_many_and_the_newest_last(checkpoints):
     assert checkpoints.last() == checkpoints.all()[-1]
     assert write(checkpoints, 100, seed=3) == checkpoints.last()  # in the place of the one of that step
     assert len(checkpoints.all()) == 2
-    (checkpoints.folder / ".step-00000200").mkdir()  # what a killed process left half written
+    (checkpoints.folder / ".clusterns-killed00").mkdir()  # what a killed process left half written
     assert checkpoints.last().name == "step-00000100"
-    checkpoints.sweep()
+    write(checkpoints, 100)
     assert len(list(checkpoints.folder.iterdir())) == 2
     checkpoints.clear()
     assert checkpoints.last() is None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 from pathlib import Path
 
+import forked
 import killed_worker
 import pytest
 import torch
@@ -38,24 +38,15 @@ def place(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Starts processes that have all modules loaded already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(killed_worker.LOADED)
-    return context
-
-
 @pytest.fixture
-def start(processes, tmp_path):
+def start(tmp_path):
     """Runs a command that dies before change `kill_at` of a folder; else returns how many it made."""
 
     def run(given: list[str], folder: Path, kill_at: int = 0) -> int:
         count = tmp_path / "count"
         cache = folder / "rows" if given[0] == "report" else tmp_path / "rows"
         arguments = (given, str(folder), kill_at, str(count), str(cache))
-        process = processes.Process(target=killed_worker.run, args=arguments)
-        process.start()
+        process = forked.start(killed_worker.run, *arguments)
         process.join()
         assert process.exitcode == (-signal.SIGKILL if kill_at else 0)
         return 0 if kill_at else int(count.read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from forked import start
 from huggingface_hub import constants
 
 from clusterns.corpus import readers
-from clusterns.corpus.rows import ABANDONED_SECONDS, RECORD_ROWS, UNUSED_SECONDS
+from clusterns.corpus.rows import RECORD_ROWS, UNUSED_SECONDS
 from clusterns.corpus.sources import HUB_FILES, load_rows
 from clusterns.data import batches
 
@@ -223,15 +223,16 @@ def test_a_failure_leaves_no_entry(tmp_path: Path, cache: Path) -> None:
 
 def test_old_entries_are_removed_when_a_new_one_is_made(tmp_path: Path, cache: Path) -> None:
     old, used = (load_rows(write(tmp_path / f"{name}.txt", name)).folder for name in ("old", "used"))
-    abandoned, fresh = cache / ".abandoned", cache / ".fresh"
-    abandoned.mkdir()
-    fresh.mkdir()
-    now = time.time()
-    for folder, age in ((old, UNUSED_SECONDS), (used, UNUSED_SECONDS), (abandoned, ABANDONED_SECONDS)):
-        os.utime(folder, (now - age - 60, now - age - 60))
+    then = time.time() - UNUSED_SECONDS - 60
+    for folder in (old, used):
+        os.utime(folder, (then, then))
+    inode = used.stat().st_ino
+    (cache / "never-made.lock").touch()  # of a process that was killed
     load_rows(tmp_path / "used.txt")
     load_rows(write(tmp_path / "new.txt", "new"))
-    assert (old.exists(), used.exists(), abandoned.exists(), fresh.exists()) == (False, True, False, True)
+    assert not old.exists()
+    assert used.stat().st_ino == inode
+    assert not list(cache.glob("*.lock"))
 
 
 def load_and_die(path: Path) -> None:

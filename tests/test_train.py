@@ -191,7 +191,7 @@ def test_the_default_run_in_short(tmp_path, monkeypatch, capsys):
 
 
 def test_output_folder_is_guarded(tiny_model, train_file, tmp_path, capsys):
-    from filelock import FileLock
+    from clusterns.files import holding
 
     output = tmp_path / "run"
     run = flags(tiny_model, train_file, output, "--max-steps", "1")
@@ -199,7 +199,7 @@ def test_output_folder_is_guarded(tiny_model, train_file, tmp_path, capsys):
     before = (output / "model.safetensors").read_bytes()
     assert "holds files; choose another or pass --overwrite-output-dir" in refused(capsys, run)
     assert (output / "model.safetensors").read_bytes() == before
-    with FileLock(output / ".lock"):
+    with holding(output / ".lock"):
         assert "in use by a running training" in refused(capsys, [*run, "--overwrite-output-dir"])
     assert main([*run, "--overwrite-output-dir"]) == 0
     assert "expected a folder, got the file" in refused(capsys, flags(tiny_model, train_file, train_file))

@@ -133,8 +133,7 @@ class Checkpoints:
                     os.rename(final, old)
                 os.rename(made, final)
                 _sync(self.folder)
-                for path in self.all()[: -self.keep]:  # out of sight at once, then off the disk
-                    os.rename(path, place / path.name)
+                self._drop_oldest(place)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
             last = self.last()
             raise OSError(
@@ -180,6 +179,7 @@ class Checkpoints:
         best = checkpoint.folder / BEST
         found = [path for path in best.rglob("*") if path.is_file()] if best.is_dir() else []
         with staging(self.output) as place:
+            self._drop_oldest(place)  # a kill may have come before that
             # The log is appended to, and must not change in the checkpoint; a model's files are replaced.
             shutil.copyfile(checkpoint.folder / log.name, place / log.name)
             os.replace(place / log.name, log)
@@ -190,6 +190,11 @@ class Checkpoints:
                 _link(path, place / "file")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(place / "file", target)
+
+    def _drop_oldest(self, place: Path) -> None:
+        """Move those beyond `keep` out of sight, one at a blow, to where they go from the disk."""
+        for path in self.all()[: -self.keep]:
+            os.rename(path, place / path.name)
 
 
 def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
