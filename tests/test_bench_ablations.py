@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from clusterns.files import holding
 from tiny import make_tokenizer, write_sts_folder
 from train_problems import sentences
 from transformers import DistilBertConfig, DistilBertModel
 
 from clusterns.encoder import SentenceEncoder
+from clusterns.files import holding
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "ablations.py"
 

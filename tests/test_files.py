@@ -1,0 +1,173 @@
+"""Whole files and folders, leftovers of killed processes, and disks and folders that refuse."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import forked
+import pytest
+from train_problems import flags, refused, save_tiny_model, sentences
+
+from clusterns.files import holding, replacing, staging, sweep
+
+IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+
+
+def write_many(path: Path, count: int) -> None:
+    for number in range(count):
+        with replacing(path) as temporary:
+            temporary.write_text(f"{number}\n" * 1000, encoding="utf-8")
+
+
+def die_while_staging(folder: Path) -> None:
+    with staging(folder) as place:
+        (place / "half").write_text("half", encoding="utf-8")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stay_while_staging(folder: Path, fork: bool) -> None:
+    with staging(folder) as place:
+        worker = os.fork() if fork else -1  # as one that loads data, and outlives the one who holds the lock
+        if worker:
+            (place / "half").write_text(str(worker), encoding="utf-8")
+        signal.pause()
+
+
+def test_writers_of_one_folder_do_not_disturb_each_other(tmp_path):
+    """Each sweeps before each write, while the others make, hold and remove their own."""
+    writers = [forked.start(write_many, tmp_path / f"{number % 2}.txt", 60) for number in range(4)]
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0] * 4
+    assert sorted(os.listdir(tmp_path)) == ["0.txt", "1.txt"]
+    assert (tmp_path / "0.txt").read_text(encoding="utf-8") == "59\n" * 1000
+
+
+def test_error_leaves_the_earlier_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("earlier", encoding="utf-8")
+    with pytest.raises(ValueError, match="bad"), replacing(path) as temporary:  # noqa: PT012
+        temporary.write_text("half", encoding="utf-8")
+        raise ValueError("bad")
+    assert path.read_text(encoding="utf-8") == "earlier"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_next_write_clears_what_a_killed_process_left(tmp_path):
+    process = forked.start(die_while_staging, tmp_path)
+    process.join()
+    assert len(os.listdir(tmp_path)) == 1
+    for early in ("", "lock"):  # killed before it had the lock, or before it wrote
+        (tmp_path / f".clusterns-early{early}").mkdir()
+        if early:
+            (tmp_path / f".clusterns-early{early}" / early).touch()
+    write_many(tmp_path / "a", 1)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a forked process")
+@pytest.mark.parametrize("forks", [False, True])
+def test_live_writer_is_left_alone_until_it_dies(forks, tmp_path):
+    process = forked.start(stay_while_staging, tmp_path, forks)
+    while not (written := [path for path in tmp_path.rglob("half") if path.read_text(encoding="utf-8")]):
+        assert process.is_alive()
+    worker = int(written[0].read_text(encoding="utf-8"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sweep(tmp_path)
+        assert written[0].exists()
+        process.kill()
+        process.join()
+        sweep(tmp_path)
+    assert not os.listdir(tmp_path)
+    if forks:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_lock_is_exclusive_and_leaves_nothing(tmp_path):
+    path = tmp_path / "lock"
+    with holding(path) as is_held:
+        assert is_held
+        with pytest.raises(BlockingIOError), holding(path):
+            pass
+        assert path.exists()
+    with holding(path):
+        pass
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(not IS_ROOT or not shutil.which("setpriv"), reason="needs root, to be another user too")
+def test_leftover_of_another_user_is_said_and_stays(tmp_path):
+    """Of that folder nothing may be read: it may be in use."""
+    hidden = tmp_path / ".clusterns-of_other"
+    hidden.mkdir(mode=0o700)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o777)
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import files\n"
+        "with files.replacing(sys.argv[2]) as path:\n    path.write_text('mine')\n"
+    )
+    source = tmp_path / "source"  # whatever the folder of the package, that user may not see it
+    source.mkdir()
+    shutil.copy(Path(sys.modules["clusterns.files"].__file__), source)
+    python = shutil.which("python3", path="/usr/bin:/bin") or sys.executable
+    other = "setpriv --reuid=65534 --regid=65534 --clear-groups".split()
+    command = [*other, python, "-c", script, str(source), str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    if "ermission denied" in done.stderr and "files" not in done.stderr:
+        pytest.skip("another user can start no Python here")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "mine"
+    assert (
+        f"{hidden}: cannot remove what a killed process may have left (Permission denied); it stays"
+        in done.stderr
+    )
+    assert hidden.is_dir()
+    assert sorted(os.listdir(tmp_path)) == [hidden.name, "a", "source"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 48 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = IS_ROOT and shutil.which("mount")
+    if (
+        not made
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "none", place], check=False).returncode
+    ):
+        pytest.skip("no small disk can be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_full_disk(small_disk, tmp_path, capsys):
+    """One line, the file before it as it was, and no half of the new one."""
+    path = small_disk / "a.txt"
+    write_many(path, 1)
+    with (
+        pytest.raises(OSError, match="a.txt: cannot write this file, got No space left on device") as caught,
+        replacing(path) as temporary,
+    ):
+        temporary.write_text("x" * 100_000, encoding="utf-8")
+    assert "\n" not in str(caught.value)
+    assert path.read_text(encoding="utf-8") == "0\n" * 1000
+    assert os.listdir(small_disk) == ["a.txt"]
+
+    (tmp_path / "sentences.txt").write_text("\n".join(sentences(40)) + "\n", encoding="utf-8")
+    run = flags(
+        save_tiny_model(tmp_path / "model"),
+        tmp_path / "sentences.txt",
+        small_disk / "run",
+        "--max-steps",
+        "1",
+    )
+    assert "No space left on device" in refused(capsys, [*run, "--no-tensorboard"])
+    assert path.read_text(encoding="utf-8") == "0\n" * 1000
+    assert not list(small_disk.rglob(".clusterns-*"))
