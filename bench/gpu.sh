@@ -24,6 +24,10 @@ mkdir -p "$out" "$site/clusterns" && ln -sfn "$PWD"/clusterns/* "$PWD/kernels" "
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TQDM_MININTERVAL=10
 [[ $device == cuda ]] || export TRITON_INTERPRET=1
 shopt -s nullglob
+wheels=(.whl/*.whl) # rivals that are not installed
+if ((${#wheels[@]})) && "$python" -m pip install -q --upgrade --no-index --no-deps --target runs/gpu-rivals "${wheels[@]}"; then
+    export PYTHONPATH=$PYTHONPATH:$PWD/runs/gpu-rivals
+fi
 # Those that launch kernels; none needs datasets, ruff or mypy.
 gpu_tests=(tests/test_gpu*.py tests/test_contract*.py tests/test_{kernels,fused,large}*.py tests/test_cached*.py)
 
