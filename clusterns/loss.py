@@ -278,7 +278,6 @@ class ClusterNSLoss(OnlineKMeans):
             )
         check_temperature(self.temperature, "anchors", anchors)
 
-    @torch.compiler.disable
     def _maybe_seed(
         self, anchors: Tensor, positives: Tensor, mean_cosine: Tensor, ranks: Ranks | None
     ) -> None:

@@ -62,15 +62,16 @@ def launches_agree():
 
 
 def every_kernel_compiles_elsewhere():
-    """One launch of each kernel on the targets whose whole table `make audit` makes."""
-    for target in ("sm_80", "sm_100", "gfx942"):
+    """One launch of each kernel on other targets and in other dtypes; `make audit` compiles them all."""
+    others = (("sm_80", "float32"), ("sm_90", "float16"), ("sm_100", "bfloat16"), ("gfx942", "bfloat16"))
+    for target, dtype in others:
         backend, arch = audit.TARGETS[target]
         with assume(Target(backend, arch)):
-            recorded = audit.record(torch.bfloat16, 384, 512)
+            recorded = audit.record(audit.DTYPES[dtype], 384, 512)
         labels = {each.kernel.__name__: label for label, each in recorded.items()}
         assert len(labels) == 8
         for label in labels.values():
-            row = audit.compile_case(target, audit.Case("bfloat16", "highest", 384, 512, label))
+            row = audit.compile_case(target, audit.Case(dtype, "highest", 384, 512, label))
             assert "error" not in row, row
             assert not pinned or not audit.violations(row), row
 

@@ -42,6 +42,7 @@ def ablations(data: Path, output: Path, *more: str) -> subprocess.CompletedProce
 
 def test_runs_are_made_once_and_shared(data, tmp_path):
     two = ["--variants", "SimCSE", "random clusters", "--seeds"]
+    (tmp_path / "simcse" / "1").mkdir(parents=True)
     with holding(tmp_path / "simcse" / "1" / ".lock"):  # as while another process is at this run
         done = ablations(data, tmp_path, *two, "1")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -32,7 +32,7 @@ if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     if "fails" in job:
         fail(**job["fails"])
-    train.draw_run = lambda records, path: None  # most of the time of a tiny run
+    train.draw_run = lambda records, path: path.touch()  # most of the time of a tiny run
     torch.distributed.init_process_group("gloo")
     for arguments in job["runs"]:
         status = main(arguments)
