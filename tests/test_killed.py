@@ -91,12 +91,13 @@ def ends_alike(one: Path, other: Path) -> None:
                 assert ours[key] == theirs[key]
 
 
-def test_training_killed_before_every_change(place, start, tmp_path):
+@pytest.mark.parametrize("part", range(4))  # for processes of tests side by side
+def test_training_killed_before_every_change(part, place, start, tmp_path):
     """The next start clears what is left, goes on, and ends as the run that was not killed."""
     whole = tmp_path / "whole"
     changes = start(training(place, whole, SHORT), whole)
     assert changes > 80
-    for kill_at in range(1, changes + 1):
+    for kill_at in range(1 + part, changes + 1, 4):
         parts = tmp_path / "parts"
         given = training(place, parts, SHORT)
         start(given, parts, kill_at)
