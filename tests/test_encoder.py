@@ -55,7 +55,9 @@ def test_batches_on_a_cpu_have_at_most_so_many_tokens(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_batches_side_by_side_give_the_same_vectors(dtype: torch.dtype | None) -> None:
     encoder = make_encoder(pooling="mean").train()
-    threads, seen = torch.get_num_threads(), set()
+    threads, seen, dtypes = torch.get_num_threads(), set(), set()
+    query = encoder.transformer.encoder.layer[0].attention.self.query
+    query.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
     encoder.transformer.register_forward_pre_hook(
         lambda *_: seen.add((threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()))
     )
@@ -72,6 +74,7 @@ def test_batches_side_by_side_give_the_same_vectors(dtype: torch.dtype | None) -
     finally:
         torch.set_num_threads(threads)
     assert {place[1:] for place in seen} == {(1, False)}
+    assert dtypes == {dtype or torch.float32}
     assert threading.get_ident() not in {place[0] for place in seen}
     assert not vectors.requires_grad
     assert encoder.training

@@ -72,7 +72,7 @@ def test_one_command_writes_json_markdown_and_figure(
     assert sorted(path.name for path in out.iterdir()) == ["a.json", "a.md", "a.png"]
     results = json.loads((out / "a.json").read_text())
     assert (out / "a.png").read_bytes().startswith(b"\x89PNG")
-    markdown = (out / "a.md").read_text()
+    markdown = (out / "a.md").read_text(encoding="utf-8")
     assert markdown == report(results) + "\n"
     printed = capsys.readouterr().out
     assert printed == report(results, details=False) + "\n"

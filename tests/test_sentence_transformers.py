@@ -120,7 +120,7 @@ def test_in_their_trainer(model, tmp_path):
     assert "eval_loss" in trainer.evaluate()
     assert torch.equal(loss.objective.centroids, before)
     model.save(str(tmp_path / "saved"))
-    card = (tmp_path / "saved" / "README.md").read_text()
+    card = (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
     assert "deng-etal-2023-clustering" in card
     assert '"num_clusters": 4' in card
     again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
