@@ -14,8 +14,8 @@ ROOM = 12  # how many times the error that rounding may make is still right: ten
 def assert_close_to_truth(found, truth, *, condition=4.0, least=0.0, rounding=0.0, dtype=None, what=""):
     """The error of `found` against the float64 `truth`, by norm and as a share of the truth's.
 
-    At most ROOM times `condition` times the dtype's epsilon; the condition is 1/τ, and a few, where a logit of
-    that size is rounded. Half precision is added up in float32.
+    At most ROOM times `condition` times the dtype's epsilon; the condition is 1/τ, and a few more, where a
+    logit of that size is rounded. Half precision is added up in float32.
     least: the norm below which a truth does not count as a scale. rounding: allowed once more, as it stands.
     dtype: what was computed in, if not that of `found`.
     """
