@@ -116,7 +116,8 @@ def assign_unit_rows(a: Tensor, centroids: Tensor) -> tuple[NearestCentroids, Te
                 ids[rank, chunk] = best[:, 0]
                 cosines[rank, chunk] = g.gather(1, best)[:, 0]
                 g.scatter_(1, best, -torch.inf)
-    whole = g.scatter_(1, ids.T, cosines.T) if g.nbytes <= WORKSPACE_BYTES // 4 and len(g) == rows else None
+    small = rows * clusters * a.dtype.itemsize <= WORKSPACE_BYTES // 4  # so it was one chunk
+    whole = g.scatter_(1, ids.T, cosines.T) if small else None
     if clusters == 1:
         whole, ids[1] = None, -1
     return NearestCentroids(ids[0], ids[1], cosines[0], cosines[1]), whole

@@ -1,9 +1,9 @@
-"""`torch.ops.clusterns`: the launchers of `clusterns.kernels` as operators that `torch.compile` takes whole.
+"""`torch.ops.clusterns`: launchers of `clusterns.kernels`, and the sweep, as operators for `torch.compile`.
 
 Each has a schema, one implementation for every device (the launchers know where they run), and a fake one
 that gives shapes alone. Optional results that were not asked for are empty tensors. Autograd is not here but
-in `clusterns.fused`: it costs less around the operators than inside them. The launchers are imported when
-first needed: without a GPU nobody waits for Triton.
+in `clusterns.fused` and `clusterns.sweep`: it costs less around the operators than inside them. The launchers
+are imported when first needed: without a GPU nobody waits for Triton.
 """
 
 from __future__ import annotations
@@ -330,7 +330,7 @@ def _(points, centroids):
     return centroids.new_empty(centroids.shape[0]), centroids.new_empty(centroids.shape)
 
 
-# --- the large batch ---------------------------------------------------------------------------------------
+# --- sweep, in torch or on Triton --------------------------------------------------------------------------
 
 
 @_register(
