@@ -155,9 +155,12 @@ class ClusterNSLoss(OnlineKMeans):
             terms, cosines = self._step(*inputs, clustered, backend, ranks)
         self.last = {name: term.detach() for name, term in terms._asdict().items()} | cosines
         if self.training and self.num_clusters and not clustered:
+            maybe_seed = self._maybe_seed
             if torch.compiler.is_compiling():
                 torch._dynamo.graph_break(msg=_NOT_STARTED)
-            self._maybe_seed(anchors, positives, terms.mean_cosine, ranks)
+                # Else the K picks are unrolled into a graph. No decorator: it would load Triton at import.
+                maybe_seed = torch.compiler.disable(maybe_seed)
+            maybe_seed(anchors, positives, terms.mean_cosine, ranks)
         return terms.loss
 
     def _meet(
