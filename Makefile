@@ -25,7 +25,7 @@ test: $(VENV)/.ready-test lint
 
 test-fast: $(VENV)/.ready-test
 	$(RUN)/ruff check .
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" -k "not triton"
 
 test-portable: $(VENV)/.ready-test
 	$(RUN)/python tests/portable.py --jobs $(JOBS)
