@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -36,8 +35,3 @@ def main(gather: str, folder: str) -> None:
         except Exception as error:
             note.write_text(f"step {step} raised {type(error).__name__}", encoding="utf-8")
             raise
-
-
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    main(*sys.argv[1:])

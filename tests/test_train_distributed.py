@@ -1,4 +1,4 @@
-"""Two real processes under torchrun train as one does on the same batches."""
+"""Two real processes train as one does on the same batches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
+import train_distributed_worker
 from safetensors.torch import load_file
 from tiny import assert_close
 from train_problems import assert_trained_alike, flags, log_of, save_tiny_model, sentences, write_dev
@@ -18,7 +20,6 @@ from train_problems import assert_trained_alike, flags, log_of, save_tiny_model,
 from clusterns.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_picture")
-WORKER = Path(__file__).parent / "train_distributed_worker.py"
 # What is computed by one process and by two, on the same batches and without dropout.
 RUNS = {
     "published": "--max-steps 6 --eval-steps 3",
@@ -54,19 +55,12 @@ def arguments(place: Path, name: str, output: Path) -> list[str]:
     return flags(place / "model", place / file, output, *more)
 
 
-def run(job: dict) -> str:
+def run_under_torchrun(job: dict) -> str:
     """Start two ranks, of which one fails; returns what they said. A hang would last an hour."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(WORKER),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     # One thread each: of a model this small two threads only wait for each other.
     done = subprocess.run(
-        [*command, json.dumps(job)],
+        [*command, train_distributed_worker.__file__, json.dumps(job)],
         capture_output=True,
         encoding="utf-8",
         timeout=1800,
@@ -75,6 +69,13 @@ def run(job: dict) -> str:
     )
     assert done.returncode != 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def run(job: dict, folder: Path) -> str:
+    """The same without torchrun, which takes long to start: no rank waits for one that is gone."""
+    found = ranks.start(2, folder / "meeting", train_distributed_worker.run, job, str(folder))
+    assert all(ranks.exit_codes(found))
+    return "".join((folder / f"rank-{rank}").read_text(encoding="utf-8") for rank in range(2))
 
 
 def noisy(place: Path, output: Path) -> list[str]:
@@ -90,7 +91,7 @@ def test_two_ranks(place, tmp_path):
     whole, broken = (noisy(place, tmp_path / name) for name in ("whole", "broken"))
     runs = [*(arguments(place, name, tmp_path / name) for name in RUNS), whole, broken]
     fails = {"rank": 1, "method": "train_step", "step": 5, "run": "broken"}
-    said = run({"runs": runs, "fails": fails})
+    said = run_under_torchrun({"runs": runs, "fails": fails})
     assert "clusterns: error: rank 1: train_step: expected to go on, was made to fail at step 5" in said
     for name in RUNS:
         assert main(arguments(place, name, tmp_path / "one" / name)) == 0
@@ -98,7 +99,7 @@ def test_two_ranks(place, tmp_path):
     # The run that broke between two checkpoints goes on; then rank 0 fails, and the other waits for a score.
     again = arguments(place, "published", tmp_path / "judged")
     fails = {"rank": 0, "method": "judge", "step": 2, "run": "judged"}
-    said = run({"runs": [broken, again], "fails": fails})
+    said = run({"runs": [broken, again], "fails": fails}, tmp_path)
     assert "going on after step 4" in said
     assert "clusterns: error: judge: expected to go on, was made to fail at step 3" in said
     ends_alike(tmp_path / "broken", tmp_path / "whole")

@@ -1,6 +1,6 @@
-"""Started by torchrun: several trainings one after the other, perhaps with a rank that fails.
+"""A rank of several trainings one after the other, perhaps one that fails.
 
-train_distributed_worker.py '{"runs": [[arguments], ...], "fails": {"rank": 1, "method": "judge", "step": 3}}'
+torchrun train_distributed_worker.py '{"runs": [[arguments], ...], "fails": {"rank": 1, ...}}'
 """
 
 from __future__ import annotations
@@ -28,13 +28,22 @@ def fail(rank: int, method: str, step: int, run: str) -> None:
         setattr(train.Run, method, failing)
 
 
-if __name__ == "__main__":
-    job = json.loads(sys.argv[1])
+def run(job: dict, printed: str | None = None) -> None:
+    if printed is not None:  # a folder for what the ranks say, where torchrun has not started them
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+        descriptor = os.open(os.path.join(printed, f"rank-{rank}"), os.O_WRONLY | os.O_CREAT)
+        for stream in (1, 2):
+            os.dup2(descriptor, stream)
     if "fails" in job:
         fail(**job["fails"])
     train.draw_run = lambda records, path: path.touch()  # most of the time of a tiny run
-    torch.distributed.init_process_group("gloo")
     for arguments in job["runs"]:
         status = main(arguments)
         if status:
             sys.exit(status)
+
+
+if __name__ == "__main__":
+    torch.distributed.init_process_group("gloo")
+    run(json.loads(sys.argv[1]))
