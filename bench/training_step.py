@@ -131,7 +131,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def matrix_rate(device: torch.device, size: int = 2048, rounds: int = 20) -> float:
+def matrix_rate(device: torch.device, size: int = 2048, rounds: int = 7) -> float:
     """Operations a second of one matrix product, in the dtype of the encoder."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = 4 * size if device.type == "cuda" else size

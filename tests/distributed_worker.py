@@ -149,14 +149,14 @@ def check_setting(setting: Setting, group) -> None:
 
 
 def check_gather(setting: Setting, gather: str, group, batches, alone: list[dict]) -> None:
-    """Loss, terms, centroids and gradients as those of one process; the same bits when repeated."""
+    """Loss, terms, centroids and gradients as those of one process; the same bits when three repeat it."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     shares = [[parts[rank] for parts in views] for views in batches]
     wanted = set(setting.wants)
     own_wanted = wanted if setting.wants_on in (None, rank) else set()
     with mock.patch.object(chunked, "_SORTED_BATCH", 1 if setting.cluster_order else 10**9):
         runs = []
-        for _ in range(2):
+        for _ in range(2 if size == 3 else 1):
             torch.manual_seed(100 + rank)  # others draw other first picks unless they take rank 0's
             loss_fn = make_loss(setting, process_group=group, gather=gather)
             runs.append(run_steps(setting, loss_fn, shares, own_wanted))
@@ -164,7 +164,7 @@ def check_gather(setting: Setting, gather: str, group, batches, alone: list[dict
 
     condition = 4 + 1 / (setting.learned or setting.loss.get("temperature", 0.05))
     places = dict(zip("apn", (ROWS, ROWS, NEGATIVE_ROWS), strict=True))
-    for step, (found, again, expected) in enumerate(zip(*runs, alone, strict=True)):
+    for step, (found, again, expected) in enumerate(zip(runs[0], runs[-1], alone, strict=True)):
         if own_wanted == wanted:
             assert found.keys() == expected.keys(), (step, found.keys(), expected.keys())
         same_everywhere(group, found["loss"], "losses")
@@ -272,7 +272,7 @@ def check_ranks(group) -> None:
         total += value
     assert torch.equal(ranks.sum(values[rank]), total)
     assert torch.equal(ranks.concatenate(positives[rank], ranks.rows), torch.cat(positives))
-    for seed, num_clusters in itertools.product(range(8), (1, 4, ranks.batch)):
+    for seed, num_clusters in itertools.product(range(4), (1, 4, ranks.batch)):
         torch.manual_seed(seed + 100 * rank)
         found = seed_together(anchors[rank], positives[rank], num_clusters, ranks)
         whole = torch.cat(anchors), torch.cat(positives)

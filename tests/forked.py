@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -23,6 +25,7 @@ PRELOADED = [
     "matplotlib.pyplot",
     "sklearn.decomposition",
     "transformers.models.bert.modeling_bert",
+    "triton.runtime.interpreter",
 ]
 
 
@@ -36,18 +39,19 @@ def start(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _call(environment: dict[str, str], function: Callable[..., Any], *arguments: Any) -> None:
+    gc.freeze()  # what is loaded stays, and is not looked through again by each collection
     os.environ.update(environment)  # may have changed since the first
     torch.set_num_threads(1)
     function(*arguments)
 
 
-def run_python(folder: Path, code: str | Path, *arguments: str) -> str:
-    """What `python -c code` or `python script` prints in a folder; it must end well."""
+def run_python(folder: Path, code: str | Path, *arguments: str, status: int = 0) -> str:
+    """What `python -c code` or `python script` prints in a folder; it must end with the status."""
     out = folder / "printed.txt"
     process = start(_python, folder, code, arguments, out)
     process.join()
     printed = out.read_text(encoding="utf-8", errors="replace")
-    assert process.exitcode == 0, printed[-3000:]
+    assert process.exitcode == status, printed[-6000:]
     return printed
 
 
@@ -56,8 +60,12 @@ def _python(folder: Path, code: str | Path, arguments: tuple[str, ...], out: Pat
     descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        with contextlib.suppress(ImportError):
+            import quick_interpreter  # noqa: F401
     sys.argv = [str(code), *arguments]
     if isinstance(code, Path):
+        sys.path.insert(0, str(code.parent))
         runpy.run_path(str(code), run_name="__main__")
     else:
         exec(code, {"__name__": "__main__"})

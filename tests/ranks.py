@@ -43,6 +43,7 @@ def _run(rank, size, meeting, function, arguments):
     Its threads must end while the interpreter lives, or the process may abort as it exits. They end with the
     last reference to the group, and DistributedDataParallel holds some in a cycle.
     """
+    gc.freeze()
     torch.set_num_threads(1)
     # Longer than the tests wait: a rank must notice the death of another itself, not that time has passed.
     patience = timedelta(seconds=2 * PATIENCE)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"
@@ -33,10 +34,17 @@ def read(path: Path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def run_small(folder: Path, script: str, *arguments: str) -> str:
+    """What a script prints, in that folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET"):
+            patch.setenv(name, ON_A_CPU[name])
+        return run_python(folder, ROOT / "tests" / "fixed_corpus.py", str(BENCH / script), *arguments)
+
+
 def test_large_batches_of_the_gpu_script_on_a_cpu(tmp_path):
     pytest.importorskip("triton")
-    done = run(BENCH / "gpu_large_batch.py", "--device", "cpu", "--output", tmp_path)
-    assert done.returncode == 0, done.stdout[-6000:]
+    run_small(tmp_path, "gpu_large_batch.py", "--device", "cpu", "--output", ".")
     content = read(tmp_path / "cpu-machinery-large.json")
     assert not content["skipped"]
     assert (tmp_path / "cpu-machinery-large.png").stat().st_size > 10_000
@@ -48,23 +56,23 @@ def test_large_batches_of_the_gpu_script_on_a_cpu(tmp_path):
     assert {row["status"] for row in rows} <= {"ok", "left out", "not installed"}
 
 
-def test_expected_figures_say_that_nobody_measured_them():
-    done = run(BENCH / "gpu_large_batch.py", "--arithmetic")
-    assert done.stdout.startswith("ARITHMETIC, NOT MEASURED")
-    assert "262,144" in done.stdout
-    assert "1,048,576" in done.stdout
+def test_expected_figures_say_that_nobody_measured_them(tmp_path):
+    printed = run_small(tmp_path, "gpu_large_batch.py", "--arithmetic")
+    assert printed.startswith("ARITHMETIC, NOT MEASURED")
+    assert "262,144" in printed
+    assert "1,048,576" in printed
 
 
 def test_exactness_by_every_backend_and_dtype(tmp_path):
     pytest.importorskip("triton")
     table = tmp_path / "exactness.csv"
-    done = run(BENCH / "exactness.py", "--batches", "64", "--dim", "64", "--output", table)
-    assert done.returncode == 0, done.stdout[-6000:]
+    small = "--batches 40 --dim 32 --clusters 32".split()
+    run_small(tmp_path, "exactness.py", *small, "--output", str(table))
     with table.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 3 * 2  # dtypes, backends, λ
     assert {row["within"] for row in rows} == {row["repeatable"] for row in rows} == {"True"}
-    started = "TRITON_INTERPRET=1 python bench/exactness.py --batches 64 --dim 64 --output "
+    started = f"TRITON_INTERPRET=1 python bench/exactness.py {' '.join(small)} --output "
     assert rows[0]["command"].startswith(started)
 
 
@@ -72,9 +80,7 @@ def test_training_in_its_parts(tmp_path):
     """With sentences per second of three trainers, and the memory of a step."""
     pytest.importorskip("accelerate")
     small = "--layers 1 --hidden 64 --batch 16 --clusters 8 --steps 6 --rounds 1 --memory-batches 16".split()
-    script = (ROOT / "tests" / "fixed_corpus.py", BENCH / "training.py")
-    done = run(*script, "--device", "cpu", *small, "--output", tmp_path / "training.json")
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_small(tmp_path, "training.py", "--device", "cpu", *small, "--output", "training.json")
     content = read(tmp_path / "training.json")
     assert len(content["whole"]) == 3
     assert all(row["sentences_per_second"] > 0 for row in content["whole"].values())

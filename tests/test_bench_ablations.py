@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_python
 from tiny import make_tokenizer, write_sts_folder
 from train_problems import sentences
 from transformers import DistilBertConfig, DistilBertModel
@@ -16,7 +15,8 @@ from transformers import DistilBertConfig, DistilBertModel
 from clusterns.encoder import SentenceEncoder
 from clusterns.files import holding
 
-SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "ablations.py"
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "bench" / "ablations.py"
 
 
 @pytest.fixture(scope="module")
@@ -34,23 +34,23 @@ def data(tmp_path_factory):
     return root
 
 
-def ablations(data: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def ablations(data: Path, output: Path, *more: str, status: int = 0) -> str:
+    """What the script prints."""
     small = "--layers 1 --batch 32 --steps 4 --eval-steps 2 --learning-rate 1e-3".split()
-    command = [sys.executable, str(SCRIPT), "--data", str(data), "--output", str(output), *small, *more]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    arguments = ("--data", str(data), "--output", str(output), *small, *more)
+    return run_python(output, ROOT / "tests" / "fixed_corpus.py", str(SCRIPT), *arguments, status=status)
 
 
 def test_runs_are_made_once_and_shared(data, tmp_path):
     two = ["--variants", "SimCSE", "random clusters", "--seeds"]
     (tmp_path / "simcse" / "1").mkdir(parents=True)
     with holding(tmp_path / "simcse" / "1" / ".lock"):  # as while another process is at this run
-        done = ablations(data, tmp_path, *two, "1")
-    assert done.returncode == 0, done.stderr[-3000:]
+        ablations(data, tmp_path, *two, "1")
     assert not (tmp_path / "simcse" / "1" / "result.json").exists()
     first = tmp_path / "random-clusters" / "1" / "result.json"
     before = first.read_bytes()
 
-    assert ablations(data, tmp_path, *two, "2").returncode == 0
+    ablations(data, tmp_path, *two, "2")
     assert first.read_bytes() == before
     with (tmp_path / "comparison.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -65,14 +65,12 @@ def test_runs_are_made_once_and_shared(data, tmp_path):
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     assert not list(tmp_path.rglob("model.safetensors"))[1:]  # but for the model that all start from
 
-    refused = ablations(data, tmp_path, *two, "1", "--steps", "6")
-    assert refused.returncode == 1
-    assert "expected runs of" in refused.stderr.splitlines()[-1]
+    refused = ablations(data, tmp_path, *two, "1", "--steps", "6", status=1)
+    assert "expected runs of" in refused.splitlines()[-1]
 
 
 def test_the_search_sees_dev_alone(data, tmp_path):
-    done = ablations(data, tmp_path, "--search", "--seeds", "1")
-    assert done.returncode == 0, done.stderr[-3000:]
+    ablations(data, tmp_path, "--search", "--seeds", "1")
     with (tmp_path / "search.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[0].keys() == {"settings", "seed", "dev", "clustering_started"}
@@ -85,7 +83,7 @@ def test_the_search_sees_dev_alone(data, tmp_path):
     result = next((tmp_path / "search").rglob("result.json")).read_text(encoding="utf-8")
     assert '"test"' not in result
 
-    assert ablations(data, tmp_path, "--search", "--seeds", "2", "--best", "2").returncode == 0
+    ablations(data, tmp_path, "--search", "--seeds", "2", "--best", "2")
     with (tmp_path / "search.csv").open(encoding="utf-8", newline="") as file:
         more = list(csv.DictReader(file))
     again = {row["settings"] for row in more if row["seed"] == "1001"}

@@ -106,7 +106,7 @@ def test_training_killed_before_every_change(part, place, start, tmp_path):
     changes = start(training(place, whole, SHORT), whole)
     assert changes > 80
     seen: set[frozenset] = set()
-    for kill_at in range(1 + part, changes + 1, 4):
+    for kill_at in range(1 + part * changes // 4, 1 + (part + 1) * changes // 4):
         parts = tmp_path / "parts"
         given = training(place, parts, SHORT)
         start(given, parts, kill_at)
