@@ -27,9 +27,16 @@ def in_float64(loss_fn):
 
 
 @pytest.mark.parametrize(
-    ("update", "hard"), [("sum", True), ("mean", False), ("replace", True), ("adamw", False)]
+    ("update", "hard", "how"),
+    [
+        ("sum", True, {}),
+        ("mean", False, {}),
+        ("replace", True, {}),
+        ("adamw", False, {}),
+        ("sum", False, {"workspace_bytes": 6_000}),  # in chunks
+        ("adamw", True, {"workspace_bytes": 6_000}),
+    ],
 )
-@pytest.mark.parametrize("how", [{}, {"workspace_bytes": 6_000}], ids=["whole", "in chunks"])
 def test_module_agrees_with_the_reference(update, hard, how):
     ours = started(update, centroid_momentum=0.1, hard_negatives=hard, hard_negative_weight=0.3, **how)
     theirs = in_float64(ours)

@@ -115,12 +115,6 @@ def test_sts_dev(folder: Path) -> None:
 
 
 @needs_minilm
-def test_known_score_of_minilm() -> None:
-    encoder = SentenceEncoder.from_pretrained(MINILM)
-    assert sts_dev(encoder, STS)["spearman"] == pytest.approx(86.72, abs=0.05)
-
-
-@needs_minilm
 def test_known_score_of_a_test_set() -> None:
     encoder = SentenceEncoder.from_pretrained(MINILM)
     assert evaluate_sts(encoder, STS, ["STS16"], progress=False)["STS16"] == pytest.approx(78.99, abs=0.05)
