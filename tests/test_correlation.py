@@ -77,7 +77,7 @@ def test_interval_is_that_of_another_draw() -> None:
     low, high = interval(bootstrap_correlations("set", x, y, resamples=4000))
     drawn = np.random.default_rng(0).integers(len(x), size=(1000, len(x)))
     theirs = np.percentile([100 * spearmanr(x[rows], y[rows]).statistic for rows in drawn], [2.5, 97.5])
-    assert (low, high) == pytest.approx(theirs, abs=0.7)
+    assert (low, high) == pytest.approx(theirs, abs=0.4)  # of a 90 % interval 0.65 off
     assert low < correlation("set", x, y) < high
     assert interval(np.array([math.nan])) is None
     assert interval(np.array([])) is None

@@ -298,7 +298,6 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     process.join()
     assert process.exitcode == 0
     # The file has 38 MiB, a list of its sentences takes 54.
-    print("GROWN", (tmp_path / "grown").read_text())
     assert float((tmp_path / "grown").read_text()) < 20
 
 
