@@ -61,7 +61,7 @@ def _python(folder: Path, code: str | Path, arguments: tuple[str, ...], out: Pat
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError, AttributeError):
             import quick_interpreter  # noqa: F401
     sys.argv = [str(code), *arguments]
     if isinstance(code, Path):
