@@ -8,7 +8,7 @@ SETUP := setup.py pyproject.toml constraints.txt
 .PHONY: help train test test-fast test-portable lint bench exactness audit gpu clean
 
 help:
-	@echo "make train  train a small sentence encoder on this machine's own documentation, one to two minutes"
+	@echo "make train  train a small sentence encoder on this machine's own documentation, one to three minutes"
 	@echo "make test   lint, type check and run the tests"
 	@echo "make test-fast  the quick ones of them, for after each edit"
 	@echo "make test-portable  the numeric ones as other processors, libraries, threads and locales would run them"
