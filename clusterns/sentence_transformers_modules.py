@@ -12,10 +12,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from sentence_transformers.models import InputModule
 from torch import Tensor
 
 from .encoder import SentenceEncoder
+
+try:
+    from sentence_transformers.base.modules import InputModule
+except ImportError:  # its place before version 5.4
+    from sentence_transformers.models import InputModule  # type: ignore[no-redef]
 
 
 class PromptEncoder(InputModule):
