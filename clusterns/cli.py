@@ -106,7 +106,13 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SET",
         help="STS12 ... STS16, STS-B, SICK-R, STS-B-dev, SICK-R-dev; default all of these",
     )
-    add("--clustering", nargs="+", default=(), metavar="FILE", help="files of lines `label TAB text`")
+    add("--clustering", nargs="+", default=(), metavar="FILE", help="files of labelled texts")
+    _add_file_arguments(parser, "their texts")
+    add(
+        "--label-column",
+        metavar="NAME",
+        help="column of their labels; default: the usual names, or the first",
+    )
     add(
         "--kmeans",
         choices=("kmeans", "spherical"),
@@ -141,6 +147,23 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--figure", dest="figure_file", metavar="FILE", help="draw the figures there (png, svg, pdf)")
 
 
+def _add_file_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    """How to read a file of texts, as `clusterns train` has it."""
+    parser.add_argument(
+        "--text-columns", metavar="NAME", help=f"column of {what}; a number where there is no header"
+    )
+    parser.add_argument(
+        "--delimiter",
+        metavar="WORD",
+        help="comma, semicolon, tab, bar, none or a character; default: found out",
+    )
+    parser.add_argument(
+        "--header",
+        action=argparse.BooleanOptionalAction,
+        help="whether the first line names the columns; default: found out",
+    )
+
+
 def _evaluate(given: argparse.Namespace) -> int:
     settings = {name: value for name, value in vars(given).items() if name != "command"}
     _quiet_transformers()
@@ -153,6 +176,7 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="RUN_OR_MODEL", help="output folder of a training run, or any encoder")
     add("--sentences", required=True, metavar="FILE", help="txt, csv, tsv, json, jsonl or parquet file")
+    _add_file_arguments(parser, "the sentences")
     add("--output", required=True, metavar="PAGE.html", help="the page")
     add("--csv", dest="csv_file", metavar="FILE", help="the case studies; default: the page's name with .csv")
     add(

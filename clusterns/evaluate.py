@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -12,13 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from .checks import check_choice, check_count
-from .evaluation.clustering import ALGORITHMS, LabelledTexts, load_labelled_texts
+from .corpus.labelled import LabelledTexts, load_labelled_texts
+from .evaluation.clustering import ALGORITHMS
 from .evaluation.correlation import Floats, paired_difference
 from .evaluation.evaluated_model import load_model
 from .evaluation.model_figures import ModelFigures, Problems, Subsets
-from .evaluation.sts import HUB_MTEB, PUBLISHED_PAIRS, SHORT_NAMES, load_sts_subsets, sets_of, sts_folder
+from .evaluation.sts import (
+    HUB_MTEB,
+    PUBLISHED_PAIRS,
+    SHORT_NAMES,
+    joined,
+    load_sts_subsets,
+    sets_of,
+    sts_folder,
+)
 from .evaluation.tables import report
 from .files import check_folder_of, replacing
 
@@ -31,6 +42,10 @@ def evaluate(
     sts_dir: str | os.PathLike[str] | None = None,
     sets: Sequence[str] | None = None,
     clustering: Sequence[str | os.PathLike[str]] = (),
+    text_columns: str | None = None,
+    label_column: str | None = None,
+    delimiter: str | None = None,
+    header: bool | None = None,
     pooling: str | Sequence[str] | None = None,
     max_length: int | None = None,
     batch_size: int = 64,
@@ -47,7 +62,8 @@ def evaluate(
         models: folders or hub names, see `load_model`.
         sts_dir: source of STS sets, see `load_sts_subsets`; None for none.
         sets: names of STS sets; None takes the seven test sets and the two dev sets.
-        clustering: files of `label TAB text` lines.
+        clustering: files of labelled texts, see `load_labelled_texts`.
+        text_columns, label_column, delimiter, header: how to read them, see there.
         pooling: see `load_model`; one for all models, or one for each, "auto" for what its files say. A model
             may come twice, with two poolings.
         max_length: see `load_model`, for all models.
@@ -58,8 +74,9 @@ def evaluate(
         seed: of the bootstrap and of k-means.
         progress: show bars.
 
-    Returns what the JSON holds: settings, versions, models (one dict each, in the order given), comparisons
-    of each two models, notes, and errors: one line for each result that is left out.
+    Returns what the JSON holds: settings, versions, data (what was read, a line for each source), models (one
+    dict each, in the order given), comparisons of each two models, notes, and errors: one line for each
+    result that is left out.
 
     Raises ValueError where there is nothing to evaluate on, and for settings out of range.
     """
@@ -79,7 +96,18 @@ def evaluate(
 
     problems = Problems()
     sts = _read_sts(sts_dir, sets, problems) if sts_dir is not None else {}
-    texts = _read_texts(clustering, problems)
+    reading = {
+        "text_column": text_columns,
+        "label_column": label_column,
+        "delimiter": delimiter,
+        "header": header,
+    }
+    texts = _read_texts(clustering, problems, reading)
+    accounts = [_sts_account(sts_dir, sts)] if sts else []
+    accounts += [labelled.account for labelled in texts.values()]
+    if progress:
+        for line in accounts:
+            tqdm.write(line, file=sys.stderr)
     if not sts and not texts:
         raise ValueError("evaluate: expected data to evaluate on, got none that can be read (see above)")
     found, drawn = [], []
@@ -105,6 +133,7 @@ def evaluate(
             "device": "cuda" if torch.cuda.is_available() else "cpu",
         },
         "versions": _versions(),
+        "data": accounts,
         "models": found,
         "comparisons": _compare(found, drawn) if resamples else [],
         "notes": _notes(sts),
@@ -129,13 +158,25 @@ def _read_sts(
     return found
 
 
-def _read_texts(paths: Sequence[str | os.PathLike[str]], problems: Problems) -> dict[str, LabelledTexts]:
+def _sts_account(source: str | os.PathLike[str] | None, sts: Mapping[str, Subsets]) -> str:
+    """What was read of a source of STS sets, and what was left out."""
+    parts = []
+    for name, subsets in sts.items():
+        pairs = joined(subsets.values())
+        left_out = f" ({pairs.unscored:,} without a score left out)" if pairs.unscored else ""
+        parts.append(f"{name} {len(pairs.scores):,}{left_out}")
+    return f"{source}: scored pairs of {', '.join(parts)}"
+
+
+def _read_texts(
+    paths: Sequence[str | os.PathLike[str]], problems: Problems, reading: Mapping[str, Any]
+) -> dict[str, LabelledTexts]:
     """Labelled texts by the names of their files."""
     found = {}
     for path in paths:
         with problems.leave_out(str(path)):
             name = Path(path).stem if Path(path).stem not in found else str(path)
-            found[name] = load_labelled_texts(path)
+            found[name] = load_labelled_texts(path, **reading)
     return found
 
 

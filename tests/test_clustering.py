@@ -1,16 +1,15 @@
-"""Short-text clustering: reading labelled texts, the matching, the figures, and what is refused."""
+"""Short-text clustering: the matching, the figures, and what is refused."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from clusterns.evaluation.clustering import clustering_accuracy, evaluate_clustering, load_labelled_texts
+from clusterns.evaluation.clustering import clustering_accuracy, evaluate_clustering
 
 pytest.importorskip("sklearn")
 
@@ -20,38 +19,6 @@ def blobs(rows: int = 60, classes: int = 3, spread: float = 0.05) -> tuple[torch
     labels = torch.arange(rows) % classes
     noise = spread * torch.randn(rows, 8, generator=generator)
     return torch.eye(8)[labels] * 3 + noise, labels.numpy()
-
-
-def test_labelled_texts(tmp_path: Path) -> None:
-    path = tmp_path / "texts.tsv"
-    path.write_bytes(
-        b"\xef\xbb\xbf7\tseven  of\tthem\r\n\nsport\t\xe2\x80\xa8 ball \n7\tagain\n"  # a second tab is text
-    )
-    texts, labels, classes = load_labelled_texts(path)
-    assert texts == ["seven of them", "ball", "again"]
-    assert [classes[label] for label in labels] == ["7", "sport", "7"]
-    assert classes == ["7", "sport"]
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"1\ta\n\tb\n", r"texts.tsv, line 2: expected a label, a tab and a text, got no label$"),
-        (b"1\ta\nb\n", r"line 2: expected a label, a tab and a text, got no tab$"),
-        (b"1\ta\n2\t \n", r"line 2: expected a label, a tab and a text, got no text$"),
-        (b"1\ta\n", r"texts.tsv: expected at least two labelled texts, got 1$"),
-        (b"", r"texts.tsv: expected at least two labelled texts, got 0$"),
-        (b"1\ta\n1\tb\n", r"texts.tsv: expected at least two classes, got only '1'$"),
-        (b"1\ta\n2\t\xff\n", r"texts.tsv: expected UTF-8 text, got byte 6 that is not$"),
-    ],
-)
-def test_malformed_labelled_texts(content: bytes, words: str, tmp_path: Path) -> None:
-    path = tmp_path / "texts.tsv"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=words):
-        load_labelled_texts(path)
-    with pytest.raises(FileNotFoundError, match=r"absent.tsv: expected a file of lines .* there is none$"):
-        load_labelled_texts(tmp_path / "absent.tsv")
 
 
 @pytest.mark.parametrize(("classes", "clusters"), [(3, 3), (4, 2), (2, 4)])

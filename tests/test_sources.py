@@ -15,14 +15,10 @@ import pytest
 from forked import start
 from huggingface_hub import constants
 
-from clusterns.corpus import readers
+from clusterns.corpus import delimited
 from clusterns.corpus.rows import RECORD_ROWS, UNUSED_SECONDS
 from clusterns.corpus.sources import HUB_FILES, load_rows
 from clusterns.data import batches
-
-# Characters that str.splitlines() splits at and a text file does not.
-NOT_NEWLINES = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
-ROWS = [("One two.",), ("Three, four.",), ("NA",), ("Last",)]
 
 
 @pytest.fixture
@@ -53,106 +49,6 @@ def fails(source: object, *parts: str, kind: type[Exception] = ValueError, **opt
     assert "\n" not in message
     for part in (str(source), *parts):
         assert part in message
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.txt", "One two.\n\n  Three, four.  \r\nNA\n \nLast"),
-        ("bom.txt", "\ufeffOne two.\nThree, four.\nNA\nLast\n"),
-        ("a.csv", 'number,line\n1,One two.\n2,"Three, four."\n3,NA\n\n4,\n5,Last\n'),
-        ("bom.csv", '\ufeffline\r\nOne two.\r\n"Three, four."\r\nNA\r\nLast\r\n'),
-        ("a.tsv", "number\tline\n1\tOne two.\n2\tThree, four.\n3\tNA\n4\tLast\n"),
-        ("a.json", json.dumps([{"line": text} for text in ("One two.", "Three, four.", "NA", "", "Last")])),
-        ("lines.json", '{"line":"One two."}\n{"line":"Three, four."}\n\n{"line":"NA"}\n{"line":"Last"}\n'),
-        (
-            "a.jsonl",
-            '{"line":"One two.","n":1}\n{"line":"Three, four."}\n{"line":"NA"}\n{"line":null}\n'
-            '{"line":"Last"}',
-        ),
-        ("odd name [1]*.TXT", "One two.\nThree, four.\nNA\nLast\n"),
-    ],
-)
-def test_every_format_gives_the_trimmed_rows(
-    tmp_path: Path, name: str, content: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    path = write(tmp_path / name, content)
-    assert list(load_rows(path)) == ROWS
-    assert list(load_rows(str(path), limit=2)) == ROWS[:2]
-    assert capfd.readouterr() == ("", "")
-
-
-def test_parquet(tmp_path: Path) -> None:
-    texts = ["One two.", " Three, four.", "NA", None, "Last"]
-    path = write_parquet(tmp_path / "a.parquet", line=texts, n=[1, 2, 3, 4, 5])
-    assert list(load_rows(path)) == ROWS
-    large = pyarrow.table({"line": pyarrow.array(texts, pyarrow.large_string())})
-    pyarrow.parquet.write_table(large, tmp_path / "large.parquet", row_group_size=2)
-    assert list(load_rows(tmp_path / "large.parquet")) == ROWS
-
-
-def test_only_a_newline_ends_a_sentence(tmp_path: Path) -> None:
-    lines = [f"before{char}after" for char in NOT_NEWLINES]
-    assert list(load_rows(write(tmp_path / "a.txt", "\n".join(lines)))) == [(line,) for line in lines]
-
-
-def test_quotes(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.tsv", 'text\n"Unclosed quote\nNext one\n')
-    assert list(load_rows(path)) == [('"Unclosed quote',), ("Next one",)]
-    path = write(tmp_path / "a.csv", 'text,other\n"two\nlines, ""quoted""",b\nc,d\n')
-    assert list(load_rows(path, columns="text")) == [('two\nlines, "quoted"',), ("c",)]
-
-
-@pytest.mark.parametrize(
-    ("header", "chosen"),
-    [
-        ("sent0,sent1,hard_neg", "sent0,sent1,hard_neg"),
-        ("hard_neg,sent1,other,sent0", "sent0,sent1,hard_neg"),
-        ("sent0,sent1", "sent0,sent1"),
-        ("anchor,positive,negative", "anchor,positive,negative"),
-        ("sentence2,sentence1,source", "sentence1,sentence2"),
-        ("premise,entailment,contradiction", "premise,entailment,contradiction"),
-        ("title,text", "text"),
-        ("title,sentence", "sentence"),
-        ("anything", "anything"),
-    ],
-)
-def test_usual_columns(tmp_path: Path, header: str, chosen: str) -> None:
-    names = header.split(",")
-    path = write(tmp_path / "a.csv", header + "\n" + ",".join(f"the {name}" for name in names) + "\n")
-    rows = load_rows(path)
-    assert rows.columns == tuple(chosen.split(","))
-    assert list(rows) == [tuple(f"the {name}" for name in chosen.split(","))]
-
-
-def test_named_columns(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", "sent0,sent1,n\na,b,1\nc,d,2\n")
-    assert list(load_rows(path, columns=["sent1"])) == [("b",), ("d",)]
-    assert list(load_rows(path, columns="sent1, sent0")) == [("b", "a"), ("d", "c")]
-    assert list(load_rows(path)) == [("a", "b"), ("c", "d")]
-    fails(path, "column 'sent2'", "sent0, sent1, n", columns="sent0,sent2")
-    with pytest.raises(ValueError, match="columns: expected one to three, got 4"):
-        load_rows(path, columns="sent0,sent1,n,n")
-    with pytest.raises(ValueError, match="columns: expected one to three, got 0"):
-        load_rows(path, columns=[])
-    path = write_parquet(tmp_path / "a.parquet", text=["a"], score=[1.0])
-    fails(path, "text in column 'score', got double", columns="text,score")
-
-
-def test_columns_that_nothing_tells_must_be_named(tmp_path: Path) -> None:
-    fails(write(tmp_path / "a.csv", "left,right\na,b\n"), "columns", "left (text), right (text)")
-    # Pairs with a score are not all alike: as positives half of them would be wrong.
-    fails(write(tmp_path / "b.csv", "sentence1,sentence2,score\na,b,1\n"), "score (numbers)")
-    fails(write(tmp_path / "c.tsv", "sent0\tsent1\tlabel\na\tb\tneutral\n"), "label (text)")
-
-
-def test_a_row_with_a_blank_text_is_dropped_and_counted(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", "sent0,sent1\na,b\n ,c\nd,\ne,f\n,\n")
-    rows = load_rows(path)
-    assert list(rows) == [("a", "b"), ("e", "f")]
-    assert rows.dropped == 3
-    assert load_rows(path, columns="sent0").dropped == 2
-    assert load_rows(path, limit=1).dropped == 0
 
 
 def test_rows_are_a_sequence(tmp_path: Path) -> None:
@@ -237,15 +133,15 @@ def test_old_entries_are_removed_when_a_new_one_is_made(tmp_path: Path, cache: P
 
 def load_and_die(path: Path) -> None:
     """By SIGKILL, with some of the rows written and some not."""
-    lines = readers._lines
+    lines = delimited.lines_of
 
-    def dying(path: Path) -> Iterator[tuple[int, str]]:
-        for number, line in lines(path):
+    def dying(path: Path, newline: bytes) -> Iterator[tuple[int, str]]:
+        for number, line in lines(path, newline):
             if number > 2 * RECORD_ROWS:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield number, line
 
-    readers._lines = dying
+    delimited.lines_of = dying
     load_rows(path)
 
 
@@ -306,54 +202,6 @@ def test_rows_pickle_as_a_place(tmp_path: Path) -> None:
     pickled = pickle.dumps(rows)
     assert len(pickled) < 1000
     assert list(pickle.loads(pickled)) == list(rows)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("a.txt", "", "empty file"),
-        ("a.csv", "", "empty file"),
-        ("a.parquet", "", "empty file"),
-        ("a.txt", " \n\n\t\r\n", "only blank lines"),
-        ("a.csv", "\n\n", "only blank lines"),
-        ("a.csv", "text\n", "no rows"),
-        ("a.json", "[]", "no rows"),
-        ("a.csv", 'text,n\n"",1\n" ",2\n', "only blank ones"),
-        ("a.jsonl", '{"text": null}\n{"text": " "}\n', "only blank ones"),
-        ("a.txt", b"abc\0def\n", "binary"),
-        ("a.txt", "two words\n".encode("utf-16"), "binary"),
-        ("a.txt", b"fine\ncaf\xe9 au lait\n", "line 2: expected UTF-8"),
-        ("a.csv", b"text\nfine\ncaf\xe9\n", "line 3: expected UTF-8"),
-        ("a.jsonl", b'{"text": "caf\xe9"}\n', "line 1: expected UTF-8"),
-        ("a.json", b'[{"text": "caf\xe9"}]\n', "UTF-8"),
-        ("a.txt", b"cut short \xe2\x82", "UTF-8"),
-        ("a.csv", "text,n\na,1\nb,2,3\n", "line 3: expected a well-formed csv file, 2 fields"),
-        ("a.csv", "text,n\na,1\nb\n", "line 3: expected a well-formed csv file, 2 fields"),
-        ("a.tsv", "text\tn\na\t1\nb\n", "line 3: expected a well-formed tsv file, 2 fields"),
-        ("a.csv", 'text,n\n"two\nlines",1\nb,2,3\n', "line 4"),
-        ("a.csv", "text\nwell, unquoted\n", "well-formed csv"),
-        ("a.csv", 'text\n"never closed\nb\n', "well-formed csv"),
-        ("a.csv", 'text,n\n"closed" early,1\n', "line 2: expected a well-formed csv"),
-        ("a.csv", "text,text\na,b\n", "different names"),
-        ("a.csv", "n\n1\n2\n", "column of text"),
-        ("a.json", '[{"text": "a"}, {"text": ', "well-formed json"),
-        ("a.json", '["a", "b"]', "object 1: expected an object"),
-        ("a.json", '"a"', "list of objects"),
-        ("a.jsonl", '{"text": "a"}\nnot json\n', "line 2: expected a well-formed jsonl"),
-        ("a.jsonl", '{"text": "a"}\n["b"]\n', "line 2: expected an object"),
-        ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', "text (int)"),
-        ("a.jsonl", '{"text": "a"}\n' * 2000 + '{"text": 3}\n', "line 2001: expected text in column 'text'"),
-        ("a.jsonl", '{"text": "\\ud800"}\n', "lone surrogate"),
-        ("a.parquet", "PAR1 and no more of it", "well-formed parquet"),
-        ("a.xlsx", "a sentence\n", "suffix of .txt"),
-        ("suffixless", "a sentence\n", "got none"),
-    ],
-)
-def test_bad_files_give_one_line(
-    tmp_path: Path, name: str, content: str | bytes, expected: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    fails(write(tmp_path / name, content), expected)
-    assert capfd.readouterr() == ("", "")
 
 
 def test_a_parquet_file_cut_short_or_damaged_inside(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import xxhash
 from huggingface_hub import constants
 
 from ..files import holding, staging, sweep
+from .columns import LeftOut, Tally
 
 # Rows of an Arrow record batch; each but the last has exactly as many, so that a row is found by division.
 RECORD_ROWS = 4096
@@ -35,23 +36,38 @@ class Rows(Sequence[Row]):
 
     Args:
         folder: as `write_rows` made it; raises ValueError or OSError where it is damaged.
+        read_as: what the source was read as, in words.
 
     Attributes:
         columns: names of the columns that the texts come from, C.
-        dropped: rows of the source left out because a text of theirs was blank.
+        left_out: for each reason to leave out rows of the source their number, and where the first two are.
+        dropped: rows left out, for whatever reason.
+        account: in a line what was read, as what, how many rows there are, and how many were left out why.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, read_as: str = "") -> None:
+        self.folder, self.read_as = folder, read_as
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
         self.columns: tuple[str, ...] = tuple(about["columns"])
-        self.dropped: int = about["dropped"]
+        self.left_out = Tally(about["left_out"])
         self._length: int = about["rows"]
         self._file = pyarrow.ipc.open_file(pyarrow.memory_map(str(folder / _TEXTS)))
         if self._file.num_record_batches != -(-self._length // RECORD_ROWS):
             raise ValueError(f"{folder}: expected {self._length} rows, got another number of record batches")
         self._records: dict[int, list[pyarrow.Array]] = {}
         self._keys = np.memmap(folder / _KEYS, np.uint64, "r", shape=(self._length, len(self.columns)))
+
+    @property
+    def dropped(self) -> int:
+        """See the class."""
+        return sum(count for count, _ in self.left_out.values())
+
+    @property
+    def account(self) -> str:
+        """See the class."""
+        return f"{self.read_as}; {self._length:,} row{'s' * (self._length > 1)}" + (
+            f"; left out: {self.left_out}" if self.left_out else ""
+        )
 
     def __len__(self) -> int:
         return self._length
@@ -69,8 +85,8 @@ class Rows(Sequence[Row]):
         """A 64-bit fingerprint of each text of the rows (n,): n lists of C, equal where the texts are."""
         return self._keys[indices].tolist()
 
-    def __reduce__(self) -> tuple[type[Rows], tuple[Path]]:
-        return Rows, (self.folder,)
+    def __reduce__(self) -> tuple[type[Rows], tuple[Path, str]]:
+        return Rows, (self.folder, self.read_as)
 
 
 def cache_folder() -> Path:
@@ -80,7 +96,11 @@ def cache_folder() -> Path:
 
 
 def cached_rows(
-    key: str, source: str, columns: Sequence[str], rows: Callable[[], Iterator[Row | None]], limit: int | None
+    key: str,
+    source: str,
+    columns: Sequence[str],
+    rows: Callable[[], Iterator[Row | LeftOut]],
+    limit: int | None,
 ) -> Rows:
     """The rows kept under a key, which says all about their content; made where there are none.
 
@@ -110,7 +130,7 @@ def cached_rows(
 
 
 def write_rows(
-    folder: Path, source: str, columns: Sequence[str], rows: Iterator[Row | None], limit: int | None
+    folder: Path, source: str, columns: Sequence[str], rows: Iterator[Row | LeftOut], limit: int | None
 ) -> Rows:
     """Write rows in the folder of `folder` and move them there whole.
 
@@ -118,18 +138,18 @@ def write_rows(
         folder: does not exist yet; its parent does.
         source: named in errors.
         columns: names of the C texts of a row.
-        rows: tuples of C trimmed texts, or None for a row that is dropped.
+        rows: tuples of C trimmed texts, or why a row is left out.
         limit: rows at most; what follows is not read.
 
     Raises ValueError where there are none.
     """
-    dropped = written = 0
+    written = 0
+    left_out = Tally()
 
     def present() -> Iterator[Row]:
-        nonlocal dropped
         for row in rows:
-            if row is None:
-                dropped += 1
+            if isinstance(row, LeftOut):
+                left_out.add(row)
             else:
                 yield row
 
@@ -153,10 +173,9 @@ def write_rows(
                 records.write_batch(pyarrow.record_batch(arrays, schema=schema))
                 written += len(record)
         if not written:
-            raise ValueError(
-                f"{source}: expected sentences, got {'only blank ones' if dropped else 'no rows'}"
-            )
-        about = {"columns": list(columns), "rows": written, "dropped": dropped, "source": source}
+            got = f"none, left out: {left_out}" if left_out else "no rows"
+            raise ValueError(f"{source}: expected sentences, got {got}")
+        about = {"columns": list(columns), "rows": written, "left_out": left_out, "source": source}
         (place / _ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         for file in place.iterdir():  # a power cut leaves whole files or no entry
             with file.open("rb+") as written_file:

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 from tqdm.auto import tqdm
 
 from ..checks import check_count
-from .readers import NUMBERS, READERS, TEXT, Table, arrow_kinds, fingerprint, open_table
-from .rows import Row, Rows, cached_rows
+from .columns import BLANK, NO_NUMBER, Asked, Tally, choose
+from .delimited import read_delimited
+from .objects import read_json
+from .readers import Reading, Table, arrow_table, look_through, read_parquet
+from .rows import Rows, cached_rows
+
+READERS: dict[str, Callable[[Path, bytes, Reading], Table]] = {
+    ".txt": read_delimited,
+    ".csv": read_delimited,
+    ".tsv": read_delimited,
+    ".json": read_json,
+    ".jsonl": read_json,
+    ".parquet": read_parquet,
+}
 
 # Of the cache's entries: another number where the same file would give other rows.
-_VERSION = 1
-# Names of columns by convention, the most telling first: pairs, perhaps with a hard negative, then sentences.
-USUAL_PAIRS = (
-    ("sent0", "sent1", "hard_neg"),
-    ("anchor", "positive", "negative"),
-    ("query", "positive", "negative"),
-    ("premise", "entailment", "contradiction"),
-    ("sentence1", "sentence2"),
-    ("text1", "text2"),
-)
-USUAL_SENTENCES = ("text", "sentence", "sent0")
-# Beside two texts they say how alike the two are: not all are pairs then.
-_LABELS = {"label", "labels", "score", "scores", "gold_label", "similarity"}
+_VERSION = 2
+# A larger share of rows left out is a warning.
+_SHARE = 0.02
 # Short names of files in hub datasets that hold several, and what a name without a file means.
 _SIMCSE = "princeton-nlp/datasets-for-simcse"
 HUB_FILES = {
@@ -44,55 +49,114 @@ def load_rows(
     *,
     columns: Sequence[str] | str | None = None,
     limit: int | None = None,
+    delimiter: str | None = None,
+    header: bool | None = None,
+    label_column: str | None = None,
+    positive_label: str | None = None,
+    min_score: float | None = None,
 ) -> Rows:
     """The rows of a file or of a hub dataset's train split, as a memory-mapped sequence of tuples of strings.
 
     A row of one text is a sentence whose two views differ by dropout, of two a pair, of three a pair and its
-    hard negative. Texts come without surrounding white space, rows in the source's order; a row with a blank
-    text is dropped and counted in `Rows.dropped`. Peak memory does not grow with the source (a .json list
-    excepted, which is read whole; jsonl is not): the rows are written to an Arrow file in `cache_folder()`
-    once, and read from there. The file's bytes and the arguments are its name, so an edited source is read
-    anew and an unchanged one is not parsed twice.
+    hard negative. Texts come without surrounding white space, rows in the source's order. What was read, and
+    what was left out why, is `Rows.account`; more than 2 % left out is a warning too. docs/data.md shows all
+    shapes of file. Peak memory does not grow with the source (json that is no object a line excepted, which
+    is read whole): the rows are written to an Arrow file in `cache_folder()` once, and read from there. The
+    file's bytes and the arguments are its name, so an edited source is read anew and an unchanged one is not
+    parsed twice.
 
     Args:
-        source: a file, by its suffix: .txt (a sentence a line), .csv or .tsv (with a header line), .json or
-            .jsonl (objects), .parquet. Or a hub dataset as NAME, NAME:CONFIGURATION or NAME:FILE. "wiki1m"
-            is the million sentences of Wikipedia that SimCSE and ClusterNS train on, "nli" SimCSE's triplets.
-        columns: one to three names, in a list or joined by commas. None takes the only column of text, else
-            the usual names: sent0, sent1, hard_neg; anchor, positive, negative; sentence1, sentence2; text;
-            sentence, and a few more.
+        source: a file, by its suffix: .txt (a sentence a line), .csv or .tsv, .json or .jsonl, .parquet. Or a
+            hub dataset as NAME, NAME:CONFIGURATION or NAME:FILE. "wiki1m" is the million sentences of
+            Wikipedia that SimCSE and ClusterNS train on, "nli" SimCSE's triplets.
+        columns: one to three names, in a list or joined by commas; numbers from 1 where there is no header.
+            None takes the only column of text, else the usual names: sent0, sent1, hard_neg; anchor,
+            positive, negative; sentence1, sentence2; text; sentence, and a few more.
         limit: rows at most, from the beginning.
+        delimiter: "comma", "semicolon", "tab", "bar", a character, or "none" for a sentence a line; None
+            finds it out.
+        header: whether the first line names the columns; None finds it out.
+        label_column: what `positive_label` or `min_score` is about; None takes the one that looks like it.
+        positive_label: labels, joined by commas, of the rows to take; "any" takes all, whatever the label.
+        min_score: the least score of the rows to take.
 
     Raises FileNotFoundError where the file or dataset is missing or the hub cannot be reached; OSError where
     the file cannot be read or the cache not written; ValueError for a folder, an unknown suffix, a file that
-    is empty, blank, not UTF-8 or not of its suffix's format (with the line), a column that is missing or not
-    of text, columns that nothing tells, or a limit below 1. One line each.
+    is empty, blank, not UTF-8 or not of its suffix's format (with the line), or that could be read in two
+    ways, a column that is missing or not of text, columns that nothing tells, pairs beside a label or score
+    without a word on it, or a limit below 1. One line each.
     """
     if limit is not None:
         check_count("limit", limit, at_least=1)
+    asked = Asked(column_names(columns), label_column, positive_label, min_score)
+    return read_rows(source, asked, delimiter=delimiter, header=header, limit=limit)
+
+
+def column_names(columns: Sequence[str] | str | None) -> tuple[str, ...] | None:
+    """One to three names; of a string those between commas, quoted where they hold one."""
+    if columns is None:
+        return None
     if isinstance(columns, str):
-        columns = columns.split(",")
-    if columns is not None:
-        columns = [name.strip() for name in columns]
-        if not 1 <= len(columns) <= 3:
-            raise ValueError(f"columns: expected one to three, got {len(columns)}")
-    table, digest = _open(str(source))
-    names = _choose(str(source), table, columns)
-    key = "-".join([f"v{_VERSION}", digest, *names, str(limit)])
-    return cached_rows(
+        columns = next(csv.reader([columns], skipinitialspace=True), [])
+    names = tuple(name.strip() for name in columns)
+    if not 1 <= len(names) <= 3:
+        raise ValueError(f"columns: expected one to three, got {len(names)}")
+    return names
+
+
+def read_rows(
+    source: str | os.PathLike[str],
+    asked: Asked,
+    *,
+    delimiter: str | None = None,
+    header: bool | None = None,
+    limit: int | None = None,
+) -> Rows:
+    """`load_rows` of what is asked of the columns."""
+    source = os.fspath(source)
+    table, digest = open_source(source, delimiter, header, asked)
+    chosen = choose(source, table, asked)
+    key = "\0".join(map(str, [f"v{_VERSION}", digest, table.shape, *chosen[1:], limit]))
+    found = cached_rows(
         xxhash.xxh3_128_hexdigest(key.encode()),
-        str(source),
-        names,
-        lambda: _trimmed(str(source), table, names),
+        source,
+        chosen.texts,
+        lambda: chosen.rows(with_progress(source, table)),
         limit,
     )
+    first = f", the first {limit:,} rows at most" if limit is not None else ""
+    found.read_as = f"{source}: {table.shape}{first}; {chosen.words}"
+    warn_of_loss(source, found.left_out, len(found), chosen.texts)
+    return found
 
 
-def _open(source: str) -> tuple[Table, str]:
+def warn_of_loss(source: str, left_out: Tally, kept: int, columns: Sequence[str]) -> None:
+    """Warn where more than a small share of the rows of a source is left out without having been asked."""
+    lost = Tally((why, each) for why, each in left_out.items() if why.startswith((BLANK, NO_NUMBER)))
+    count, total = sum(each[0] for each in lost.values()), kept + sum(each[0] for each in left_out.values())
+    if count > _SHARE * total:
+        full = [name for name in columns if BLANK + name not in lost]
+        cure = f"; --text-columns {','.join(full)} takes them" if full and len(full) < len(columns) else ""
+        warnings.warn(f"{source}: {count:,} of {total:,} rows are left out, {lost}{cure}", stacklevel=4)
+
+
+def with_progress(source: str, table: Table) -> Table:
+    """The table with a bar where reading it takes long."""
+
+    def read(names: Sequence[str]) -> Iterator[tuple[int, tuple]]:
+        rows, name = table.read(names), Path(source).name
+        yield from tqdm(rows, f"reading {name}", unit=" rows", delay=2, mininterval=1, leave=False)
+
+    return replace(table, read=read)
+
+
+def open_source(source: str, delimiter: str | None, header: bool | None, asked: Asked) -> tuple[Table, str]:
     """The table, and what names its content."""
     path = Path(source).expanduser()
     match = _HUB_NAME.fullmatch(source)
     exists = os.path.lexists(path)
+    names = tuple(name for name in (*(asked.texts or ()), asked.label) if name is not None)
+    reading = Reading(delimiter, header, names)
     if match and not exists:
         name, part = match.groups()
         if source in HUB_FILES:
@@ -100,6 +164,7 @@ def _open(source: str) -> tuple[Table, str]:
         elif part and Path(part).suffix.lower() in READERS:
             path = _hub_file(source, name, part)
         elif path.suffix.lower() not in READERS:
+            reading.refuse_for(path)
             return _hub_table(name, part)
     if not path.exists():
         raise FileNotFoundError(f"{source}: expected a file of sentences, there is none")
@@ -108,10 +173,13 @@ def _open(source: str) -> tuple[Table, str]:
     if path.suffix.lower() not in READERS:
         raise ValueError(f"{source}: expected a suffix of {', '.join(READERS)}, got {path.suffix or 'none'}")
     try:
-        digest = fingerprint(path)
+        content = look_through(path)
     except OSError as error:
         raise type(error)(f"{source}: expected a readable file, got {error.strerror or error}") from error
-    return open_table(path), f"{path.suffix.lower()}-{digest}"
+    table = READERS[path.suffix.lower()](path, content.newline, reading)
+    if table.doubt:
+        warnings.warn(table.doubt, stacklevel=4)
+    return table, f"{path.suffix.lower()}-{content.fingerprint}"
 
 
 def _hub_file(source: str, repository: str, file: str) -> Path:
@@ -160,7 +228,7 @@ def _hub_table(name: str, configuration: str | None) -> tuple[Table, str]:
                 number += 1
                 yield number, values
 
-    return Table(arrow_kinds(dataset.features.arrow_schema), read), dataset._fingerprint
+    return arrow_table(dataset.features.arrow_schema, read, "hub dataset"), dataset._fingerprint
 
 
 def _reach(repository: str) -> None:
@@ -173,51 +241,3 @@ def _reach(repository: str) -> None:
 def _first_line(error: BaseException) -> str:
     """The type and the first line of an error's message."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-
-
-def _choose(source: str, table: Table, columns: Sequence[str] | None) -> list[str]:
-    """The columns named, else those that are usual."""
-    if columns is not None:
-        for name in columns:
-            if name not in table.kinds:
-                raise ValueError(f"{source}: expected a column {name!r}, got {', '.join(table.kinds)}")
-            if table.kinds[name] not in (TEXT, NUMBERS):
-                raise ValueError(f"{source}: expected text in column {name!r}, got {table.kinds[name]}")
-        return list(columns)
-    texts = [name for name, kind in table.kinds.items() if kind == TEXT]
-    if len(texts) == 1:
-        return texts
-    for names in USUAL_PAIRS:
-        if set(names[:2]) <= set(texts) and not _LABELS & {name.lower() for name in table.kinds}:
-            return [name for name in names if name in texts]
-    for name in USUAL_SENTENCES:
-        if name in texts and not any(name in names and set(names[:2]) <= set(texts) for names in USUAL_PAIRS):
-            return [name]
-    found = ", ".join(f"{name} ({kind})" for name, kind in table.kinds.items()) or "none"
-    raise ValueError(
-        f"{source}: expected one column of text or columns with usual names; name one to three with columns, "
-        f"got {found}"
-    )
-
-
-def _trimmed(source: str, table: Table, names: Sequence[str]) -> Iterator[Row | None]:
-    """Rows as `write_rows` takes them."""
-    rows = tqdm(
-        table.read(names),
-        desc=f"reading {Path(source).name}",
-        unit=" rows",
-        delay=2,
-        mininterval=1,
-        leave=False,
-    )
-    for number, values in rows:
-        texts = []
-        for name, value in zip(names, values, strict=True):
-            if value is not None and not isinstance(value, str):
-                raise ValueError(
-                    f"{source}, {table.unit} {number}: expected text in column {name!r}, "
-                    f"got {type(value).__name__}"
-                )
-            if value and (text := value.strip()):
-                texts.append(text)
-        yield tuple(texts) if len(texts) == len(names) else None

@@ -7,10 +7,8 @@ scikit-learn's k-means on the embeddings as they are, K the number of classes, b
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,47 +24,6 @@ ALGORITHMS = ("kmeans", "spherical")
 MEASURES = ("accuracy", "nmi", "ami")
 # Starts of each k-means, of which the one of lowest inertia counts: scikit-learn's default at the time.
 STARTS = 10
-
-
-class LabelledTexts(NamedTuple):
-    """N texts, their class ids (N,) from 0 on, and the classes' names by id."""
-
-    texts: list[str]
-    labels: NDArray[np.int64]
-    classes: list[str]
-
-
-def load_labelled_texts(path: str | os.PathLike[str]) -> LabelledTexts:
-    """Read a file of `label TAB text` lines; a label may be any word, blank lines are left out.
-
-    Raises FileNotFoundError for a missing file, ValueError for a line without label, tab or text, text that
-    is not UTF-8, fewer than two lines or a single class; one line that names file and line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a file of lines `label TAB text`, there is none")
-    try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, got byte {error.start} that is not") from error
-    labels, texts = [], []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        label, tab, text = line.partition("\t")
-        label, text = label.strip(), " ".join(text.split())
-        if not (tab and label and text):
-            missing = "no tab" if not tab else "no label" if not label else "no text"
-            raise ValueError(f"{path}, line {number}: expected a label, a tab and a text, got {missing}")
-        labels.append(label)
-        texts.append(text)
-    if len(texts) < 2:
-        raise ValueError(f"{path}: expected at least two labelled texts, got {len(texts)}")
-    classes = sorted(set(labels))
-    if len(classes) < 2:
-        raise ValueError(f"{path}: expected at least two classes, got only {classes[0]!r}")
-    ids = {name: index for index, name in enumerate(classes)}
-    return LabelledTexts(texts, np.array([ids[label] for label in labels]), classes)
 
 
 def clustering_accuracy(labels: ArrayLike, clusters: ArrayLike) -> float:

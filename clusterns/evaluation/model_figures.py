@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .clustering import LabelledTexts, evaluate_clustering
+from ..corpus.labelled import LabelledTexts
+from .clustering import evaluate_clustering
 from .correlation import Floats, bootstrap_correlations, correlation, interval, pair_cosines
 from .evaluated_model import EvaluatedModel
 from .geometry import alignment, first_component_share, mean_cosine, uniformity

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import __version__
 from ..checks import check_choice, check_count
-from ..corpus.sources import load_rows
+from ..corpus.columns import Asked
+from ..corpus.sources import column_names, read_rows
 from ..encoder import SentenceEncoder
 from ..files import check_folder_of, replacing
 from ..models.folder import first_line, resolve
@@ -34,6 +35,9 @@ def write_report(
     sentences: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
+    text_columns: str | None = None,
+    delimiter: str | None = None,
+    header: bool | None = None,
     csv_file: str | os.PathLike[str] | None = None,
     num_clusters: int | None = None,
     limit: int = 5000,
@@ -53,6 +57,8 @@ def write_report(
             `load_model` takes it, whose embeddings are clustered anew by `SphericalKMeans`.
         sentences: file or hub dataset, see `load_rows`; the first text of a row. Repeated ones count once.
         output: the HTML page.
+        text_columns: the column of the sentences; None takes the first that `load_rows` takes.
+        delimiter, header: see `load_rows`.
         csv_file: the case studies; None is the page with the suffix .csv.
         num_clusters: K of a clustering anew; given, it leaves a run's own centroids aside. None is one for
             40 sentences, at most 128.
@@ -86,7 +92,10 @@ def write_report(
     if num_clusters is not None:
         check_count("--num-clusters", num_clusters, at_least=2)
 
-    texts = list(dict.fromkeys(row[0] for row in load_rows(sentences, limit=limit)))
+    asked = Asked(column_names(text_columns), sentences=True)
+    rows = read_rows(sentences, asked, delimiter=delimiter, header=header, limit=limit)
+    print(rows.account, flush=True)
+    texts = list(dict.fromkeys(row[0] for row in rows))
     if len(texts) < 2:
         raise ValueError(f"--sentences: expected at least two different sentences, got one in {sentences}")
     folder = resolve(model)
@@ -121,7 +130,7 @@ def write_report(
         about={
             "model": str(model),
             "pooling": loaded.pooling,
-            "sentences": f"{len(texts):,} different ones of {sentences}",
+            "sentences": f"{len(texts):,} different ones of {rows.account}",
             "written by": f"clusterns {__version__}, torch {torch.__version__}",
         },
         map_method=map_method,

@@ -76,6 +76,8 @@ class StsSet(NamedTuple):
     first: list[str]
     second: list[str]
     scores: list[float]
+    # Pairs left out, as they have no gold score.
+    unscored: int = 0
 
 
 def joined(parts: Iterable[StsSet]) -> StsSet:
@@ -85,6 +87,7 @@ def joined(parts: Iterable[StsSet]) -> StsSet:
         [sentence for part in parts for sentence in part.first],
         [sentence for part in parts for sentence in part.second],
         [score for part in parts for score in part.scores],
+        sum(part.unscored for part in parts),
     )
 
 
@@ -151,12 +154,12 @@ def _read_input_and_gold(input_path: Path, gold_path: Path) -> StsSet:
         if score.strip():
             columns = _columns(line, 2, input_path, number)
             append_pair(pairs, columns[0], columns[1], score, f"{gold_path}, line {number}")
-    return pairs
+    return pairs._replace(unscored=len(lines) - len(pairs.scores))
 
 
 def _read_table(path: Path, table: _Table) -> StsSet:
     least = max(table.first, table.second, table.score) + 1
-    pairs = StsSet([], [], [])
+    pairs, unscored = StsSet([], [], []), 0
     for number, line in enumerate(_lines(path), start=1):
         is_header = number == 1 and table.header is not None and line.startswith(table.header)
         if is_header or not line.strip():
@@ -165,7 +168,9 @@ def _read_table(path: Path, table: _Table) -> StsSet:
         score = columns[table.score]
         if score.strip():
             append_pair(pairs, columns[table.first], columns[table.second], score, f"{path}, line {number}")
-    return pairs
+        else:
+            unscored += 1
+    return pairs._replace(unscored=unscored)
 
 
 def _lines(path: Path) -> list[str]:

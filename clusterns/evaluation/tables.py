@@ -179,6 +179,7 @@ def _errors(results: Mapping[str, Any]) -> str | None:
 
 def _settings(results: Mapping[str, Any]) -> str:
     lines = [f"- {name}: {value}" for name, value in results["settings"].items() if value is not None]
+    lines += [f"- {line}" for line in results["data"]]
     lines += [
         f"- {model['label']}: {model['model']}, pooling {model['pooling']}, up to {model['max_length']} "
         f"tokens, run by {model['library']}"

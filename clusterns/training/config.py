@@ -71,8 +71,23 @@ class TrainConfig:
     text_columns: str | None = setting(
         None,
         "columns to train on, as in sent0,sent1,hard_neg: one gives two dropout views of each sentence, two "
-        "are pairs, the third is a hard negative",
+        "are pairs, the third is a hard negative; numbers from 1 where there is no header",
     )
+    delimiter: str | None = setting(
+        None,
+        "of a txt, csv or tsv file: comma, semicolon, tab, bar, a character, or none for a sentence a line; "
+        "default: found out",
+    )
+    header: bool | None = setting(
+        None, "whether its first line names the columns; default: found out, and said where in doubt"
+    )
+    label_column: str | None = setting(
+        None, "what --positive-label or --min-score is about; default: the column that looks like it"
+    )
+    positive_label: str | None = setting(
+        None, "labels, by commas, of the pairs to train on; any takes all, whatever the label"
+    )
+    min_score: float | None = setting(None, "the least score of the pairs to train on")
     output_dir: str = setting("runs/clusterns", "where the best model, the log and the picture go")
     overwrite_output_dir: bool = setting(False, "write into an output folder that is not empty")
     sts_dir: str | None = setting(

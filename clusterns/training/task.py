@@ -35,9 +35,16 @@ def prepare_task(config: TrainConfig, say: Callable[[str], None]) -> Task:
         sts_dir = config.sts_dir
         dev = lambda encoder: sts_dev(encoder, sts_dir)  # noqa: E731
     if config.train_file is not None:
-        columns = config.text_columns.split(",") if config.text_columns else None
-        rows = load_rows(config.train_file, columns=columns)
-        say(f"{len(rows):,} rows, for example: {rows[0]}")
+        rows = load_rows(
+            config.train_file,
+            columns=config.text_columns,
+            delimiter=config.delimiter,
+            header=config.header,
+            label_column=config.label_column,
+            positive_label=config.positive_label,
+            min_score=config.min_score,
+        )
+        say(f"{rows.account}, for example: {rows[0]}")
         if dev is None:
             say("no --sts-dir: nothing to choose the best checkpoint by, the last one is kept")
         return Task(rows, dev)
