@@ -34,7 +34,7 @@ class PromptEncoder(InputModule):
         self.encoder = encoder
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:  # type: ignore[override]
         """Puts the template around each text."""
         return self.encoder.evaluation_tokenizer
 
@@ -73,7 +73,7 @@ class PromptEncoder(InputModule):
         self.encoder.save(output_path)
 
     @classmethod
-    def load(cls, model_name_or_path: str, **kwargs: Any) -> PromptEncoder:
+    def load(cls, model_name_or_path: str, **kwargs: Any) -> PromptEncoder:  # type: ignore[override]
         """The encoder of a folder or hub name that `SentenceEncoder.save` wrote."""
         if kwargs.get("revision") is not None:
             raise ValueError(f"revision: expected none for a PromptEncoder, got {kwargs['revision']!r}")

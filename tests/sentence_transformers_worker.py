@@ -18,7 +18,9 @@ TEXTS = ["a cat sat", "the dog ran", "bird", "the bird ran far", "a dog sat slow
 OTHERS = ["the cat", "a dog", "bird bird", "far bird", "dog slowly sat", "the mat", "slowly home", "far"]
 
 
-def make_model(folder: Path, *, dropout: float = 0.0, seed: int = 0, **settings: object) -> SentenceTransformer:
+def make_model(
+    folder: Path, *, dropout: float = 0.0, seed: int = 0, **settings: object
+) -> SentenceTransformer:
     encoder = make_encoder(seed)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         setattr(encoder.transformer.config, name, dropout)
@@ -28,7 +30,8 @@ def make_model(folder: Path, *, dropout: float = 0.0, seed: int = 0, **settings:
 
 def preprocess(model: SentenceTransformer, texts: list[str], **settings: object) -> dict:
     # Its name before version 5.4.
-    return dict(getattr(model, "preprocess", model.tokenize)(list(texts), **settings))
+    call = getattr(model, "preprocess", None) or model.tokenize
+    return dict(call(list(texts), **settings))
 
 
 def step(model, loss, rows):

@@ -1,57 +1,82 @@
-"""The loss in sentence-transformers: equal to theirs where it should be, in their Trainer, over a resume."""
+"""The loss in sentence-transformers: as theirs where it should be, whole or in mini-batches, at any width."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
-import sentence_transformers_worker as worker
 import torch
-from forked import start
-from tiny import assert_close, assert_gradients_close, make_encoder
+import torch.nn.functional as F
 
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("accelerate", reason="needs pip install sentence-transformers[train]")
 
-from datasets import Dataset
-from safetensors.torch import load_file
-from sentence_transformers import (
-    SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+import sentence_transformers
+import sentence_transformers_worker as worker
+from forked import start
+from sentence_transformers import SentenceTransformer, losses
+from sentence_transformers_worker import make_model, preprocess
+from tiny import assert_close, assert_gradients_close, make_tokenizer
 
-from clusterns.sentence_transformers import STATE_FILE, ClusteringState, ClusterNSLoss
+import clusterns
+from clusterns.sentence_transformers import ClusteringState, ClusterNSLoss, StaticEmbedding
 
 TEXTS = [f"{a} {b} {c}" for a in ("a", "the", "bird") for b in ("cat", "dog", "mat") for c in ("sat", "ran")]
-pytestmark = pytest.mark.usefixtures("one_thread")
-DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-
-
-@pytest.fixture
-def model(tmp_path):
-    make_encoder().save(tmp_path / "model")
-    return SentenceTransformer(str(tmp_path / "model"), device="cpu")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:the two views of every"),
+]
+CLUSTERED = {"start_cosine": 1.0, "centroid_momentum": 0.1}
+VERSION = tuple(int(number) for number in sentence_transformers.__version__.split(".")[:2])
 
 
 @pytest.fixture
 def still(tmp_path):
     """Without dropout."""
-    encoder = make_encoder()
-    for name in DROPOUTS:
-        setattr(encoder.transformer.config, name, 0.0)
-    encoder.save(tmp_path / "still")
-    return SentenceTransformer(str(tmp_path / "still"), device="cpu")
+    return make_model(tmp_path / "still")
 
 
 def features(model, *columns):
-    return [dict(model.preprocess(list(column))) for column in columns]
+    return [preprocess(model, column) for column in columns]
 
 
-def loss_and_gradients(loss, model, *columns):
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def loss_and_gradients(loss, model, columns):
     model.zero_grad()
     model.train()
-    value = loss(features(model, *columns), None)
+    value = loss(columns, None)
     value.backward()
-    return value.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return value.item(), gradients(model)
+
+
+def steps(model, columns, *, wrap=lambda loss: loss, **settings):
+    """Values and gradients of three steps, the second and third with clusters; and the loss."""
+    loss = ClusterNSLoss(model, 3, **CLUSTERED, **settings)
+    outer, found = wrap(loss), []
+    for number in range(3):
+        torch.manual_seed(number)  # of the first pick
+        found.append(loss_and_gradients(outer, model, columns))
+    return found, loss
+
+
+def assert_steps_close(found, expected):
+    for (ours, of_ours), (theirs, of_theirs) in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert list(of_ours) == list(of_theirs)
+        assert_gradients_close(of_ours.values(), of_theirs.values())
+    assert found[0][0] != pytest.approx(found[2][0], rel=1e-3)  # clusters count
+
+
+def assert_states_close(found, expected):
+    assert list(found.objective.state_dict()) == list(expected.objective.state_dict())
+    for name, value in expected.objective.state_dict().items():
+        if name.endswith("initialized"):
+            assert found.objective.state_dict()[name]
+        else:
+            assert_close(found.objective.state_dict()[name], value)
 
 
 COLUMNS = {
@@ -64,104 +89,205 @@ COLUMNS = {
 @pytest.mark.parametrize("columns", COLUMNS.values(), ids=COLUMNS)
 @pytest.mark.parametrize("mini_batch_size", [None, 2])
 def test_without_clusters_it_is_their_loss(still, columns, mini_batch_size):
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-
+    columns = features(still, *columns)
     settings = {"hard_negatives": False, "mini_batch_size": mini_batch_size}
-    ours, of_ours = loss_and_gradients(ClusterNSLoss(still, 0, **settings), still, *columns)
-    theirs, of_theirs = loss_and_gradients(MultipleNegativesRankingLoss(still), still, *columns)
+    ours, of_ours = loss_and_gradients(ClusterNSLoss(still, 0, **settings), still, columns)
+    theirs, of_theirs = loss_and_gradients(losses.MultipleNegativesRankingLoss(still), still, columns)
     assert ours == pytest.approx(theirs, rel=1e-4)
     assert list(of_ours) == list(of_theirs)
     assert any(gradient.abs().max() > 1e-3 for gradient in of_theirs.values())
     assert_gradients_close(of_ours.values(), of_theirs.values())
 
 
-def test_one_column_is_two_dropout_views(model, still):
-    for each, same in ((model, False), (still, True)):
-        each.train()
-        loss = ClusterNSLoss(each, 0, hard_negatives=False)
-        loss(features(each, TEXTS[:6]))
+def test_one_column_is_two_dropout_views(still, tmp_path):
+    for model, same in ((make_model(tmp_path / "model", dropout=0.1), False), (still, True)):
+        model.train()
+        loss = ClusterNSLoss(model, 0, hard_negatives=False)
+        loss(features(model, TEXTS[:6]))
         assert (float(loss.last["positive_cosine"]) > 1 - 1e-4) == same
 
 
-def run(model, folder, *, steps, seed=3, resume=False, save_steps=1000, **more):
-    loss = ClusterNSLoss(model, 4, start_cosine=1.0, centroid_momentum=0.1, **more)
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=6,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        save_steps=save_steps,
-        logging_steps=1,
-        report_to="none",
-        seed=seed,
-        use_cpu=True,
-        disable_tqdm=True,
+def test_one_column_without_dropout_is_warned_of(still):
+    still.train()
+    for mini_batch_size in (None, 2):
+        loss = ClusterNSLoss(still, 3, mini_batch_size=mini_batch_size)
+        with pytest.warns(UserWarning, match="the two views of every sentence are the same.*dropout"):
+            loss(features(still, TEXTS[:6]))
+
+
+def test_router_takes_each_column_its_way(tmp_path):
+    """Columns differ in what their features hold beside tensors; mini-batches of 3 lie across two of them."""
+    try:
+        from sentence_transformers.base.modules import Router
+    except ImportError:
+        from sentence_transformers.models import Router
+
+    routes = [list(make_model(tmp_path / name, seed=seed).children()) for seed, name in enumerate("qd")]
+    model = SentenceTransformer(modules=[Router.for_query_document(*routes)], device="cpu")
+    tasks = ["query", "document", "document", "query"]
+    columns = [
+        preprocess(model, TEXTS[4 * number : 4 * number + 4], task=task) for number, task in enumerate(tasks)
+    ]
+    columns[3] = preprocess(model, ["bird", "far far home", "a", "mat"], task="query")
+    whole, loss = steps(model, columns)
+    for route in ("query", "document"):
+        assert sum(route in name and g.abs().max() > 1e-3 for name, g in whole[2][1].items()) > 10
+    for mini_batch_size in (2, 3):
+        parts, cached = steps(model, columns, mini_batch_size=mini_batch_size)
+        assert_steps_close(parts, whole)
+        assert_states_close(cached, loss)
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 2])
+def test_modules_may_change_features_in_place(still, mini_batch_size):
+    """As pooling without the prompt does with the mask, in sentence-transformers 5."""
+    seen = []
+
+    def change(module, inputs, output):
+        seen.append(inputs[0]["notes"].pop())
+        inputs[0]["attention_mask"][:, 2:] = 0
+        inputs[0]["input_ids"].zero_()
+
+    column = {**features(still, TEXTS[:6])[0], "notes": ["kept"]}
+    before = copy.deepcopy(column)
+    whole, _ = steps(still, [column])
+    still.register_forward_hook(change)
+    spoilt, loss = steps(still, [column], mini_batch_size=mini_batch_size)
+    assert len(seen) == (6 if mini_batch_size is None else 36)
+    assert_steps_close(spoilt, whole)
+    assert float(loss.last["positive_cosine"]) > 1 - 1e-4
+    assert column["notes"] == ["kept"]
+    assert list(column) == list(before)
+    assert torch.equal(column["input_ids"], before["input_ids"])
+    assert torch.equal(column["attention_mask"], before["attention_mask"])
+
+
+def by_hand(model, columns, widths, *, normalize=True):
+    """Values and gradients of three steps, from a `clusterns.ClusterNSLoss` for each width."""
+    of_widths = {width: clusterns.ClusterNSLoss(width, 3, **CLUSTERED) for width in widths}
+    found = []
+    for number in range(3):
+        torch.manual_seed(number)
+        model.zero_grad()
+        embeddings = [model(dict(column))["sentence_embedding"] for column in columns]
+        total = torch.zeros(())
+        for width, weight in widths.items():
+            cut = [rows[:, :width] for rows in embeddings]
+            total = total + weight * of_widths[width](
+                *([F.normalize(rows) for rows in cut] if normalize else cut)
+            )
+        total.backward()
+        found.append((total.item(), gradients(model)))
+    return found, of_widths
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 2])
+def test_matryoshka_has_centroids_for_each_width(still, mini_batch_size):
+    widths = {16: 1.0, 8: 0.5, 4: 2.0}
+    columns = features(still, TEXTS[:6], TEXTS[6:12], TEXTS[12:18])
+
+    def wrap(loss):
+        return losses.MatryoshkaLoss(still, loss, [4, 16, 8], [2.0, 1.0, 0.5])
+
+    if mini_batch_size is not None and VERSION < (5, 7):
+        with pytest.raises(ValueError, match="mini_batch_size: expected None within MatryoshkaLoss"):
+            steps(still, columns, wrap=wrap, mini_batch_size=mini_batch_size)
+        return
+    found, loss = steps(still, columns, wrap=wrap, mini_batch_size=mini_batch_size)
+    expected, of_widths = by_hand(still, columns, widths)
+    assert_steps_close(found, expected)
+    for width, other in of_widths.items():
+        assert_close(loss.objective.of_width(width).centroids, other.centroids)
+    again = ClusterNSLoss(still, 3, **CLUSTERED)
+    again.objective.load_state_dict(loss.objective.state_dict())
+    assert_states_close(again, loss)
+    assert len(again.objective.state_dict()) == 6
+    with torch.no_grad():  # as in evaluation
+        still.eval()
+        value = losses.MatryoshkaLoss(still, again, [16, 4])(columns, None)
+    assert_states_close(again, loss)
+    assert value > 0
+
+
+def test_matryoshka_moves_only_the_drawn_width(still):
+    columns = features(still, TEXTS[:6], TEXTS[6:12])
+    loss = ClusterNSLoss(still, 3, **CLUSTERED)
+    outer = losses.MatryoshkaLoss(still, loss, [8, 4], n_dims_per_step=1)
+    still.train()
+    for _ in range(6):
+        outer(columns, None)
+    before = {width: loss.objective.of_width(width).centroids.clone() for width in (8, 4)}
+    assert all(value.any() for value in before.values())
+    assert not loss.objective.centroids.any()
+    outer(columns, None)
+    assert sum(torch.equal(loss.objective.of_width(width).centroids, before[width]) for width in (8, 4)) == 1
+
+
+@pytest.mark.parametrize("wrapper", ["AdaptiveLayerLoss", "Matryoshka2dLoss"])
+def test_layers_are_refused(still, wrapper):
+    more = [[16, 8]] if wrapper == "Matryoshka2dLoss" else []
+    outer = getattr(losses, wrapper)(still, ClusterNSLoss(still, 3), *more)
+    with pytest.raises(ValueError, match="loss: expected one outside of AdaptiveLayerLoss"):
+        outer(features(still, TEXTS[:6], TEXTS[6:12]), None)
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 2])
+def test_truncate_dim_is_what_is_trained(tmp_path, mini_batch_size):
+    model = make_model(tmp_path / "model", truncate_dim=8)
+    columns = features(model, TEXTS[:6], TEXTS[6:12])
+    found, loss = steps(model, columns, mini_batch_size=mini_batch_size)
+    expected, of_widths = by_hand(model, columns, {8: 1.0}, normalize=False)
+    assert_steps_close(found, expected)
+    assert_close(loss.objective.centroids, of_widths[8].centroids)
+
+
+def test_static_embeddings_take_a_column_whole():
+    model = SentenceTransformer(
+        modules=[StaticEmbedding(make_tokenizer().backend_tokenizer, embedding_dim=16)], device="cpu"
     )
-    data = Dataset.from_dict({"text": TEXTS})
-    trainer = SentenceTransformerTrainer(
-        model,
-        arguments,
-        train_dataset=data,
-        eval_dataset=data,
-        loss=loss,
-        callbacks=[ClusteringState(loss)],
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return loss, trainer
+    found, _ = steps(model, features(model, TEXTS[:6], TEXTS[6:12]))
+    assert found[2][1]
+    with pytest.raises(
+        ValueError, match="mini_batch_size: expected None for a model with a StaticEmbedding.*got 2"
+    ):
+        ClusterNSLoss(model, mini_batch_size=2)
 
 
-def test_in_their_trainer(model, tmp_path):
-    loss, trainer = run(model, tmp_path / "run", steps=8)
-    assert bool(loss.objective.initialized)
-    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    assert len(losses) == 8
-    before = loss.objective.centroids.clone()
-    assert "eval_loss" in trainer.evaluate()
-    assert torch.equal(loss.objective.centroids, before)
-    model.save(str(tmp_path / "saved"))
-    card = (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
-    assert "deng-etal-2023-clustering" in card
-    assert '"num_clusters": 4' in card
-    again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
-    assert_close(again.encode(TEXTS, convert_to_tensor=True), model.encode(TEXTS, convert_to_tensor=True))
+def test_features_without_rows_are_refused(still):
+    """Such as texts flattened into one."""
+    column = {"input_ids": torch.tensor([[2, 4, 3, 2, 5, 3]]), "cu_seq_lens_q": torch.tensor([0, 3, 6])}
+    with pytest.raises(
+        ValueError, match="mini_batch_size: expected None for features without equally many rows"
+    ):
+        ClusterNSLoss(still, 0, hard_negatives=False, mini_batch_size=2)([column, column])
 
 
-def test_resume_keeps_the_clusters(tmp_path):
-    """Their Trainer brings back model, optimiser and random numbers, the callback the centroids."""
-    make_encoder().save(tmp_path / "model")
-
-    def fresh():
-        torch.manual_seed(0)
-        return SentenceTransformer(str(tmp_path / "model"), device="cpu")
-
-    folder = tmp_path / "run"
-    whole, _ = run(fresh(), folder, steps=6, save_steps=3)
-    kept = load_file(folder / "checkpoint-3" / STATE_FILE)
-    assert not torch.equal(kept["centroids"], whole.objective.centroids)
-    again, _ = run(fresh(), folder, steps=6, resume=str(folder / "checkpoint-3"), save_steps=1000)
-    for name, value in whole.objective.state_dict().items():
-        assert torch.equal(again.objective.state_dict()[name], value), name
-    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-    (folder / "checkpoint-3" / STATE_FILE).unlink()
-    with pytest.raises(FileNotFoundError, match="expected the clustering state of the checkpoint"):
-        run(fresh(), folder, steps=6, resume=str(folder / "checkpoint-3"))
+def test_embeddings_in_place_of_features(still):
+    """Also with mini-batches, which concern the model alone."""
+    rows = torch.randn(2, 6, 16)
+    for mini_batch_size in (None, 2):
+        loss = ClusterNSLoss(still, 3, mini_batch_size=mini_batch_size)
+        expected = clusterns.ClusterNSLoss(16, 3)(*rows)
+        assert torch.equal(loss.compute_loss_from_embeddings([*rows]), expected)
 
 
-def test_bad_settings(model):
+def test_bad_settings(still):
+    with pytest.raises(
+        TypeError, match="model: expected a SentenceTransformer, got int; .* clusterns.ClusterNSLoss"
+    ):
+        ClusterNSLoss(768)
     with pytest.raises(ValueError, match="temperature: expected a number"):
-        ClusterNSLoss(model, temperature=torch.nn.Parameter(torch.tensor(0.05)))
+        ClusterNSLoss(still, temperature=torch.nn.Parameter(torch.tensor(0.05)))
     with pytest.raises(ValueError, match="process_group: expected gather_across_devices"):
-        ClusterNSLoss(model, process_group=None)
+        ClusterNSLoss(still, process_group=None)
     with pytest.raises(ValueError, match="mini_batch_size: expected"):
-        ClusterNSLoss(model, mini_batch_size=0)
+        ClusterNSLoss(still, mini_batch_size=0)
     with pytest.raises(ValueError, match="embeddings: expected at least 2 tensors, got 1"):
-        ClusterNSLoss(model).compute_loss_from_embeddings([torch.ones(2, 16)])
-    cached = ClusterNSLoss(model, mini_batch_size=2)
-    with pytest.raises(ValueError, match="mini_batch_size: expected None for a loss from embeddings"):
-        cached.compute_loss_from_embeddings([torch.ones(2, 16)] * 2)
+        ClusterNSLoss(still).compute_loss_from_embeddings([torch.ones(2, 16)])
+    with pytest.raises(ValueError, match="expected embedding_dim 16, got shape"):  # outside of MatryoshkaLoss
+        ClusterNSLoss(still).compute_loss_from_embeddings([torch.ones(2, 8)] * 2)
+    with pytest.raises(TypeError, match="loss: expected a clusterns.sentence_transformers.ClusterNSLoss"):
+        ClusteringState(clusterns.ClusterNSLoss(16))
 
 
 def test_ranks_equal_one_process(still, tmp_path):
