@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .checks import check_count, check_embeddings
+from .checks import check_count, check_embeddings, under_functorch
 from .loss import ClusterNSLoss
 
 # What `encode` takes: a tensor (rows, ...), or a dict, tuple or list of such, nested as one likes.
@@ -87,6 +87,11 @@ class CachedClusterNSLoss(ClusterNSLoss):
                 `create_graph=True`.
 
         """
+        if under_functorch():
+            raise RuntimeError(
+                "encode: expected ClusterNSLoss(backend='reference') within torch.func, got "
+                "CachedClusterNSLoss, which is for loss.backward()"
+            )
         if not callable(encode):
             raise TypeError(
                 f"encode: expected a function of inputs, got {type(encode).__name__}; "

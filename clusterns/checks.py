@@ -14,6 +14,32 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def under_functorch() -> bool:
+    """Whether a transform of `torch.func` is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def check_transforms(backend: str) -> None:
+    """Require "reference" within `torch.func`, which would differentiate the gradients or batch the rows."""
+    if backend != "reference" and under_functorch():
+        raise RuntimeError(
+            f"backend: expected 'reference' within torch.func (grad, vmap, jacrev ...), got {backend!r}, "
+            "which is for loss.backward() and torch.autograd.grad"
+        )
+
+
+def check_differentiated_once() -> None:
+    """Refuse, within a backward, to be differentiated again: its gradients are numbers, not formulas.
+
+    A compiler only traces it, and refuses by itself.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "create_graph: expected False, got True; only backend='reference' is twice differentiable, "
+            "and of cosines clusterns.reference.cosine_similarity_matrix"
+        )
+
+
 def check_embeddings(name: str, value: Tensor) -> None:
     """Require a (rows ≥ 1, dim ≥ 1) tensor of float16, bfloat16, float32 or float64."""
     if not isinstance(value, Tensor):
@@ -22,6 +48,8 @@ def check_embeddings(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: expected 2 dimensions (rows, dim), got shape {tuple(value.shape)}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {value.layout}")
     if value.shape[0] < 1 or value.shape[1] < 1:
         raise ValueError(f"{name}: expected at least one row and one column, got shape {tuple(value.shape)}")
 
@@ -53,11 +81,28 @@ def check_ids(name: str, value: Tensor, rows: int, other_name: str, other: Tenso
     check_device(name, value, other_name, other)
 
 
+def check_within(name: str, ids: Tensor, count: int) -> None:
+    """Require ids in [0, count), which are looked at on the CPU only (no sync)."""
+    if not isinstance(ids, Tensor) or ids.device.type != "cpu" or not ids.numel():
+        return
+    if torch.compiler.is_compiling() or under_functorch():
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= count:
+        raise ValueError(f"{name}: expected ids in [0, {count}), got {low if low < 0 else high}")
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Require one of a few words."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         words = ", ".join(repr(word) for word in choices)
-        raise ValueError(f"{name}: expected one of {words}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {words}, got {in_short(value)}")
+
+
+def in_short(value: object) -> str:
+    """The repr on one line, cut."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_number(
@@ -76,7 +121,7 @@ def check_number(
     ]
     wanted = " ".join(["a finite number", " and ".join(bounds)]).strip()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__} {in_short(value)}")
     inside = (
         math.isfinite(value)
         and (above is None or value > above)
@@ -90,7 +135,7 @@ def check_number(
 def check_count(name: str, value: int, *, at_least: int) -> None:
     """Require an integer of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {in_short(value)}")
     if value < at_least:
         raise ValueError(f"{name}: expected at least {at_least}, got {value}")
 
@@ -111,7 +156,7 @@ def check_temperature(temperature: float | Tensor, other_name: str = "", other: 
                 f"temperature: expected the device of {other_name}, {other.device}, got "
                 f"{temperature.device}; move it, or the loss that holds it, with .to(device)"
             )
-        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+        if temperature.device.type == "cpu" and not (torch.compiler.is_compiling() or under_functorch()):
             check_number("temperature", float(temperature.detach()), above=0)
         return
     check_number("temperature", temperature, above=0)

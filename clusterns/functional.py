@@ -22,6 +22,9 @@ from .checks import (
     check_like,
     check_number,
     check_temperature,
+    check_transforms,
+    check_within,
+    under_functorch,
 )
 from .normalization import compute_dtype, unit_rows, without_autocast
 from .options import WORKSPACE_BYTES, Options
@@ -53,7 +56,7 @@ class ObjectiveTerms(NamedTuple):
 
 
 def cosine_similarity_matrix(a: Tensor, b: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """cos(a_i, b_j) / τ for all pairs, differentiable in a, b and τ.
+    """cos(a_i, b_j) / τ for all pairs, differentiable in a, b and τ; on a GPU once, as `info_nce`.
 
     Args:
         a: (M, D) embeddings.
@@ -67,7 +70,7 @@ def cosine_similarity_matrix(a: Tensor, b: Tensor, temperature: float | Tensor =
     check_embeddings("a", a)
     check_like("b", b, "a", a)
     check_temperature(temperature, "a", a)
-    if choose_backend("auto", a, b) == "triton":
+    if choose_backend("auto", a, b) == "triton" and not under_functorch():
         return fused.cosine_similarity_matrix(a, b, temperature)
     dtype = compute_dtype(a, b)
     with without_autocast(a.device):
@@ -210,6 +213,7 @@ def objective(
     backend = choose_backend(
         backend, anchors, positives, negatives, centroids, workspace_bytes, shared=ranks is not None
     )
+    check_transforms(backend)
     options = Options(hard_negative_weight, false_negatives, bml_weight, bml_alpha, bml_beta, workspace_bytes)
     if backend == "triton":
         terms = fused.objective(
@@ -219,14 +223,17 @@ def objective(
 
     if centroids is not None and (hard_negative_ids is None or cluster_ids is None):
         with torch.no_grad():
+            dtype = compute_dtype(anchors, positives, negatives)
             if backend == "triton-chunked":
-                assigned = NearestCentroids(*fused.nearest_centroids(anchors, centroids))
+                nearest, runner_up, *_ = fused.nearest_centroids(anchors, centroids)
+            elif backend == "reference":
+                nearest, runner_up = reference.nearest_and_runner_up(anchors.to(dtype), centroids.to(dtype))
             else:
-                dtype = compute_dtype(anchors, positives, negatives)
                 assigned, centroid_cosines = assign_unit_rows(unit_rows(anchors, dtype)[0], centroids)
-        cluster_ids = assigned.nearest if cluster_ids is None else cluster_ids
+                nearest, runner_up = assigned[:2]
+        cluster_ids = nearest if cluster_ids is None else cluster_ids
         if hard_negative_ids is None and len(centroids) > 1:
-            hard_negative_ids = assigned.runner_up
+            hard_negative_ids = runner_up
     if hard_negative_ids is not None:
         hard_negative_ids = hard_negative_ids.long()
 
@@ -295,15 +302,18 @@ def info_nce(
     Returns:
         0-d float32, or float64 if an embedding is float64. Gradient reaches anchors, positives, negatives and
         τ; never the centroids. Zero rows have cosine 0 and gradient 0. Only "reference" is twice
-        differentiable.
+        differentiable, and works within `torch.func`.
 
     Raises:
         TypeError, ValueError: one line that names the argument, what was expected and what came.
-        RuntimeError: backend="triton" where it cannot run, with the reason.
+        RuntimeError: backend="triton" where it cannot run, with the reason; within `torch.func`, or in a
+            backward with `create_graph=True`, for another backend than "reference".
 
     Source: method steps 5 to 8; Deng et al. 2023, section 3.
 
     """
+    if hard_negative_ids is not None and centroids is not None:
+        check_within("hard_negative_ids", hard_negative_ids, len(centroids))
     return objective(
         anchors,
         positives,

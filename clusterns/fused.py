@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import operators  # noqa: F401 (defines torch.ops.clusterns)
+from .checks import check_differentiated_once
 from .kernels import target
 from .options import Options
 
@@ -114,8 +114,8 @@ class _Objective(torch.autograd.Function):
         return loss, terms
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss: Tensor | None, _grad_terms: None) -> tuple[Tensor | None, ...]:
+        check_differentiated_once()
         if grad_loss is None:
             return (None,) * 11
         anchors, positives, negatives, temperature, *saved, terms = ctx.saved_tensors
@@ -238,8 +238,8 @@ class _Similarity(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        check_differentiated_once()
         x, y, temperature, *saved = ctx.saved_tensors
         need_x, need_y, need_temperature, _ = ctx.needs_input_grad
         found = torch.ops.clusterns.similarity_backward(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,16 @@ from torch import Tensor, nn
 from . import fused
 from .backend import check_backend, choose_backend
 from .centroids import OnlineKMeans
-from .checks import check_choice, check_count, check_embeddings, check_like, check_number, check_temperature
+from .checks import (
+    check_choice,
+    check_count,
+    check_embeddings,
+    check_like,
+    check_number,
+    check_temperature,
+    check_transforms,
+    under_functorch,
+)
 from .distributed import GATHERS, Ranks, seed_together
 from .functional import FALSE_NEGATIVES, ObjectiveTerms, objective
 from .options import WORKSPACE_BYTES, Options
@@ -19,6 +30,7 @@ _NOT_STARTED = (
     "fullgraph: expected clustering_active, or eval mode, for a whole graph, as until then each step reads "
     "the mean cosine; run the steps up to the start without fullgraph=True, and with it from then on"
 )
+_FOR_MODELS = "the loss that takes a model, for its Trainer, is clusterns.sentence_transformers.ClusterNSLoss"
 
 
 class ClusterNSLoss(OnlineKMeans):
@@ -30,7 +42,11 @@ class ClusterNSLoss(OnlineKMeans):
     sentences of one cluster as false negatives of each other.
 
     In `eval()` mode the clustering state is used but not changed. After clustering has started a step does
-    not wait for the device.
+    not wait for the device; the first in training mode does, to see whether the two views differ.
+
+    What makes training pointless is a UserWarning, once each: views that are the same, a batch of one without
+    negatives, a batch too small to seed from, a temperature that looks like a scale or will not be trained,
+    ranks that do not share their batch.
 
     Args:
         embedding_dim: D.
@@ -60,6 +76,9 @@ class ClusterNSLoss(OnlineKMeans):
 
     """
 
+    # What a warning tells to do where several ranks train and each sees its own rows only.
+    lone_ranks_cure: str = "process_group=torch.distributed.group.WORLD"
+
     def __init__(
         self,
         embedding_dim: int,
@@ -80,6 +99,9 @@ class ClusterNSLoss(OnlineKMeans):
         gather: str = "all",
         workspace_bytes: int = WORKSPACE_BYTES,
     ):
+        if isinstance(embedding_dim, nn.Module):
+            kind = type(embedding_dim).__name__
+            raise TypeError(f"embedding_dim: expected an integer, got the model {kind}; {_FOR_MODELS}")
         super().__init__(
             embedding_dim,
             num_clusters,
@@ -121,7 +143,9 @@ class ClusterNSLoss(OnlineKMeans):
         self.gather = gather
         self.workspace_bytes = workspace_bytes
         self.last: dict[str, Tensor] = {}
-        self._warned_small_batch = False
+        self._begun = False
+        self._told: set[str] = set()
+        self._look_at_temperature()
 
     def forward(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
         """Loss of one batch, 0-d float32 (float64 for float64 embeddings); see the class.
@@ -133,6 +157,7 @@ class ClusterNSLoss(OnlineKMeans):
 
         Raises:
             TypeError, ValueError: one line that names the argument, what was expected and what came.
+            RuntimeError: as `info_nce`; within `torch.func` also in training mode, as centroids cannot move.
 
         """
         ranks = None
@@ -149,18 +174,25 @@ class ClusterNSLoss(OnlineKMeans):
             self.workspace_bytes,
             shared=ranks is not None,
         )
+        check_transforms(backend)
+        if self.training and self.num_clusters and under_functorch():
+            raise RuntimeError(
+                "training: expected eval mode within torch.func, where centroids cannot move; call .eval()"
+            )
         if backend == "triton":
             terms, cosines = self._fused_step(*inputs, self.centroids if clustered else None)
         else:
             terms, cosines = self._step(*inputs, clustered, backend, ranks)
         self.last = {name: term.detach() for name, term in terms._asdict().items()} | cosines
-        if self.training and self.num_clusters and not clustered:
-            maybe_seed = self._maybe_seed
-            if torch.compiler.is_compiling():
-                torch._dynamo.graph_break(msg=_NOT_STARTED)
-                # Else the K picks are unrolled into a graph. No decorator: it would load Triton at import.
-                maybe_seed = torch.compiler.disable(maybe_seed)
-            maybe_seed(anchors, positives, terms.mean_cosine, ranks)
+        after_step = self._after_step
+        if torch.compiler.is_compiling():
+            if not (self.training and self.num_clusters and not clustered):
+                return terms.loss
+            torch._dynamo.graph_break(msg=_NOT_STARTED)
+            # Else the K picks are unrolled into a graph. No decorator: it would load Triton at import.
+            after_step = torch.compiler.disable(after_step)
+        if self.training:
+            after_step(*inputs, terms.mean_cosine, ranks)
         return terms.loss
 
     def _meet(
@@ -266,6 +298,8 @@ class ClusterNSLoss(OnlineKMeans):
         return ObjectiveTerms(*terms[:5]), cosines
 
     def _check(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None) -> None:
+        if isinstance(anchors, (list, tuple)) and anchors and isinstance(anchors[0], Mapping):
+            raise TypeError(f"anchors: expected a tensor of shape (rows, dim), got features; {_FOR_MODELS}")
         check_embeddings("anchors", anchors)
         check_like("positives", positives, "anchors", anchors, same_rows=True)
         if negatives is not None:
@@ -281,21 +315,89 @@ class ClusterNSLoss(OnlineKMeans):
             )
         check_temperature(self.temperature, "anchors", anchors)
 
-    def _maybe_seed(
-        self, anchors: Tensor, positives: Tensor, mean_cosine: Tensor, ranks: Ranks | None
+    def _after_step(
+        self,
+        anchors: Tensor,
+        positives: Tensor,
+        negatives: Tensor | None,
+        mean_cosine: Tensor,
+        ranks: Ranks | None,
     ) -> None:
-        """Start rule. The only place that waits for the device, and only until clustering has started."""
-        if not bool(mean_cosine <= self.start_cosine):
-            return
+        """What the host does in training: warnings, and the start rule.
+
+        The only place that waits for the device: in the first step, and until clustering has started.
+        """
+        clustered = self.clustering_active
         batch = len(anchors) if ranks is None else ranks.batch
-        if batch < self.num_clusters:
-            if not self._warned_small_batch:
-                warnings.warn(
-                    f"clustering waits: a batch of {batch} cannot seed "
-                    f"num_clusters={self.num_clusters}; use a larger batch or fewer clusters",
-                    stacklevel=3,
+        if batch == 1 and negatives is None and not (clustered and self.hard_negatives):
+            self._tell(
+                "alone",
+                "a batch of one has no negatives, its loss is always 0; use a larger batch, and "
+                "drop_last=True in the DataLoader against a last one of one row",
+            )
+        if self.num_clusters and not torch.is_grad_enabled():
+            self._tell(
+                "no grad",
+                "training: a step without gradient moves the centroids as any other; call the loss's .eval() "
+                "to evaluate",
+            )
+        if not self._begun:
+            self._begun = True
+            self._look_at_ranks()
+            if batch > 1 and _are_same(anchors, positives):
+                self._tell(
+                    "same views",
+                    "the two views of every sentence are the same, there is nothing to learn from: the "
+                    "encoder has no dropout or is in eval mode; call its .train(), set its dropout (in its "
+                    "configuration, as hidden_dropout_prob=0.1), or give pairs of sentences",
                 )
-                self._warned_small_batch = True
+        if self.num_clusters and not clustered and bool(mean_cosine <= self.start_cosine):
+            self._seed_from(anchors, positives, batch, ranks)
+
+    def _look_at_temperature(self) -> None:
+        tau = self.temperature
+        if isinstance(tau, Tensor):
+            if tau.requires_grad and not isinstance(tau, nn.Parameter):
+                self._tell(
+                    "temperature without parameter",
+                    "temperature: a tensor that requires a gradient but is no torch.nn.Parameter becomes a "
+                    "buffer, which no optimizer is given; to learn it pass torch.nn.Parameter(...)",
+                )
+            tau = float(tau.detach()) if tau.device.type == "cpu" else 0.0
+        if tau > 1:
+            self._tell(
+                "large temperature",
+                f"temperature: {tau:g} looks like the scale of other libraries, which is 1/temperature: "
+                f"pass temperature={1 / tau:g}",
+            )
+
+    def _look_at_ranks(self) -> None:
+        size = torch.distributed.get_world_size() if _is_distributed() else 1
+        if size > 1 and self.process_group is None:
+            self._tell(
+                "lone ranks",
+                f"each of the {size} ranks sees its own rows only; to share one batch pass "
+                f"{self.lone_ranks_cure}",
+            )
+
+    def _tell(self, name: str, text: str) -> None:
+        """Warn, once of each name, at the line that called the loss; of several ranks the first one does."""
+        if name in self._told or (_is_distributed() and torch.distributed.get_rank(self.process_group) > 0):
+            return
+        self._told.add(name)
+        level, caller = 1, sys._getframe()
+        while caller.f_back and caller.f_globals.get("__name__", "").split(".")[0] in ("clusterns", "torch"):
+            level, caller = level + 1, caller.f_back
+        warnings.warn(text, stacklevel=level)
+
+    def _seed_from(self, anchors: Tensor, positives: Tensor, batch: int, ranks: Ranks | None) -> None:
+        """Start clustering from a batch, if it is large enough."""
+        if batch < self.num_clusters:
+            self._tell(
+                "small batch",
+                f"clustering waits: a batch of {batch} cannot seed "
+                f"num_clusters={self.num_clusters}; use a larger batch or fewer clusters",
+            )
             return
         anchors, positives = anchors.detach(), positives.detach()
         if ranks is None:
@@ -323,3 +425,16 @@ class ClusterNSLoss(OnlineKMeans):
             f"false_negatives={self.false_negatives!r}, bml_weight={self.bml_weight}, "
             f"bml_alpha={self.bml_alpha}, bml_beta={self.bml_beta}, backend={self.backend!r}"
         )
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _are_same(anchors: Tensor, positives: Tensor) -> bool:
+    """Whether the mean cosine of paired rows (B, D) is 1 to rounding; reads it from the device."""
+    if anchors.is_meta or under_functorch():
+        return False
+    wide = (anchors.detach().float(), positives.detach().float())
+    rounding = max(1e-6, torch.finfo(anchors.dtype).eps ** 2)
+    return bool(torch.cosine_similarity(*wide).mean() > 1 - rounding)

@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .checks import check_differentiated_once
 from .normalization import without_autocast
 from .options import Options
 
@@ -128,12 +128,12 @@ class ClusterAwareInfoNCE(torch.autograd.Function):
         return found.loss, found.terms
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss: Tensor, _grad_terms: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients of the forward by the gradient of the loss.
 
         Those of float16 stay in float32 until scaled: a loss scale exists to keep them from underflowing.
         """
+        check_differentiated_once()
         scaled = [
             None if gradient is None else (gradient * grad_loss).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

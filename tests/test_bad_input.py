@@ -23,6 +23,7 @@ EMBEDDINGS = [
     (torch.ones(4, 3, dtype=torch.int64), GOOD, r"anchors: expected float16, .* got torch.int64"),
     (torch.ones(4, 3, dtype=torch.complex64), GOOD, r"anchors: expected float16, .* got torch.complex64"),
     ([[1.0, 2.0, 3.0]], GOOD, r"anchors: expected a tensor .* got list"),
+    (GOOD, GOOD.to_sparse(), r"positives: expected a dense tensor, got one of layout torch.sparse_coo"),
     (GOOD, torch.randn(5, 3), r"positives: expected shape \(4, 3\) to match anchors, got \(5, 3\)"),
     (GOOD, torch.randn(4, 2), r"positives: expected shape \(4, 3\) to match anchors, got \(4, 2\)"),
     (GOOD, torch.empty(4, 3, device="meta"), r"positives: expected device cpu to match anchors, got meta"),
@@ -45,6 +46,10 @@ def test_embeddings(anchors, positives, message):
         ({"num_clusters": -1}, "num_clusters: expected at least 0, got -1"),
         ({"num_clusters": 2.5}, "num_clusters: expected an integer, got float 2.5"),
         ({"embedding_dim": 0}, "embedding_dim: expected at least 1, got 0"),
+        (
+            {"embedding_dim": torch.zeros(9, 9)},
+            r"embedding_dim: expected an integer, got Tensor tensor.{,70}$",
+        ),
         ({"temperature": 0}, "temperature: expected a finite number above 0, got 0"),
         ({"temperature": -0.05}, "temperature: expected a finite number above 0, got -0.05"),
         ({"temperature": float("nan")}, "temperature: expected a finite number above 0, got nan"),
@@ -71,6 +76,18 @@ def test_settings(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message) as caught:
         ClusterNSLoss(**{"embedding_dim": 3, **arguments})
     assert "\n" not in str(caught.value)
+
+
+def test_the_loss_of_another_library_is_named():
+    model = torch.nn.Linear(3, 3)
+    line = "clusterns.sentence_transformers.ClusterNSLoss$"
+    for make in (ClusterNSLoss, CachedClusterNSLoss):
+        with pytest.raises(
+            TypeError, match=rf"^embedding_dim: expected an integer, got the model Linear; .*{line}"
+        ):
+            make(model)
+    with pytest.raises(TypeError, match=rf"^anchors: expected a tensor .* got features; .*{line}"):
+        ClusterNSLoss(3, 2)([{"input_ids": GOOD}], None)
 
 
 def test_loss_of_other_width_or_device():
@@ -115,6 +132,14 @@ def test_stateless_arguments():
             r"centroids: expected shape \(rows, 3\) to match anchors, got \(2, 4\)",
         ),
         ({"negatives": torch.randn(2, 4)}, r"negatives: expected shape \(rows, 3\) to match anchors"),
+        (
+            {"centroids": GOOD[:1], "hard_negative_ids": ids - 1},
+            r"hard_negative_ids: expected ids in \[0, 1\), got -1",
+        ),
+        (
+            {"centroids": GOOD[:2], "hard_negative_ids": ids + 2},
+            r"hard_negative_ids: expected ids in \[0, 2\), got 2",
+        ),
         ({"workspace_bytes": 0}, "workspace_bytes: expected at least 1, got 0"),
         ({"temperature": 0.0}, "temperature: expected a finite number above 0, got 0.0"),
     ]

@@ -141,6 +141,20 @@ def test_functions():
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
 
 
+def test_within_torch_func_only_the_reference_is_compiled():
+    """The others have no formula there: the compiler took their gradient for 0."""
+    anchors, positives = (view.detach() for view in views_of(8, 0, torch.float64))
+
+    def gradient(word):
+        loss = lambda z: objective(z, positives, backend=word).loss  # noqa: E731
+        return torch.func.grad(loss)(anchors)
+
+    compiled = torch.compile(gradient, backend="aot_eager")
+    torch.testing.assert_close(compiled("reference"), gradient("reference"))
+    with pytest.raises(RuntimeError, match="backend: expected 'reference' within torch.func"):
+        compiled("torch")
+
+
 def test_whole_graph_before_the_start_is_refused_in_one_line():
     loss_fn = loss_in("before", torch.float32, False)
     anchors, positives = views_of(8, 0, torch.float32)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from conftest import embeddings
@@ -149,6 +151,25 @@ def test_tiny_temperature_stays_finite(dtype):
     loss.backward()
     assert loss.isfinite()
     assert anchors.grad.isfinite().all()
+
+
+def test_reference_differentiates_and_batches_as_one_likes():
+    """Twice, in forward mode, within `torch.func` and over many batches; the others refuse."""
+    centroids = embeddings(3, 5, seed=3)[0].detach()
+    arguments = {"centroids": centroids, "false_negatives": "bml", "bml_weight": 0.3, "backend": "reference"}
+    anchors, positives = embeddings(6, 5)
+    loss = functools.partial(clusterns.info_nce, **arguments)
+    assert torch.autograd.gradgradcheck(loss, (anchors, positives))
+    (expected,) = torch.autograd.grad(clusterns.info_nce(anchors, positives, centroids=centroids), anchors)
+    plain = functools.partial(clusterns.info_nce, centroids=centroids, backend="reference")
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(transform(plain)(anchors.detach(), positives.detach()), expected)
+    many = torch.randn(4, 2, 6, 5, dtype=torch.float64)
+    each = torch.stack([loss(*pair) for pair in many])
+    torch.testing.assert_close(torch.func.vmap(loss)(many[:, 0], many[:, 1]), each)
+    with pytest.raises(RuntimeError, match="backend: expected 'reference' within torch.func .*, got 'torch'"):
+        torch.func.vmap(clusterns.info_nce)(many[:, 0], many[:, 1])
+    assert torch.autograd.gradgradcheck(clusterns.cosine_similarity_matrix, (anchors, positives))
 
 
 def test_backends_named_and_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import warnings
 
 import pytest
@@ -12,7 +13,7 @@ from compare import assert_close_to_truth
 from conftest import embeddings
 
 import clusterns
-from clusterns import ClusterNSLoss, reference
+from clusterns import CachedClusterNSLoss, ClusterNSLoss, reference
 
 UPDATES = ["sum", "mean", "replace", "adamw"]
 
@@ -123,6 +124,91 @@ def test_small_batch_waits_with_one_warning():
     assert loss_fn.clustering_active
     loss_fn(*small)  # once seeded any batch will do
     loss_fn(*(view[:1] for view in small))
+
+
+def warned(make, *batches):
+    """What each call of the loss warns of, in turn, and where."""
+    texts = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss_fn = make()
+        for views in batches:
+            loss_fn(*views)
+            texts.append([str(warning.message) for warning in caught])
+            assert all(warning.filename == __file__ for warning in caught)
+            caught.clear()
+    return texts
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_views_that_are_the_same_are_told_at_the_first_step(dtype):
+    views = [z.detach().to(dtype) for z in embeddings(8, 12, seed=0)]
+    same = (views[0], views[0] * 2)
+    line = "the two views of every sentence are the same.* no dropout .*hidden_dropout_prob=0.1.*give pairs"
+    first, second = warned(lambda: ClusterNSLoss(12, 2), same, same)
+    assert len(first) == 1
+    assert re.match(line, first[0])
+    assert not second
+    # One row that differs, however little of it, is enough; and later steps are not looked at.
+    other = views[0].clone()
+    other[0] += 0.1 * views[1][0]
+    assert warned(lambda: ClusterNSLoss(12, 2), (views[0], other), same) == [[], []]
+    assert warned(lambda: ClusterNSLoss(12, 2).eval(), same) == [[]]
+    cached = warned(lambda: CachedClusterNSLoss(12, 2), (torch.nn.Linear(12, 12, dtype=dtype), *same[:1] * 2))
+    assert len(cached[0]) == 1
+    assert re.match(line, cached[0][0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="the two views of every sentence")
+        ClusterNSLoss(12, 2)(*same)
+
+
+def test_a_batch_of_one_is_told_once():
+    plain = lambda: ClusterNSLoss(12, 0, hard_negatives=False)  # noqa: E731
+    one, many = (embeddings(rows, 12, dtype=torch.float32) for rows in (1, 8))
+    line = "a batch of one has no negatives, its loss is always 0; .* drop_last=True"
+    found = warned(plain, many, one, one)
+    assert [len(texts) for texts in found] == [0, 1, 0]
+    assert re.match(line, found[1][0])
+    assert warned(plain, (*one, many[0])) == [[]]
+    assert warned(lambda: plain().eval(), one) == [[]]
+    assert warned(started, one) == [[]]  # a centroid is a negative
+    assert re.match(line, warned(lambda: started(hard_negatives=False), one)[0][0])
+
+
+def test_steps_without_gradient_are_told():
+    views = embeddings(8, 12, dtype=torch.float32)
+    with torch.no_grad():
+        found = warned(lambda: ClusterNSLoss(12, 2), views, views)
+        assert warned(lambda: ClusterNSLoss(12, 2).eval(), views) == [[]]
+    assert [len(texts) for texts in found] == [1, 0]
+    assert re.match(r"training: a step without gradient moves the centroids .*\.eval\(\)", found[0][0])
+
+
+def test_temperatures_that_are_meant_otherwise():
+    for temperature in (20, 20.0, torch.tensor(20.0), torch.nn.Parameter(torch.tensor(20.0))):
+        with pytest.warns(UserWarning, match="temperature: 20 looks like the scale .* temperature=0.05$"):
+            CachedClusterNSLoss(12, 2, temperature=temperature)
+    tau = torch.tensor(0.05, requires_grad=True)
+    with pytest.warns(UserWarning, match="temperature: .* becomes a buffer, .* pass torch.nn.Parameter"):
+        ClusterNSLoss(12, 2, temperature=tau)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for good in (1.0, 0.05, torch.tensor(0.05), torch.nn.Parameter(torch.tensor(0.05))):
+            ClusterNSLoss(12, 2, temperature=good)
+
+
+def test_ranks_that_share_nothing_are_told(monkeypatch):
+    views = embeddings(8, 12, dtype=torch.float32)
+    for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 0)):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)
+    words = "each of the 2 ranks sees its own rows only; to share one batch pass "
+    cure = ClusterNSLoss.lone_ranks_cure
+    assert warned(lambda: ClusterNSLoss(12, 2), views, views) == [[words + cure], []]
+    monkeypatch.setattr(ClusterNSLoss, "lone_ranks_cure", "it on")
+    assert warned(lambda: ClusterNSLoss(12, 2), views) == [[words + "it on"]]
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 1)  # the first one says it for all
+    assert warned(lambda: ClusterNSLoss(12, 2), views) == [[]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
