@@ -19,9 +19,9 @@ OTHERS = ["the cat", "a dog", "bird bird", "far bird", "dog slowly sat", "the ma
 
 
 def make_model(
-    folder: Path, *, dropout: float = 0.0, seed: int = 0, **settings: object
+    folder: Path, *, dropout: float = 0.0, seed: int = 0, pooling: str = "cls", **settings: object
 ) -> SentenceTransformer:
-    encoder = make_encoder(seed)
+    encoder = make_encoder(seed, pooling)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         setattr(encoder.transformer.config, name, dropout)
     encoder.save(folder)

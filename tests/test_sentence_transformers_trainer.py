@@ -1,4 +1,4 @@
-"""The loss in the Trainer of sentence-transformers, with all that one asks of it, over a save and a resume."""
+"""The loss in the Trainer of sentence-transformers, with all that one asks of it, over save and resume."""
 
 from __future__ import annotations
 
@@ -214,6 +214,7 @@ class Backend:
 
 def test_hyperparameter_search(fresh, tmp_path, monkeypatch):
     """Each trial has a folder and a model of its own, and begins without clusters."""
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: {})
     monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, Backend)
     loss = make_loss(fresh())
     trainer = make_trainer(None, loss, tmp_path / "run", model_init=fresh, save_steps=1)
@@ -228,11 +229,15 @@ def test_hyperparameter_search(fresh, tmp_path, monkeypatch):
 
 
 class Recorder:
-    """Features of each call of a model, as they come."""
+    """Features of each call of a model in training, as they come."""
 
     def __init__(self, model):
         self.calls = []
-        model.register_forward_pre_hook(lambda module, inputs: self.calls.append(copy.deepcopy(inputs[0])))
+        model.register_forward_pre_hook(self.record)
+
+    def record(self, module, inputs):
+        if module.training:
+            self.calls.append(copy.deepcopy(inputs[0]))
 
 
 def test_gradient_accumulation_is_by_hand(still, tmp_path):
@@ -280,20 +285,15 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("case", PROMPTS.values(), ids=PROMPTS)
-def test_prompts(still, tmp_path, case):
+def test_prompts(tmp_path, case):
     """Also where they are left out of the mean; whole and in mini-batches alike."""
+    make_model(tmp_path / "mean", pooling="mean")
     prompts, name, words = case
     data = Dataset.from_dict(PAIRS)
     found = []
     for mini_batch_size in (None, 2):
-        model = still()
-        model[1].load_state_dict(model[1].state_dict())
+        model = SentenceTransformer(str(tmp_path / "mean"), device="cpu")
         model.set_pooling_include_prompt(False)
-        for option in ("pooling_mode", "pooling_mode_mean_tokens"):
-            if hasattr(model[1], option):
-                setattr(model[1], option, "mean" if option == "pooling_mode" else True)
-        if hasattr(model[1], "pooling_mode_cls_token"):
-            model[1].pooling_mode_cls_token = False
         loss, recorder = make_loss(model, mini_batch_size=mini_batch_size), Recorder(model)
         loss.objective.start_from(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)))
         given = loss if name is None else {name: loss}
@@ -303,6 +303,7 @@ def test_prompts(still, tmp_path, case):
             tmp_path / "run",
             data if name is None else DatasetDict({name: data}),
             prompts=prompts,
+            optim="sgd",
         ).train()
         found.append(loss)
         if mini_batch_size is None:
@@ -313,7 +314,7 @@ def test_prompts(still, tmp_path, case):
                 assert (set(begin) == {word}) if word else (len(set(begin)) > 1)
     assert_close(found[1].objective.centroids, found[0].objective.centroids)
     for one, other in zip(found[1].model.parameters(), found[0].model.parameters(), strict=True):
-        assert_close(one, other, 1e-3)
+        assert_close(one, other, 1e-3, least=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -328,4 +329,4 @@ def test_half_precision(still, tmp_path, precision, mini_batch_size):
         assert loss.objective.initialized
         assert loss.objective.centroids.dtype == torch.float32
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
-    assert losses[1] != losses[0]
+    assert (losses[1] != losses[0]) == (precision == "bf16")  # the other has no effect here
