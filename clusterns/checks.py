@@ -92,11 +92,12 @@ def check_within(name: str, ids: Tensor, count: int) -> None:
         raise ValueError(f"{name}: expected ids in [0, {count}), got {low if low < 0 else high}")
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Require one of a few words."""
+def check_choice(name: str, value: str, choices: Sequence[str], beside: str = "") -> None:
+    """Require one of a few words; `beside` says what else the argument takes."""
     if not isinstance(value, str) or value not in choices:
         words = ", ".join(repr(word) for word in choices)
-        raise ValueError(f"{name}: expected one of {words}, got {in_short(value)}")
+        beside = f" or {beside}" if beside else ""
+        raise ValueError(f"{name}: expected one of {words}{beside}, got {in_short(value)}")
 
 
 def in_short(value: object) -> str:

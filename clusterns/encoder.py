@@ -9,7 +9,7 @@ and says itself how it pools and prompts.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -191,17 +191,18 @@ class SentenceEncoder(nn.Module):
                 raise FileNotFoundError(f"model: expected {HEAD_FILE} in {stated.root}, got a folder without")
         return encoder.eval()
 
-    def tokenize(self, sentences: Sequence[str], *, max_length: int | None = None) -> dict[str, Tensor]:
+    def tokenize(self, sentences: Iterable[str], *, max_length: int | None = None) -> dict[str, Tensor]:
         """Inputs of `forward` as `encode` makes them: token ids, attention mask, what else the model takes.
 
         Each is an int64 tensor (B, T) on the CPU, padded on the right to the longest sentence, truncated to
         `max_length` (None: the encoder's). For training see `view_tokenizer`.
         """
         length = self.max_length if max_length is None else self.check_max_length(max_length)
-        if len(sentences) == 0:
+        texts = check_texts("sentences", sentences)
+        if not texts:
             raise ValueError("sentences: expected at least one, got an empty list")
         batch = self.evaluation_tokenizer(
-            check_texts("sentences", sentences),
+            texts,
             padding=True,
             padding_side="right",
             truncation=True,
@@ -281,7 +282,7 @@ class SentenceEncoder(nn.Module):
 
     def encode(
         self,
-        sentences: Sequence[str],
+        sentences: Iterable[str],
         *,
         batch_size: int = 64,
         progress: bool = False,
@@ -290,7 +291,7 @@ class SentenceEncoder(nn.Module):
         """Embeddings (N, D) of the sentences, float32 on the CPU, without gradient or dropout.
 
         Args:
-            sentences: N texts.
+            sentences: N texts, a list or what can be walked through once.
             batch_size: of them at a time.
             progress: show a bar.
             dtype: torch.bfloat16 or torch.float16 computes in autocast to it, None or float32 without
@@ -322,7 +323,8 @@ class SentenceEncoder(nn.Module):
         """Write the encoder as transformers and sentence-transformers load it, its head and clusterns.json.
 
         A prompt model's own tokenizer is in the folder `tokenizer`; the one beside the weights, for the other
-        two libraries, puts the first template around each text.
+        two libraries, puts the first template around each text. Their max_seq_length counts that too, and
+        below its length the tokenizers library truncates nothing.
 
         `beside`: tensors to save with it, by the name of their .safetensors file.
 

@@ -229,6 +229,8 @@ class SphericalKMeans(  # scikit-learn wants its mixins on the left
     def _tensor(self, X, reset: bool) -> Tensor:
         """View X as a tensor of a floating dtype, checked; keep or check the number and names of features."""
         if isinstance(X, Tensor):
+            if not (X.is_floating_point() or X.is_complex()):
+                X = X.double()
             check_embeddings("X", X)
             if reset:
                 self.n_features_in_ = X.shape[1]

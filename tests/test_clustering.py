@@ -34,6 +34,49 @@ def test_accuracy_is_that_of_the_best_matching(classes: int, clusters: int) -> N
         assert clustering_accuracy(labels, found) == pytest.approx(best)
 
 
+NAMINGS = [
+    lambda ids: [-1 if i == 0 else i for i in ids],
+    lambda ids: np.array(ids) * 10**9 - 5,
+    lambda ids: torch.tensor(ids) * 2**40,
+    lambda ids: [f"class {i}" for i in ids],
+    lambda ids: (["a", None, 7.5][i] for i in ids),
+]
+
+
+@pytest.mark.parametrize("name", NAMINGS)
+def test_classes_and_clusters_may_be_called_anything(name) -> None:
+    """Each is one of its own, and ids of 10**9 make no table of as many rows."""
+    ids, found = [0, 0, 1, 1, 2, 2, 2], [2, 2, 0, 0, 1, 1, 0]
+    assert clustering_accuracy(name(ids), name(found)) == pytest.approx(6 / 7)
+    assert clustering_accuracy([0, 0, 1, 1], name([0, 0, 1, 1])) == 1.0
+    assert clustering_accuracy(name([0, 0, 1, 1]), [1, 1, 0, 0]) == 1.0
+
+
+@pytest.mark.parametrize("name", NAMINGS)
+def test_all_measures_agree_on_what_a_class_is(name) -> None:
+    embeddings, labels = blobs()
+    figures = evaluate_clustering("x", embeddings, name(labels.tolist()), seeds=iter((0, 1)), starts=1)
+    assert [figures[measure]["mean"] for measure in ("accuracy", "nmi", "ami")] == pytest.approx([100] * 3)
+    assert (figures["classes"], figures["seeds"]) == (3, [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("labels", "clusters", "words"),
+    [
+        ([], [], "^labels: expected a number or a word for each of at least one text, got none$"),
+        ([1, 2], [1], "^clusters: expected 2 as of the labels, got 1$"),
+        ([[1, 2]], [1, 2], r"^labels: expected a number or a word for each .*, got \[\[1, 2\]\]$"),
+        ([1, 2], torch.ones(2, 2), r"^clusters: expected a number or a word for each .*, got \[\[1.0, "),
+        (np.array(3), [3], "^labels: expected a number or a word for each .*, got 3$"),
+        ("ab", [1, 2], "^labels: expected a number or a word for each .*, got one text$"),
+        ([1.0, math.nan], [1, 2], "^labels: expected a number or a word for each .*, got NaN among them$"),
+    ],
+)
+def test_what_is_no_list_of_classes(labels: object, clusters: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        clustering_accuracy(labels, clusters)
+
+
 @pytest.mark.parametrize("algorithm", ["kmeans", "spherical"])
 def test_separate_classes_are_found(algorithm: str) -> None:
     embeddings, labels = blobs()

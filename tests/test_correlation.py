@@ -48,8 +48,23 @@ def test_cosines_equal_but_for_rounding_are_ties() -> None:
 
 @pytest.mark.parametrize(("cosines", "scores"), [([0.1], [1.0]), ([0.1, 0.1], [1.0, 2.0]), ([1, 2], [3, 3])])
 def test_no_correlation_is_an_error(cosines: list[float], scores: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"^set: expected cosines and gold scores that vary, got \d pairs"):
+    words = f"got {len(cosines)} pairs" + (
+        r" whose (cosines are all 0.1|gold scores are all 3)" * (len(cosines) > 1)
+    )
+    with pytest.raises(ValueError, match=rf"^set: expected cosines and gold scores that vary, {words}"):
         correlation("set", cosines, scores)
+
+
+def test_a_correlation_that_would_be_no_number_is_an_error() -> None:
+    with pytest.raises(
+        ValueError, match=r"^set: expected as many gold scores as cosines, got \(2,\) and \(3,\)"
+    ):
+        correlation("set", [1, 2, 3], [1, 2])
+    for bad in (math.nan, math.inf):
+        with pytest.raises(
+            ValueError, match=r"^set: expected finite cosines and gold scores, got NaN or inf"
+        ):
+            correlation("set", [0.1, 0.2], [1.0, bad])
 
 
 @settings(max_examples=50)

@@ -111,6 +111,21 @@ def test_encode_takes_each_distinct_sentence_once_longest_first() -> None:
     assert len(lengths) == len(set(SENTENCES)) == 6
 
 
+def test_texts_may_come_one_after_the_other() -> None:
+    encoder = make_encoder()
+    expected = encoder.encode(SENTENCES)
+    assert_close(encoder.encode(sentence for sentence in SENTENCES), expected)
+    assert_close(encoder.encode(map(str, SENTENCES)), expected)
+    assert_close(
+        encoder.encode(dict.fromkeys(SENTENCES).keys()), encoder.encode(list(dict.fromkeys(SENTENCES)))
+    )
+    tokens, again = encoder.tokenize(iter(SENTENCES)), encoder.tokenize(SENTENCES)
+    assert torch.equal(tokens["input_ids"], again["input_ids"])
+    for wrong, words in (({"text": "a"}, "dict"), (None, "NoneType"), (7, "int")):
+        with pytest.raises(ValueError, match=f"^sentences: expected a list of strings, got {words}$"):
+            encoder.encode(wrong)
+
+
 def test_encode_of_nothing_is_an_empty_matrix() -> None:
     assert make_encoder().encode([]).shape == (0, 16)
 

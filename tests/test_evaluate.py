@@ -119,6 +119,19 @@ def test_figures_are_those_of_their_definitions(models: list[str], folder: Path)
     assert results["comparisons"] == []
 
 
+def test_a_dev_set_scored_from_0_to_1_lacks_the_alignment_alone(models: list[str], folder: Path) -> None:
+    path = folder / "STS" / "STSBenchmark" / "sts-dev.csv"
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    path.write_text("".join("\t".join([*r[:4], str(float(r[4]) / 5), *r[5:]]) + "\n" for r in rows))
+    results = evaluate(models[:1], sts_dir=folder, sets=["STS-B-dev"], resamples=0, progress=False)
+    geometry = results["models"][0]["geometry"]
+    assert (geometry.pop("alignment"), geometry.pop("alike_pairs")) == (None, 0)
+    assert all(math.isfinite(value) for value in geometry.values())
+    assert list(geometry) == ["sentences", "uniformity", "mean_cosine", "first_component_share"]
+    assert [line.split(", ")[-1] for line in results["errors"]] == ["got none"]
+    assert "alignment of STS-B-dev: expected pairs scored above 4" in results["errors"][0]
+
+
 def test_weighted_mean_goes_by_the_pairs_of_the_sub_sets(models: list[str], folder: Path) -> None:
     place = folder / "STS" / "STS13-en-test"
     for kind in ("input", "gs"):  # four pairs of FNWN stay

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import SENTENCES, assert_close, make_encoder
+from tiny_prompt import make_prompted
 
 from clusterns.evaluation.evaluated_model import load_model
 
@@ -107,9 +108,30 @@ def test_what_asks_for_more_is_run_by_sentence_transformers(settings: dict, pool
     assert (model.pooling, model.library) == (pooling, "sentence-transformers")
     vectors = model.encoder.encode([*TEXTS, *reversed(TEXTS)], batch_size=2)
     assert_close(vectors[: len(TEXTS)], library_vectors(folder))
+    assert_close(model.encoder.encode(iter(TEXTS)), vectors[: len(TEXTS)])
+    with pytest.raises(ValueError, match=r"^sentences: expected a list of strings, got one string 'a cat'$"):
+        model.encoder.encode("a cat")
     assert_close(vectors[len(TEXTS) :].flip(0), vectors[: len(TEXTS)])
     # A given pooling takes the bare transformer.
     assert load_model(folder, pooling="cls").library == "clusterns"
+
+
+def test_a_length_without_room_for_a_sentence_is_refused(bare: Path, tmp_path: Path) -> None:
+    """The tokenizers library would cut off nothing, and the whole text reach the model."""
+    library = pytest.importorskip("sentence_transformers")
+    with pytest.raises(ValueError, match=r"^max_length: expected more than the 2 tokens that .*, got 2$"):
+        load_model(foreign(bare, pooling="max"), max_length=2)
+    prompted = make_prompted()
+    prompted.save(tmp_path / "prompted")
+    model = library.SentenceTransformer(str(tmp_path / "prompted"), device="cpu")
+    model.save(str(tmp_path / "again"))  # without our settings
+    template = prompted.evaluation_template_length
+    with pytest.raises(
+        ValueError, match=rf"^max_length: expected more than the {template} tokens .*, got 8$"
+    ):
+        load_model(tmp_path / "again", max_length=8)
+    assert load_model(tmp_path / "again", max_length=template + 4).max_length == template + 4
+    assert load_model(tmp_path / "prompted", max_length=8).max_length == 8  # of the sentence alone
 
 
 def test_lower_case_is_not_passed_over(bare: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -279,7 +280,10 @@ def test_bad_prompts() -> None:
     for templates, words in (
         ((), "^templates: expected one or two, got 0$"),
         (("[X] [MASK]",) * 3, "^templates: expected one or two, got 3$"),
-        ("gpt", "^templates: expected one of 'auto', 'bert', 'roberta', got 'gpt'$"),
+        ("gpt", r"^templates: expected one of 'auto', .* or texts with \[X\] and a mask, got 'gpt'$"),
+        ("a [X]", r"^template: expected one \[MASK\] or <mask>, got none in 'a \[X\]'$"),
+        (True, "^templates: expected one or two texts, got True$"),
+        ({"[X] [MASK]": 1}, "^templates: expected one or two texts, got {.*}$"),
     ):
         with pytest.raises(ValueError, match=words):
             Prompt(templates=templates)
@@ -299,6 +303,13 @@ def test_bad_prompts() -> None:
     encoder = make_prompted()
     with pytest.raises(ValueError, match=r"^denoise: expected an encoder with denoising, got one without$"):
         encoder(encoder.tokenize(SENTENCES), denoise=True)
+
+
+def test_one_text_is_a_template(tmp_path: Path) -> None:
+    assert Prompt("so [X] [MASK]") == Prompt(("so [X] [MASK]",))
+    make_kind("bert").save(tmp_path)
+    encoder = SentenceEncoder.from_pretrained(tmp_path, prompt="so [X] [MASK]")
+    assert encoder.prompt == Prompt(("so [X] [MASK]",))
 
 
 def test_a_template_whose_mask_is_cut_by_the_vocabulary_is_refused() -> None:

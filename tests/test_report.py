@@ -20,6 +20,7 @@ from clusterns.cli import main
 from clusterns.encoder import SentenceEncoder
 from clusterns.evaluation.cluster_view import plane, view_clusters
 from clusterns.evaluation.report import run_centroids
+from clusterns.evaluation.report_page import write_case_studies
 from clusterns.loss import ClusterNSLoss
 
 pytest.importorskip("sklearn")
@@ -245,6 +246,19 @@ def test_few_sentences_and_both_maps(run: Path, tmp_path: Path) -> None:
         assert places.shape == (30, 2)
         np.testing.assert_array_equal(places, again)
     assert plane(unit[:3], "tsne", seed=0).shape == (3, 2)
+
+
+def test_no_cell_of_the_table_is_a_formula(tmp_path: Path) -> None:
+    """A spreadsheet would run it; numbers below 0 stay numbers."""
+    texts = ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", "a=1", "'=1"]
+    view = view_clusters(texts, torch.randn(8, 2), torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), "somewhere")
+    write_case_studies(view, view.examples(8, 8, seed=0), tmp_path / "cases.csv")
+    with (tmp_path / "cases.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["sentence"] for row in rows} == {*(f"'{text}" for text in texts[:6]), *texts[6:]}
+    assert not [row["other"] for row in rows if row["other"].startswith(tuple("=+-@\t\r"))]
+    assert len({row["other"] for row in rows}) > 2
+    assert min(float(row["cosine"]) for row in rows) < 0
 
 
 def test_numbers_of_a_view_are_those_of_their_definitions() -> None:

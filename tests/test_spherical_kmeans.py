@@ -107,6 +107,22 @@ def test_memory_map(tmp_path, batch_size):
     assert_array_equal(one.labels_, other.predict(mapped))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_whole_numbers_are_numbers(dtype):
+    """As the docstring says, they become float64; an array of them always did."""
+    x = torch.randint(0, 2 if dtype == torch.bool else 9, (60, 5), generator=torch.Generator().manual_seed(0))
+    x = x.to(dtype)
+    model = SphericalKMeans(3, random_state=0).fit(x)
+    assert model.cluster_centers_.dtype == torch.float64
+    other = SphericalKMeans(3, random_state=0).fit(x.double().numpy())
+    assert_allclose(model.cluster_centers_.numpy(), other.cluster_centers_, atol=1e-12)
+    assert_array_equal(model.labels_.numpy(), other.labels_)
+    assert_array_equal(model.predict(x).numpy(), model.labels_.numpy())
+    assert_allclose(model.transform(x).numpy(), other.transform(x.double().numpy()), atol=1e-12)
+    given = SphericalKMeans(3, init=x[:3] + torch.eye(3, 5, dtype=dtype), random_state=0)
+    assert given.partial_fit(x).labels_.shape == (60,)
+
+
 class LargestTensor(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -179,7 +195,8 @@ NAN, INFINITE = (np.where(np.arange(60).reshape(20, 3) == 22, value, X) for valu
         ),
         ({}, 0 * X, "X: expected a row that is not zero and has a weight above 0, got none"),
         ({}, torch.ones(4), r"X: expected 2 dimensions \(rows, dim\), got shape \(4,\)"),
-        ({}, torch.ones(4, 3).long(), "X: expected float16, bfloat16, float32 or float64, got torch.int64"),
+        ({}, torch.ones(4, 3).cfloat(), "X: expected float16, bfloat16, .*, got torch.complex64"),
+        ({}, torch.ones(4, 3).to_sparse(), "X: expected a dense tensor, got one of layout torch.sparse_coo"),
     ],
 )
 def test_bad_input(arguments, x, message):

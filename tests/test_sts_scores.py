@@ -114,6 +114,35 @@ def test_sts_dev(folder: Path) -> None:
     )
 
 
+def test_a_dev_set_that_says_less_does_not_end_a_training(folder: Path) -> None:
+    """Scores from 0 to 1 have no pair for alignment, and a collapsed encoder gets the worst score."""
+    with pytest.warns(UserWarning, match=r"all cosines are 1, which scores -100: .* collapsed"):
+        figures = sts_dev(Fixed(0.3), folder)
+    assert figures["spearman"] == -100 < sts_dev(Letters(), folder)["spearman"]
+    assert math.isfinite(figures["alignment"])
+    assert math.isfinite(figures["uniformity"])
+    path = next(folder.rglob("sts-dev.csv"))
+    lines = [line.split("\t") for line in path.read_text().splitlines()]
+    rescale = lambda score: "\n".join("\t".join([*l[:4], score(l[4]), *l[5:]]) for l in lines) + "\n"  # noqa: E731, E741
+    path.write_text(rescale(lambda score: str(float(score) / 5)))
+    with pytest.warns(UserWarning, match=r"no pair is scored above 4 \(the highest score is 1\), .* 0 to 5"):
+        figures = sts_dev(Letters(), folder)
+    assert list(figures) == ["spearman", "uniformity"]
+    path.write_text(rescale(lambda score: "3"))  # nothing to judge by, whatever the encoder
+    with pytest.raises(ValueError, match=r"got 4 pairs whose gold scores are all 3, "):
+        sts_dev(Letters(), folder)
+
+
+@pytest.mark.parametrize("wrong", [np.ones((7, 2)), torch.ones(7), torch.ones(6, 2), None])
+def test_an_encoder_that_gives_no_row_a_sentence_is_named(wrong: object, folder: Path) -> None:
+    class Wrong(Letters):
+        def encode(self, *_: object, **__: object) -> object:
+            return wrong
+
+    with pytest.raises(ValueError, match=r"^encoder: expected a tensor \(7, dim\) from encode, got \w+"):
+        sts_dev(Wrong(), folder)
+
+
 @needs_minilm
 def test_known_score_of_a_test_set() -> None:
     encoder = SentenceEncoder.from_pretrained(MINILM)
@@ -130,7 +159,9 @@ def test_same_score_as_sentence_transformers_evaluator(tmp_path: Path) -> None:
     (tmp_path / "SICK").mkdir()
     (tmp_path / "SICK" / "SICK_trial.txt").write_text("\n".join(trial[:101]) + "\n", encoding="utf-8")
     model = sentence_transformers.SentenceTransformer(str(MINILM), device="cpu")
-    evaluator = EmbeddingSimilarityEvaluator(*load_sts(tmp_path, "SICK-R-dev"), name="pairs", write_csv=False)
+    evaluator = EmbeddingSimilarityEvaluator(
+        *load_sts(tmp_path, "SICK-R-dev")[:3], name="pairs", write_csv=False
+    )
     theirs = 100 * evaluator(model)[evaluator.primary_metric]
     encoder = SentenceEncoder.from_pretrained(MINILM)
     ours = evaluate_sts(encoder, tmp_path, ["SICK-R-dev"], progress=False)["SICK-R-dev"]

@@ -71,6 +71,11 @@ def test_views_in_prompts(columns: int, kind: str, templates: Any) -> None:
     assert {value.dtype for value in inputs.values()} == {torch.int64}
 
 
+def test_rows_may_come_one_after_the_other() -> None:
+    views = make_kind("bert").view_tokenizer()
+    assert ids_of(views(row for row in TRIPLES)) == ids_of(views(TRIPLES))
+
+
 def test_training_views_get_no_period_and_evaluation_does() -> None:
     encoder = make_prompted(max_length=8)
     view, evaluation = encoder.view_tokenizer()([("the dog ran",)]), encoder.tokenize(["the dog ran"])

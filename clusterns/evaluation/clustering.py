@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_choice, check_count
+from ..checks import check_choice, check_count, in_short
 
 # "kmeans" is scikit-learn's, "spherical" our SphericalKMeans, which goes by cosine.
 ALGORITHMS = ("kmeans", "spherical")
@@ -29,18 +29,39 @@ STARTS = 10
 def clustering_accuracy(labels: ArrayLike, clusters: ArrayLike) -> float:
     """Share of N texts whose cluster is matched to their class, under the best one-to-one matching.
 
-    Class ids and cluster ids are integers from 0 on, (N,) each.
+    Classes and clusters are numbers or words, (N,) each; each that occurs is one of its own, -1 too. Raises
+    ValueError for none, for as many of the one as not of the other, and for what is not (N,).
     """
-    label_ids, cluster_ids = np.asarray(labels), np.asarray(clusters)
-    table = np.zeros((int(cluster_ids.max()) + 1, int(label_ids.max()) + 1), dtype=np.int64)
+    label_ids, cluster_ids = _count_up("labels", labels), _count_up("clusters", clusters)
+    if len(label_ids) != len(cluster_ids):
+        raise ValueError(f"clusters: expected {len(label_ids)} as of the labels, got {len(cluster_ids)}")
+    table = np.zeros((cluster_ids.max() + 1, label_ids.max() + 1), dtype=np.int64)
     np.add.at(table, (cluster_ids, label_ids), 1)
     return float(table[linear_sum_assignment(table, maximize=True)].sum() / len(label_ids))
+
+
+def _count_up(name: str, classes: Any) -> NDArray[np.int64]:
+    """Ids from 0 on, (N,), in place of whatever the classes are called."""
+    wanted = f"{name}: expected a number or a word for each of at least one text"
+    if isinstance(classes, (np.ndarray, Tensor)):
+        classes = classes.tolist()
+    if isinstance(classes, (str, bytes)):
+        raise ValueError(f"{wanted}, got one text")
+    try:
+        found = list(classes)
+        place = {value: number for number, value in enumerate(dict.fromkeys(found))}
+        ids = np.array([place[value] for value in found], dtype=np.int64)
+    except TypeError as error:  # it cannot be walked through, or a row of it is no id
+        raise ValueError(f"{wanted}, got {in_short(classes)}") from error
+    if not len(ids) or any(value != value for value in place):
+        raise ValueError(f"{wanted}, got {'none' if not len(ids) else 'NaN among them'}")
+    return ids
 
 
 def evaluate_clustering(
     name: str,
     embeddings: Tensor,
-    labels: Sequence[int] | NDArray[np.int64],
+    labels: Sequence[int] | Sequence[str] | NDArray[Any],
     *,
     algorithm: str = "kmeans",
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
@@ -52,7 +73,7 @@ def evaluate_clustering(
     Args:
         name: of the set, for messages and the progress bar.
         embeddings: as the model gives them; "kmeans" takes them as they are, "spherical" goes by cosine.
-        labels: class ids (N,).
+        labels: the classes (N,), as `clustering_accuracy` takes them.
         algorithm: "kmeans", scikit-learn's KMeans, or "spherical", `clusterns.SphericalKMeans`.
         seeds: of the runs; each is the best of `starts` k-means++ starts by inertia.
         starts: see seeds.
@@ -65,7 +86,7 @@ def evaluate_clustering(
     """
     check_choice("algorithm", algorithm, ALGORITHMS)
     check_count("starts", starts, at_least=1)
-    classes = np.asarray(labels, dtype=np.int64)
+    classes, seeds = _count_up("labels", labels), list(seeds)
     if embeddings.ndim != 2 or len(embeddings) != len(classes):
         raise ValueError(
             f"{name}: expected a label for each embedding, got {len(classes)} labels for embeddings of shape "
@@ -74,7 +95,7 @@ def evaluate_clustering(
     broken = int((~torch.isfinite(embeddings).all(dim=1)).sum())
     if broken:
         raise ValueError(f"{name}: expected finite embeddings, got {broken} texts with NaN or infinity")
-    count = len(np.unique(classes))
+    count = int(classes.max()) + 1
     if count < 2:
         raise ValueError(f"{name}: expected at least two classes, got {count}")
     if not seeds:
@@ -90,7 +111,7 @@ def evaluate_clustering(
         "classes": count,
         "algorithm": algorithm,
         "starts": starts,
-        "seeds": list(seeds),
+        "seeds": seeds,
         **{
             measure: {
                 "mean": float(np.mean(values)),

@@ -40,14 +40,21 @@ def correlation(name: str, cosines: ArrayLike, scores: ArrayLike) -> float:
     """Spearman correlation × 100 between N cosines and N gold scores; average ranks for ties.
 
     `name` is for the message of the ValueError raised where there is none: fewer than two pairs, or all
-    cosines or all gold scores equal.
+    cosines or all gold scores equal, or one of them not finite.
     """
     x, y = np.asarray(cosines, dtype=np.float64), np.asarray(scores, dtype=np.float64)
-    if len(x) < 2 or (x == x[0]).all() or (y == y[0]).all():
-        raise ValueError(
-            f"{name}: expected cosines and gold scores that vary, got {len(x)} pairs with all of one "
-            "equal, which have no Spearman correlation"
-        )
+    if x.shape != y.shape or x.ndim != 1:
+        raise ValueError(f"{name}: expected as many gold scores as cosines, got {y.shape} and {x.shape}")
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError(f"{name}: expected finite cosines and gold scores, got NaN or infinity")
+    if len(x) < 2:
+        raise ValueError(f"{name}: expected cosines and gold scores that vary, got {len(x)} pairs")
+    for what, values in (("gold scores", y), ("cosines", x)):
+        if (values == values[0]).all():
+            raise ValueError(
+                f"{name}: expected cosines and gold scores that vary, got {len(x)} pairs whose {what} are "
+                f"all {values[0]:g}, which have no Spearman correlation"
+            )
     return 100 * float(spearmanr(x, y).statistic)
 
 

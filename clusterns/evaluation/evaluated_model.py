@@ -7,7 +7,7 @@ pooling, a prompt before every text, lower-casing) is run by sentence-transforme
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..encoder import SentenceEncoder
 from ..models.folder import first_line, read_json, read_modules, resolve
 from ..models.settings import SETTINGS_FILE
+from ..models.views import check_texts
 
 
 class Encoder(Protocol):
@@ -38,20 +39,32 @@ class EvaluatedModel(NamedTuple):
 
 
 class SentenceTransformerEncoder:
-    """A model of sentence-transformers as an `Encoder`; each distinct sentence is encoded once."""
+    """A model of sentence-transformers as an `Encoder`; each distinct sentence is encoded once.
+
+    Raises ValueError for a max_seq_length without room for a sentence: the tokenizers library then cuts off
+    nothing at all, and a saved prompt model's counts the template.
+    """
 
     def __init__(self, model: Any) -> None:
+        count = getattr(model.tokenizer, "num_special_tokens_to_add", lambda: 0)
+        length, around = model.max_seq_length, count()
+        if length is not None and length <= around:
+            raise ValueError(
+                f"max_length: expected more than the {around} tokens that this model puts around each text, "
+                f"got {length}"
+            )
         self.model = model
 
     def encode(
         self,
-        sentences: Sequence[str],
+        sentences: Iterable[str],
         *,
         batch_size: int = 64,
         progress: bool = False,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Embeddings (N, D) of the sentences, float32 on the CPU; `dtype` computes in autocast to it."""
+        sentences = check_texts("sentences", sentences)
         place = {sentence: row for row, sentence in enumerate(dict.fromkeys(sentences))}
         with torch.autocast(self.model.device.type, dtype, enabled=dtype is not None):
             vectors = self.model.encode(

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from .cluster_view import ClusterView, Example
 
+# What begins a formula in a spreadsheet (OWASP, "CSV Injection").
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 CSV_COLUMNS = ("sentence", "cluster", "cosine with centroid", "role", "other", "cosine")
 
 
@@ -95,13 +97,15 @@ def write_case_studies(view: ClusterView, examples: Sequence[Example], path: Pat
     """The case studies as CSV, a line for each sentence beside an example: its role and cosine.
 
     A hard negative is a centroid: its own line has the role "hard-negative centroid" and its number as the
-    other, and the sentences nearest to it follow.
+    other, and the sentences nearest to it follow. A sentence that a spreadsheet would run as a formula has an
+    apostrophe before it.
     """
+    sentences = [f"'{text}" if text.startswith(_FORMULA) else text for text in view.sentences]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(CSV_COLUMNS)
         for example in examples:
-            head = [view.sentences[example.row], example.cluster, f"{example.cluster_cosine:.4f}"]
+            head = [sentences[example.row], example.cluster, f"{example.cluster_cosine:.4f}"]
             writer.writerow(
                 [
                     *head,
@@ -114,6 +118,4 @@ def write_case_studies(view: ClusterView, examples: Sequence[Example], path: Pat
                 ("sentence of the hard-negative centroid", example.hard_negative_sentences),
                 ("false negative", example.false_negatives),
             ):
-                writer.writerows(
-                    [*head, role, view.sentences[row], f"{cosine:.4f}"] for row, cosine in others
-                )
+                writer.writerows([*head, role, sentences[row], f"{cosine:.4f}"] for row, cosine in others)

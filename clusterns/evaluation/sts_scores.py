@@ -8,19 +8,22 @@ concatenated, and the plain mean of the seven test sets: the "all" aggregation o
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .correlation import spearman
+from .correlation import correlation, pair_cosines, spearman
 from .evaluated_model import Encoder
 from .geometry import alignment, uniformity
 from .sts import SEVEN, StsSet, load_sts
 
 # Pairs scored above it are alike, for alignment.
 ALIKE = 4.0
+# The Spearman correlation × 100 of an encoder that tells no two sentences apart, lower than any other.
+WORST = -100.0
 GEOMETRY_SET = "STSBenchmark-dev"
 
 
@@ -35,6 +38,10 @@ class Vectors:
     ) -> None:
         self._row = {sentence: row for row, sentence in enumerate(dict.fromkeys(sentences))}
         encoded = encoder.encode(list(self._row), batch_size=batch_size, progress=progress, **settings)
+        if not isinstance(encoded, Tensor) or encoded.ndim != 2 or len(encoded) != len(self._row):
+            shape = getattr(encoded, "shape", None)
+            came = type(encoded).__name__ if shape is None else f"{type(encoded).__name__} of {tuple(shape)}"
+            raise ValueError(f"encoder: expected a tensor ({len(self._row)}, dim) from encode, got {came}")
         self.rows = encoded.float().cpu()
 
     def of(self, sentences: Sequence[str]) -> Tensor:
@@ -77,15 +84,33 @@ def sts_dev(encoder: Encoder, sts_dir: str | os.PathLike[str], batch_size: int =
     """STS-B dev: "spearman" × 100, "alignment" of the pairs scored above 4, "uniformity" of all sentences.
 
     Encodes those sentences only. Uniformity is over the distinct sentences, so that a repeated one is no
-    pair at distance 0.
+    pair at distance 0. It judges checkpoints, so what says something of the encoder is no error: where all
+    cosines are equal "spearman" is the worst, -100, with a UserWarning. Scores that go from 0 to 1 have no
+    pair above 4: "alignment" is left out, with a UserWarning too.
+
+    Raises what `load_sts` raises, and ValueError for embeddings with NaN or infinity and gold scores that are
+    all equal.
     """
     pairs = load_sts(sts_dir, GEOMETRY_SET)
     vectors = Vectors(encoder, sentences_of([pairs]), batch_size, progress=False)
     first, second = vectors.of(pairs.first), vectors.of(pairs.second)
-    figure = spearman(GEOMETRY_SET, first, second, pairs.scores)
+    cosines = pair_cosines(GEOMETRY_SET, first, second)
+    if len(set(pairs.scores)) > 1 and len(set(cosines.tolist())) == 1:
+        warnings.warn(
+            f"{GEOMETRY_SET}: all cosines are {cosines[0]:g}, which scores {WORST:g}: the embeddings have "
+            "collapsed, or the tokenizer knows none of the words",
+            stacklevel=2,
+        )
+        figures = {"spearman": WORST}
+    else:
+        figures = {"spearman": correlation(GEOMETRY_SET, cosines, pairs.scores)}
     alike = torch.tensor(pairs.scores) > ALIKE
-    return {
-        "spearman": figure,
-        "alignment": alignment(first[alike], second[alike]),
-        "uniformity": uniformity(vectors.rows),
-    }
+    if bool(alike.any()):
+        figures["alignment"] = alignment(first[alike], second[alike])
+    else:
+        warnings.warn(
+            f"{GEOMETRY_SET}: no pair is scored above {ALIKE:g} (the highest score is "
+            f"{max(pairs.scores):g}), so there is no alignment; scores go from 0 to 5",
+            stacklevel=2,
+        )
+    return {**figures, "uniformity": uniformity(vectors.rows)}

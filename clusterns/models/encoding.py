@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ MOST_WORKERS = 16
 
 def encode(
     encoder: SentenceEncoder,
-    sentences: Sequence[str],
+    sentences: Iterable[str],
     *,
     batch_size: int,
     progress: bool,
@@ -39,7 +39,8 @@ def encode(
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     half = dtype if dtype in (torch.bfloat16, torch.float16) else None
-    distinct = list(dict.fromkeys(check_texts("sentences", sentences)))
+    sentences = check_texts("sentences", sentences)
+    distinct = list(dict.fromkeys(sentences))
     place = {sentence: row for row, sentence in enumerate(distinct)}
     vectors = torch.empty(len(distinct), encoder.embedding_dim)
     device = next(encoder.parameters()).device

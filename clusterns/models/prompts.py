@@ -8,7 +8,7 @@ tokenizer does the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, normalizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ..checks import check_choice
+from ..checks import check_choice, in_short
 
 SENTENCE = "[X]"
 MASKS = ("[MASK]", "<mask>")
@@ -36,7 +36,7 @@ class Prompt:
     """Templates and what goes with them.
 
     Args:
-        templates: one or two texts with `[X]` for the sentence and `[MASK]` or `<mask>`, which both mean the
+        templates: one text or two with `[X]` for the sentence and `[MASK]` or `<mask>`, which both mean the
             tokenizer's mask token: the first for view 1 and evaluation, the last for view 2. Or the name of
             the published ones: "bert", "roberta", or "auto" for those of the tokenizer's kind.
         denoising: "none"; or in training the state of the template alone, at the positions it has around a
@@ -60,10 +60,15 @@ class Prompt:
         for name in ("evaluation_denoising", "append_period"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
-        if isinstance(self.templates, str):
-            check_choice("templates", self.templates, ("auto", *PUBLISHED))
-            return
-        object.__setattr__(self, "templates", tuple(self.templates))
+        templates: Any = self.templates
+        if isinstance(templates, str):
+            if SENTENCE not in templates:
+                check_choice("templates", templates, ("auto", *PUBLISHED), f"texts with {SENTENCE} and a mask")
+                return
+            templates = (templates,)
+        if isinstance(templates, Mapping) or not isinstance(templates, Iterable):
+            raise ValueError(f"templates: expected one or two texts, got {in_short(templates)}")
+        object.__setattr__(self, "templates", tuple(templates))
         if not 1 <= len(self.templates) <= 2:
             raise ValueError(f"templates: expected one or two, got {len(self.templates)}")
         for template in self.templates:

@@ -58,7 +58,7 @@ def read_encoder_settings(
         )
     chosen = stated_prompt if prompt is None else None if prompt == "none" else prompt
     if chosen is not None and not isinstance(chosen, Prompt):
-        chosen = Prompt(chosen if isinstance(chosen, str) else tuple(chosen))
+        chosen = Prompt(chosen)  # type: ignore[arg-type]
     overridden = pooling is not None or prompt is not None
     if not overridden:
         check_agreement(folder, modules, settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +40,7 @@ class ViewTokenizer:
         self.prompt = prompt
         self.pad_to_multiple_of = pad_to_multiple_of
 
-    def __call__(self, rows: Sequence[tuple[str, ...]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Iterable[tuple[str, ...]]) -> dict[str, Tensor]:
         """Inputs of `SentenceEncoder.forward`: every tensor int64 on the CPU, with V·B rows.
 
         Args:
@@ -56,7 +56,7 @@ class ViewTokenizer:
 
         Raises ValueError for no rows, rows of unlike numbers of texts or more than three, or what is no text.
         """
-        columns = _columns(rows)
+        columns = _columns(list(rows))
         return self._plain(columns) if self.prompt is None else self._prompted(columns)
 
     def _plain(self, columns: list[list[str]]) -> dict[str, Tensor]:
@@ -107,11 +107,14 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> list[list[str]]:
     return [check_texts("rows", column) for column in zip(*rows, strict=True)]
 
 
-def check_texts(name: str, texts: Sequence[str]) -> list[str]:
-    """The texts as a list; ValueError for one string, or what is no string among them."""
+def check_texts(name: str, texts: Iterable[str]) -> list[str]:
+    """The texts as a list, walked through once; ValueError for what is no list, or no string in it."""
     if isinstance(texts, str):
         raise ValueError(f"{name}: expected a list of strings, got one string {texts[:40]!r}")
-    for index, text in enumerate(texts):
+    if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
+        raise ValueError(f"{name}: expected a list of strings, got {type(texts).__name__}")
+    found = list(texts)
+    for index, text in enumerate(found):
         if not isinstance(text, str):
             raise ValueError(f"{name}: expected strings, got {type(text).__name__} at index {index}")
-    return list(texts)
+    return found
