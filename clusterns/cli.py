@@ -11,16 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import __version__
-from .training.arguments import add_arguments, read_config, show_config
+
+# The extra that a command's packages are in.
+EXTRAS = {"train": "train", "evaluate": "evaluate", "report": "evaluate"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; bad input ends in one line on stderr and exit status 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # λ in another locale is a question mark, not an error
         sys.stdout.reconfigure(errors="replace")
-    parser = build_parser()
-    given = parser.parse_args(arguments)
     try:
+        given = build_parser().parse_args(arguments)
         with warnings.catch_warnings():
             warnings.showwarning = _say_warning
             return given.command(given) or 0
@@ -31,7 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("CLUSTERNS_TRACEBACK"):
             raise
         rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
-        print(f"clusterns: error: {rank}{' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            text = f"expected the package {error.name}, which is not installed"
+            extra = next((EXTRAS[word] for word in arguments or sys.argv[1:] if word in EXTRAS), "train")
+            text += f'; pip install "clusterns[{extra}]"'
+        print(f"clusterns: error: {rank}{text}", file=sys.stderr)
         return 2
 
 
@@ -49,6 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"clusterns {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    from .training.arguments import add_arguments  # late, as it needs torch
 
     train = commands.add_parser(
         "train",
@@ -81,6 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _train(given: argparse.Namespace) -> None:
+    from .training.arguments import read_config, show_config
+
     config = read_config(given)
     if given.show_config:
         print(show_config(config), end="")

@@ -31,7 +31,7 @@ from .evaluation.sts import (
     sts_folder,
 )
 from .evaluation.tables import report
-from .files import check_folder_of, replacing
+from .files import check_writable, replacing
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -265,7 +265,7 @@ def run(
     # The cheap checks first: loading and encoding take minutes.
     files = {"--json": json_file, "--markdown": markdown_file, "--figure": figure_file}
     for name, path in files.items():
-        check_folder_of(name, path)
+        check_writable(name, path)
     results = evaluate(models, **settings)
     print(report(results, details=False))
     if json_file is not None:

@@ -26,6 +26,8 @@ else:
 
 _PREFIX, _LOCK, _FILES = ".clusterns-", "lock", "files"
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what a disk says that has none
+# Seconds of waiting for another process after which it is said, and after which it ends.
+SAY_AFTER, WAIT_AT_MOST = 10.0, 600.0
 _held: set[int] = set()  # descriptors of this process
 
 
@@ -44,13 +46,18 @@ if hasattr(os, "register_at_fork"):
 def holding(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Hold a lock among processes, a file that is there only meanwhile; a killed process holds it no longer.
 
-    Yields whether it is held: a disk may have no locks. Raises BlockingIOError where another holds it, unless
-    it is to wait, and FileNotFoundError where the folder is missing.
+    Yields whether it is held: a disk may have no locks. Raises BlockingIOError where another holds it, where
+    it is to wait after ten minutes, of which a warning tells; and FileNotFoundError for a missing folder.
     """
-    while (found := _lock(path)) is None and wait:
+    began, is_said = time.monotonic(), False
+    while (found := _lock(path)) is None and wait and time.monotonic() - began < WAIT_AT_MOST:
+        if not is_said and time.monotonic() - began > SAY_AFTER:
+            text = f"{path}: waiting for the process that holds this file; if there is none, remove the file"
+            warnings.warn(text, stacklevel=3)
+            is_said = True
         time.sleep(0.05)
     if found is None:
-        raise BlockingIOError(errno.EAGAIN, "held by another process", str(path))
+        raise BlockingIOError(errno.EAGAIN, "held by another process; if there is none, remove it", str(path))
     descriptor, is_held = found
     try:
         yield is_held
@@ -122,12 +129,18 @@ def staging(folder: str | os.PathLike[str]) -> Iterator[Path]:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path of the same name, and move it to `path` at the end.
 
-    An error or a kill in between leaves an earlier file at `path` as it was. Raises OSError in one line where
-    it cannot be written.
+    An error or a kill in between leaves an earlier file at `path` as it was. A link stays one, its file is
+    replaced; what is no file, as /dev/stdout, is written to. Raises OSError in one line where that fails.
     """
-    target = Path(path)
+    target = Path(path).expanduser()
     try:
-        with staging(target.absolute().parent) as place:
+        if _is_device(target):
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder, target.name)
+                target.write_bytes(Path(folder, target.name).read_bytes())
+            return
+        target = target.resolve()
+        with staging(target.parent) as place:
             yield place / target.name
             os.replace(place / target.name, target)
     except OSError as error:
@@ -160,11 +173,36 @@ def is_staged(path: Path) -> bool:
     return path.name.startswith(_PREFIX)
 
 
-def check_folder_of(name: str, path: str | os.PathLike[str] | None) -> None:
-    """Require that a file could be written at `path`, where one is given: its folder exists."""
+def check_room(name: str, folder: Path, needed: int) -> None:
+    """Require so many bytes on the disk of a folder, before the work whose result goes there."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        text = (
+            f"{name}: expected {needed / 1e6:,.1f} MB of room on the disk of {folder}, got {free / 1e6:,.1f}"
+        )
+        raise OSError(text)
+
+
+def _is_device(path: Path) -> bool:
+    """Whether it is there and no file: a pipe, a terminal, whatever /dev has."""
+    return path.exists() and (not path.is_file() or path.absolute().parent == Path("/dev"))
+
+
+def check_writable(name: str, path: str | os.PathLike[str] | None) -> None:
+    """Require that a file can be written at `path`, where one is given, before the work that it is for."""
     if path is None:
         return
-    if not Path(path).absolute().parent.is_dir():
-        raise FileNotFoundError(f"{name}: expected a file in a folder that exists, got {path}")
-    if Path(path).is_dir():
+    target = Path(path).expanduser().resolve()
+    if target.is_dir():
         raise IsADirectoryError(f"{name}: expected a file, got the folder {path}")
+    if _is_device(Path(path).expanduser()):
+        return
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{name}: expected a file in a folder that exists, got {path}")
+    try:
+        with staging(target.parent):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"{name}: expected a file in a folder that can be written to, got {path} ({error.strerror})"
+        ) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import warnings
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,25 @@ from transformers import get_linear_schedule_with_warmup, set_seed
 from .cached import CachedClusterNSLoss
 from .data import Batches, batches
 from .encoder import SentenceEncoder
-from .files import replacing
+from .files import check_room, replacing
 from .training.checkpoint import Checkpoint, Checkpoints
-from .training.config import TrainConfig
+from .training.config import FREE_ON_RESUME, TrainConfig
 from .training.devices import Precision, adamw, explained_errors
 from .training.figure import draw_run
 from .training.journal import Journal
 from .training.mlm import MaskedLanguageHead, TokenMasker, TrainingModel
-from .training.processes import Processes, joined
-from .training.resume import find_checkpoint, load_checkpoint, save_checkpoint
-from .training.run_folder import LOG, PICTURE, TENSORBOARD, claimed, read_summary, report, write_summary
+from .training.processes import Processes, freeze_unused, joined
+from .training.resume import changes, find_checkpoint, fingerprint, load_checkpoint, save_checkpoint
+from .training.run_folder import (
+    LOG,
+    PICTURE,
+    TENSORBOARD,
+    Claim,
+    claimed,
+    read_summary,
+    report,
+    write_summary,
+)
 from .training.task import Task, prepare_encoder, prepare_task
 from .training.watch import Watch, measure
 
@@ -54,19 +64,21 @@ def train(config: TrainConfig) -> dict[str, Scores]:
     config.build_prompt()  # says what is wrong with a template before the data is read
     output = Path(config.output_dir)
     with joined(config.device) as processes, contextlib.ExitStack() as stack:
+        claim: Claim | None = None
         if processes.is_first:
             overwrite, resume = config.overwrite_output_dir, config.resume
-            stack.enter_context(claimed(output, overwrite=overwrite, resume=resume))
-        summary = processes.of_first(read_summary(output))
-        if config.resume and summary.get("finished"):
+            claim = stack.enter_context(claimed(output, overwrite=overwrite, resume=resume))
+        summary = processes.of_first(read_summary(output) if config.resume else {})
+        if summary.get("finished") and not any(changes(config, summary["settings"], FREE_ON_RESUME)):
             processes.say(f"{output}: this training has ended already")
             return summary["scores"]
-        checkpoint = find_checkpoint(config, output, processes)
+        checkpoint = find_checkpoint(config, output, processes, summary)
         set_seed(config.seed)
         task = prepare_task(config, processes.say)
         encoder = prepare_encoder(config, task).to(processes.device)
-        run = Run(config, output, task, encoder, processes)
+        run = Run(config, output, task, encoder, processes, claim)
         run.begin(checkpoint)
+        stack.callback(run.journal.close)
         with explained_errors(config, lambda: f"step {run.step}"):
             run.loop()
         return run.finish()
@@ -76,9 +88,16 @@ class Run:
     """State of the loop: model, optimiser, place in the data, log and the best score so far."""
 
     def __init__(
-        self, config: TrainConfig, output: Path, task: Task, encoder: SentenceEncoder, processes: Processes
+        self,
+        config: TrainConfig,
+        output: Path,
+        task: Task,
+        encoder: SentenceEncoder,
+        processes: Processes,
+        claim: Claim | None,
     ):
-        self.config, self.output, self.task = config, output, task
+        self.config, self.output, self.task, self.claim = config, output, task, claim
+        self.origin = fingerprint(encoder) if config.checkpoint_steps or config.resume else ""
         self.encoder, self.processes, self.device = encoder, processes, processes.device
         self.precision = Precision.choose(config.precision, self.device)
         self.loss_fn = config.build_loss(encoder.embedding_dim, processes.group).to(self.device)
@@ -89,19 +108,20 @@ class Run:
             self.masker = TokenMasker(encoder.tokenizer, config.mlm_probability, config.seed)
             self.modules["mlm"] = MaskedLanguageHead(encoder.transformer, config.model).to(self.device)
             processes.say(f"head of masked language modelling: {self.modules['mlm'].origin}")
+        if processes.size > 1:
+            views = encoder.view_tokenizer(max_length=config.max_length)
+            freeze_unused(encoder, self.to_device(views([task.rows[0]])))
         if config.compile:
             encoder.transformer.compile()
             encoder.by_length = False
-        self.model = processes.wrap(TrainingModel(encoder, self.modules.get("mlm")))
-        # On several ranks the backward pass averages the gradients, but within this.
-        self.no_sync: Callable[[], Any] = getattr(self.model, "no_sync", contextlib.nullcontext)
-
         # Compiled code is made for each T: few of them.
         multiple = 8 if config.compile and config.max_length + 8 <= encoder.longest_input else None
         self.tokenize = encoder.view_tokenizer(max_length=config.max_length, pad_to_multiple_of=multiple)
+        self.model = processes.wrap(TrainingModel(encoder, self.modules.get("mlm")))
+        # On several ranks the backward pass averages the gradients, but within this.
+        self.no_sync: Callable[[], Any] = getattr(self.model, "no_sync", contextlib.nullcontext)
         self.views = max(2, len(task.rows[0]))
-        per_epoch = len(self.batches(0, 0)) // config.accumulation_steps
-        self.total_steps = config.max_steps or config.epochs * per_epoch
+        self.total_steps = self.plan()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = adamw(
             {"params": self.parameters, "weight_decay": config.weight_decay},
@@ -111,7 +131,7 @@ class Run:
         self.schedule = get_linear_schedule_with_warmup(self.optimizer, config.warmup_steps, self.total_steps)
         self.scaler = self.precision.scaler()
         self.checkpoints = Checkpoints(output, config.keep_checkpoints)
-        self.watch = Watch(self.loss_fn, config.batch_size)
+        self.watch = Watch(self.loss_fn)
 
         self.step = 0  # optimiser steps so far
         self.epoch, self.batch = 0, 0  # place of the next batch
@@ -122,6 +142,39 @@ class Run:
         self.evaluations_without_gain = 0
         self.bad_step = torch.full((), -1, device=self.device)  # the first with a loss that is no number
 
+    def plan(self) -> int:
+        """Optimiser steps in all; says how they come about, and what of the settings has no effect."""
+        config, say, size = self.config, self.processes.say, self.processes.size
+        batches = len(self.batches(0, 0))
+        total = config.total_steps(batches)
+        share = f" ({config.batch_size // size} on each of {size} processes)" if size > 1 else ""
+        parts = [f"{batches:,} batches of {config.batch_size}{share} an epoch"]
+        parts += [f"{config.accumulation_steps} of them a step"] if config.accumulation_steps > 1 else []
+        parts.append(
+            f"{total:,} steps by " + ("--max-steps" if config.max_steps else f"{config.epochs} epochs")
+        )
+        parts += [f"warm-up of {config.warmup_steps}"] if config.warmup_steps else []
+        if self.task.dev is not None:
+            within = config.eval_steps < total
+            parts.append(
+                f"dev every {config.eval_steps} steps"
+                if within
+                else "dev before the first and after the last"
+            )
+        if config.checkpoint_steps:
+            parts.append(f"checkpoints every {config.checkpoint_steps} steps")
+        parts.append(f"{config.num_clusters} clusters" if config.num_clusters else "no clusters")
+        say(f"plan: {', '.join(parts)}")
+        if config.warmup_steps >= total:
+            text = (
+                f"--warmup-steps {config.warmup_steps}: the learning rate rises to the last of {total} steps"
+            )
+            warnings.warn(text, stacklevel=2)
+        if config.checkpoint_steps and config.checkpoint_steps > total:
+            text = f"--checkpoint-steps {config.checkpoint_steps}: none of the {total} steps is saved"
+            warnings.warn(text, stacklevel=2)
+        return total
+
     def begin(self, checkpoint: Checkpoint | None) -> None:
         """Start a log, or go on from a checkpoint."""
         config, is_first = self.config, self.processes.is_first
@@ -129,9 +182,13 @@ class Run:
             load_checkpoint(self, checkpoint)
         else:
             self.processes.part_random_states(config.seed)
-        if checkpoint is None and is_first:
-            self.checkpoints.clear()
-            shutil.rmtree(self.output / TENSORBOARD, ignore_errors=True)
+        if is_first:
+            weights = sum(value.nbytes for value in self.encoder.state_dict().values())
+            # A checkpoint holds them with two moments each.
+            check_room("--output-dir", self.output, weights * (4 if config.checkpoint_steps else 1))
+            if checkpoint is None:
+                self.checkpoints.clear()
+                shutil.rmtree(self.output / TENSORBOARD, ignore_errors=True)
             write_summary(self.output, config, finished=False)
         self.journal = Journal(
             self.output / LOG,
@@ -154,6 +211,8 @@ class Run:
                 last = self.step == self.total_steps
                 logged = last or self.step % self.config.log_steps == 0
                 terms = self.train_step(watched=logged)
+                if self.claim is not None:
+                    self.claim.has_begun = True
                 bar.update()
                 if logged:
                     self.log_terms(terms, bar)
@@ -317,7 +376,12 @@ class Run:
         if self.task.dev is None:
             return
         self.check_finite()
-        scores = self.processes.of_first(self.task.dev(self.encoder) if self.processes.is_first else {})
+        try:
+            scores = self.processes.of_first(self.task.dev(self.encoder) if self.processes.is_first else {})
+        except ValueError as error:
+            if self.step and "finite" in str(error):  # the step before was, and made the weights too large
+                raise ValueError(f"step {self.step}: {error}; lower --learning-rate") from error
+            raise
         name, score = next(iter(scores.items()))
         self.journal.scores(self.step, scores)
         if not self.best_scores or score > self.best_scores[name]:
@@ -344,7 +408,6 @@ class Run:
         self.tell_repeats()
         for event, text in self.watch.end(self.step):
             self.journal.event(self.step, event, text)
-        self.journal.close()
         with replacing(self.output / PICTURE) as path:
             draw_run(self.journal.records, path)
         write_summary(self.output, self.config, scores=scores, best_step=self.best_step, finished=True)

@@ -6,6 +6,7 @@ import json
 import re
 import resource
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -245,7 +246,8 @@ def resumed(interrupted, tmp_path):
     [
         ("--learning-rate 2e-3", "--learning-rate: expected 0.001 as in .*step-00000008.* got 0.002"),
         ("--num-clusters 5", "--num-clusters: expected 4 as in"),
-        ("--max-steps 9", "--max-steps: expected 8 as in"),
+        ("--max-steps 5", "--max-steps: expected at least the 8 steps of .*step-00000008, got 5"),
+        ("--eval-steps 2", "--eval-steps: expected 125 as in"),
         ("--pooling mean", "--pooling: expected None as in .* got 'mean'"),
         ("--no-hard-negatives", "--hard-negatives: expected True as in .* got False"),
     ],
@@ -263,16 +265,85 @@ def test_another_number_of_processes(resumed, capsys):
     assert "--nproc-per-node: expected 2 processes as in" in refused(capsys, given)
 
 
-def test_settings_that_change_nothing_may_change(resumed):
+def test_settings_that_change_nothing_may_change(resumed, capsys):
     """And a folder that was moved is the same run; keeping fewer checkpoints too."""
     output, given = resumed
     shutil.rmtree(output / "checkpoints" / "step-00000008")
     more = ["--num-workers", "1", "--keep-checkpoints", "1", "--checkpoint-steps", "3", "--tensorboard"]
+    more += ["--backend", "reference", "--mini-batch-size", "16"]
     assert main([*given, *more]) == 0
+    assert "--backend is 'reference' from here on, was 'auto'" in capsys.readouterr().out
     assert [record["step"] for record in log_of(output) if "loss" in record] == list(range(1, 9))
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000006"]
     assert json.loads((output / "training.json").read_text())["finished"]
     assert main([*given, *more]) == 0  # ended already
+
+
+def test_the_same_files_by_other_names(interrupted, resumed, monkeypatch):
+    output, given = resumed
+    shutil.rmtree(output / "checkpoints" / "step-00000008")
+    monkeypatch.chdir(interrupted)
+    shutil.copy("sentences.txt", output.parent / "moved.txt")
+    there = dict(pairwise(given))
+    moved = [{there["--model"]: "./model", there["--train-file"]: "~/moved.txt"}.get(x, x) for x in given]
+    monkeypatch.setenv("HOME", str(output.parent))
+    assert main([*moved, "--log-steps", "2"]) == 0
+    assert [record["step"] for record in log_of(output) if "loss" in record] == [*range(1, 7), 8]
+
+
+def rates(output: Path) -> list[float]:
+    return [record["learning_rate"] for record in log_of(output) if "loss" in record]
+
+
+@pytest.mark.parametrize("longer", ["--max-steps 12", "--epochs 2"])
+def test_a_run_that_has_ended_goes_on_for_longer(interrupted, tmp_path, capsys, longer):
+    """At the rates of a run of that length, from the last checkpoint on."""
+    place, output = interrupted, tmp_path / "run"
+    short = "--checkpoint-steps 3 --no-tensorboard --resume".split()
+    short += ["--max-steps", "8"] if "--max-steps" in longer else []
+    given = flags(place / "model", place / "sentences.txt", output, *short)
+    assert main(given) == 0
+    first = rates(output)
+    steps = len(first)
+    capsys.readouterr()
+    assert main(given) == 0
+    assert "ended already" in capsys.readouterr().out
+    assert main([*given, *longer.split()]) == 0
+    said = capsys.readouterr().out
+    kept = steps - steps % 3
+    assert f"going on after step {kept}" in said
+    total = 12 if "--max-steps" in longer else 2 * steps
+    peak = 1e-3
+    expected = [peak * (1 - step / steps) for step in range(1, kept + 1)]
+    expected += [peak * (1 - step / total) for step in range(kept + 1, total + 1)]
+    assert rates(output) == pytest.approx(expected)
+    summary = json.loads((output / "training.json").read_text())
+    assert summary["finished"]
+    assert summary["settings"]["max_steps" if "--max" in longer else "epochs"] == int(longer.split()[1])
+
+
+def test_a_run_that_has_ended_and_cannot_go_on(interrupted, tmp_path, capsys):
+    place, output = interrupted, tmp_path / "run"
+    given = flags(place / "model", place / "sentences.txt", output, *RUN, "--resume")
+    given += ["--checkpoint-steps", "100"]
+    assert main(given) == 0
+    assert "--checkpoint-steps 100: none of the 8 steps is saved" in capsys.readouterr().err
+    message = refused(capsys, [*given, "--max-steps", "9"])
+    assert (
+        f"--max-steps: expected 8 as in {output}, whose training has ended and left no checkpoint" in message
+    )
+    assert "--model: expected" in refused(capsys, [*given, "--model", "/nope"])
+    assert main(given) == 0
+
+
+def test_a_run_that_has_stopped_early(resumed, capsys):
+    output, given = resumed
+    summary = json.loads((output / "training.json").read_text())
+    (output / "training.json").write_text(json.dumps({**summary, "finished": True}))
+    edit(output / "checkpoints" / "step-00000008", evaluations_without_gain=3)
+    message = refused(capsys, [*given, "--max-steps", "9"])
+    assert "--patience: expected 0 or more than 3, as the training in" in message
+    assert main([*given, "--max-steps", "9", "--patience", "0"]) == 0
 
 
 def test_damage_is_named_and_the_one_before_serves(resumed, capsys):
@@ -298,7 +369,7 @@ def test_other_model_and_other_data(interrupted, resumed, tmp_path, capsys):
     kept = (interrupted / "model").rename(tmp_path / "kept")
     wider.rename(interrupted / "model")
     message = refused(capsys, given)
-    assert f"expected encoder.transformer.{name} of shape" in message
+    assert re.search("--model: expected what .*step-00000008 began with, got another, ", message)
     shutil.rmtree(interrupted / "model")
     kept.rename(interrupted / "model")
     file = interrupted / "sentences.txt"

@@ -20,9 +20,9 @@ def test_defaults():
 
 
 def test_from_scratch_has_its_own_defaults():
-    config = parse("--batch-size", "32")
+    config = parse("--batch-size", "96")
     assert config.from_scratch
-    assert config == TrainConfig(**{**FROM_SCRATCH, "batch_size": 32})
+    assert config == TrainConfig(**{**FROM_SCRATCH, "batch_size": 96})
     with pytest.raises(ValueError, match="--model: expected an encoder to train on lines.txt, got none"):
         parse("--train-file", "lines.txt")
 
@@ -55,8 +55,8 @@ def test_config_file_and_flags_over_it(tmp_path, suffix):
     path = tmp_path / f"run.{suffix}"
     lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in settings.items())
     path.write_text(json.dumps(settings) if suffix == "json" else lines + "\ntemperature: 5e-2\n")
-    config = parse("--config", str(path), "--batch-size", "32")
-    assert config.batch_size == 32
+    config = parse("--config", str(path), "--batch-size", "96")
+    assert config.batch_size == 96
     assert config.learning_rate == 3.0
     assert config.temperature == 0.05
     assert config.hard_negatives is False
@@ -91,7 +91,7 @@ def test_bad_config_file(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--batch-size 0", "batch_size: expected at least 1, got 0"),
+        ("--batch-size 0", "batch_size: expected at least 2, got 0"),
         ("--max-steps 0", "max_steps: expected at least 1, got 0"),
         ("--patience -1", "patience: expected at least 0, got -1"),
         ("--learning-rate 0", "learning_rate.*got 0"),

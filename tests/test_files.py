@@ -15,7 +15,7 @@ import forked
 import pytest
 from train_problems import flags, refused, save_tiny_model, sentences
 
-from clusterns.files import holding, replacing, staging, sweep
+from clusterns.files import check_writable, holding, replacing, staging, sweep
 
 IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
@@ -89,6 +89,47 @@ def test_live_writer_is_left_alone_until_it_dies(forks, tmp_path):
     assert not os.listdir(tmp_path)
     if forks:
         os.kill(worker, signal.SIGKILL)
+
+
+def test_waiting_is_said_and_ends(tmp_path, monkeypatch):
+    """As for the lock of a dead process on a network disk, which its server keeps."""
+    monkeypatch.setattr("clusterns.files.SAY_AFTER", 0.1)
+    monkeypatch.setattr("clusterns.files.WAIT_AT_MOST", 0.3)
+    path = tmp_path / "lock"
+    with holding(path):
+        words = "if there is none, remove"
+        with pytest.warns(UserWarning, match=f"{path}: waiting for the process .* {words}"):  # noqa: SIM117
+            with pytest.raises(BlockingIOError, match=words), holding(path, wait=True):
+                pass
+
+
+def test_links_stay_and_devices_are_written_to(tmp_path, capfd):
+    (tmp_path / "far").mkdir()
+    link = tmp_path / "a.json"
+    link.symlink_to(tmp_path / "far" / "a.json")
+    with replacing(link) as path:
+        path.write_text("new", encoding="utf-8")
+    assert link.is_symlink()
+    assert (tmp_path / "far" / "a.json").read_text(encoding="utf-8") == "new"
+    for device in ("/dev/stdout", "/dev/null"):
+        check_writable("--json", device)
+        with replacing(device) as path:
+            path.write_text("to the terminal", encoding="utf-8")
+    assert not Path("/dev/null").is_file()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write to")
+def test_what_cannot_be_written_is_said_in_time(tmp_path):
+    for path, kind, words in (
+        ("/proc/figures.json", OSError, "in a folder that can be written to, got /proc/figures.json"),
+        (tmp_path / "absent" / "a.json", FileNotFoundError, "expected a file in a folder that exists"),
+        (tmp_path, IsADirectoryError, "expected a file, got the folder"),
+    ):
+        with pytest.raises(kind, match=words) as caught:
+            check_writable("--json", path)
+        assert str(caught.value).startswith("--json: ")
+        assert ".clusterns-" not in str(caught.value)
+    assert not os.listdir(tmp_path)
 
 
 def test_lock_is_exclusive_and_leaves_nothing(tmp_path):
@@ -170,6 +211,6 @@ def test_full_disk(small_disk, tmp_path, capsys):
         "--max-steps",
         "1",
     )
-    assert "No space left on device" in refused(capsys, [*run, "--no-tensorboard"])
+    assert "MB of room on the disk of" in refused(capsys, [*run, "--no-tensorboard"])
     assert path.read_text(encoding="utf-8") == "0\n" * 1000
     assert not list(small_disk.rglob(".clusterns-*"))

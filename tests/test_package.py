@@ -48,6 +48,31 @@ def test_import_needs_neither_triton_nor_what_training_needs():
     assert run(code) == "True"
 
 
+def test_without_what_training_needs_the_extra_is_named():
+    absent = ["transformers", "datasets", "scipy", "matplotlib", "pyarrow", "sklearn"]
+    blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in absent)
+    start = f"import sys; {blocked}; sys.stderr = sys.stdout; from clusterns.cli import main"
+    for arguments, extra in (("train", "train"), ("evaluate m --sts-dir d", "evaluate")):
+        said = run(f"{start}; print(main({arguments.split()}))")
+        assert 'which is not installed; pip install "clusterns[' + extra + ']"' in said
+        assert said.endswith("2")
+
+
+def test_an_interrupt_while_torch_is_loaded():
+    code = """
+import sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+sys.stderr = sys.stdout
+from clusterns.cli import main
+print(main(["train"]))
+"""
+    assert run(code).splitlines() == ["clusterns: interrupted", "130"]
+
+
 def test_version_is_stated_once():
     assert clusterns.__version__ == metadata.version("clusterns")
     assert f"version: {clusterns.__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

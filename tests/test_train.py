@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
+import tempfile
+from itertools import pairwise
 
 import pytest
 import torch
@@ -232,12 +235,93 @@ def test_bad_files_and_settings(tiny_model, train_file, tmp_path, capsys):
     assert "num_clusters: expected at least 2 with hard_negatives" in refused(
         capsys, flags(tiny_model, train_file, tmp_path / "run-k", "--num-clusters", "1")
     )
+    for more, words in (
+        ("--batch-size 1 --num-clusters 0", "batch_size: expected at least 2, got 1"),
+        ("--batch-size 16 --num-clusters 32", "num_clusters: expected at most batch_size 16, of which the"),
+        ("--accumulation-steps 10", "accumulation_steps: expected at most 9, the batches of 32 in 1 epochs"),
+    ):
+        given = flags(tiny_model, train_file, tmp_path / "run-n", *more.split())
+        assert words in refused(capsys, given)
+        assert not (tmp_path / "run-n").exists()
     assert "--device: expected a device of this machine, got 'toaster'" in refused(
         capsys, flags(tiny_model, train_file, tmp_path / "run-d", "--device", "toaster")
     )
     assert "sts-dev.csv" in refused(
         capsys, flags(tiny_model, train_file, tmp_path / "run-s", "--sts-dir", str(tmp_path))
     )
+
+
+def test_the_plan_is_said(tiny_model, train_file, tmp_path, capsys):
+    """Batches are accumulated across epochs: one step in all is a run."""
+    more = "--epochs 2 --accumulation-steps 18 --warmup-steps 5 --no-tensorboard".split()
+    assert main(flags(tiny_model, train_file, tmp_path / "run", *more)) == 0
+    said = capsys.readouterr()
+    words = "plan: 9 batches of 32 an epoch, 18 of them a step, 1 steps by 2 epochs, warm-up of 5, 4 clusters"
+    assert words in said.out
+    assert "warning: --warmup-steps 5: the learning rate rises to the last of 1 steps" in said.err
+    assert f"{train_file}: txt, a sentence a line; 'text' as sentences; 300 rows, for example" in said.out
+    assert [record["step"] for record in log_of(tmp_path / "run") if "loss" in record] == [1]
+
+
+def test_rows_left_out_are_said_at_the_start(tiny_model, tmp_path, capsys):
+    texts = sentences(300)
+    pairs = [f"{a},{b if i % 3 else ''},{i % 2}" for i, (a, b) in enumerate(pairwise(texts))]
+    (tmp_path / "pairs.csv").write_text("first,second,same\n" + "\n".join(pairs))
+    more = ["--text-columns", "first,second", "--max-steps", "1", "--no-tensorboard"]
+    given = flags(tiny_model, tmp_path / "pairs.csv", tmp_path / "run", *more)
+    assert "only some by 'same' (0, 1)" in refused(capsys, given)
+    assert main([*given, "--positive-label", "1", "--label-column", "same"]) == 0
+    said = capsys.readouterr()
+    assert "50 with a blank second (line 5; line 11)" in said.out
+    assert "50 of 299 rows are left out" in said.err
+
+
+def test_what_a_failed_start_leaves(tiny_model, train_file, sts_dir, tmp_path, capsys, monkeypatch):
+    """Nothing, whether it fails at once, at the first evaluation or in the first step."""
+    from clusterns.train import Run
+
+    def fail(*_, **__):
+        raise ValueError("expected to go on")
+
+    more = ["--sts-dir", str(sts_dir), "--max-steps", "1"]
+    for name in ("load_sts", "sts_dev"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"clusterns.training.task.{name}", fail)
+            assert "expected to go on" in refused(
+                capsys, flags(tiny_model, train_file, tmp_path / "a", *more)
+            )
+        assert not (tmp_path / "a").exists()
+    (tmp_path / "a").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_step", fail)
+        assert "expected to go on" in refused(capsys, flags(tiny_model, train_file, tmp_path / "a", *more))
+    assert list((tmp_path / "a").iterdir()) == []
+    assert main(flags(tiny_model, train_file, tmp_path / "a", *more)) == 0
+
+
+def test_an_output_folder_on_another_disk(tiny_model, train_file, tmp_path, monkeypatch):
+    """Behind a link, and named from the home folder."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as disk:
+        (tmp_path / "link").symlink_to(disk)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        run = flags(tiny_model, train_file, "~/link", "--max-steps", "1", "--no-tensorboard")
+        assert main(run) == 0
+        assert os.path.isfile(f"{disk}/model.safetensors")
+        assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that nobody can write to")
+def test_an_output_folder_that_cannot_be_written(tiny_model, train_file, capsys):
+    message = refused(capsys, flags(tiny_model, train_file, "/proc/run", "--max-steps", "1"))
+    assert "--output-dir: expected a folder that can be written to, got /proc/run (" in message
+
+
+def test_a_learning_rate_far_too_large(tiny_model, train_file, sts_dir, tmp_path, capsys):
+    more = "--learning-rate 1e30 --max-steps 3 --eval-steps 1 --no-tensorboard".split()
+    given = flags(tiny_model, train_file, tmp_path / "run", *more, "--sts-dir", str(sts_dir))
+    message = refused(capsys, given)
+    assert "step 1: " in message
+    assert message.endswith("lower --learning-rate")
 
 
 def test_loss_that_is_no_number_stops_the_run(tiny_model, train_file, tmp_path, capsys):

@@ -15,9 +15,19 @@ import torch
 import train_distributed_worker
 from safetensors.torch import load_file
 from tiny import assert_close
-from train_problems import assert_trained_alike, flags, log_of, save_tiny_model, sentences, write_dev
+from train_problems import (
+    assert_trained_alike,
+    flags,
+    log_of,
+    save_tiny_model,
+    sentences,
+    tiny_tokenizer,
+    write_dev,
+)
+from transformers import AutoModel, LongformerConfig, XLNetConfig
 
 from clusterns.cli import main
+from clusterns.encoder import SentenceEncoder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_picture")
 # What is computed by one process and by two, on the same batches and without dropout.
@@ -26,6 +36,22 @@ RUNS = {
     "options": "--max-steps 4 --accumulation-steps 2 --learn-temperature --gather ring --num-workers 1",
     "cached": "--max-steps 4 --mini-batch-size 5 --accumulation-steps 2",
     "triplets": "--max-steps 4 --text-columns sent0,sent1,hard_neg --prompt bert --denoise trained",
+}
+# Encoders with parameters that get no gradient: for global attention, and for a mask that there is not.
+UNUSED = {
+    "longformer": LongformerConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        attention_window=8,
+        max_position_embeddings=130,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        vocab_size=500,
+        pad_token_id=0,
+    ),
+    "xlnet": XLNetConfig(d_model=32, n_layer=2, n_head=2, d_inner=64, dropout=0.0, vocab_size=500),
 }
 
 
@@ -41,9 +67,11 @@ def place(tmp_path_factory):
         rows.writerow(["sent0", "sent1", "hard_neg"])
         rows.writerows(zip(texts[:130], texts[130:260], texts[260:], strict=True))
     write_dev(root / "sts")
-    save_tiny_model(
-        root / "noisy", pooling="mean", std=0.2
-    )  # dropout: each rank has random numbers of its own
+    # Dropout: each rank has random numbers of its own.
+    save_tiny_model(root / "noisy", pooling="mean", std=0.2)
+    for name, config in UNUSED.items():
+        torch.manual_seed(0)
+        SentenceEncoder(AutoModel.from_config(config), tiny_tokenizer(), pooling="mean").save(root / name)
     return root
 
 
@@ -99,10 +127,15 @@ def test_two_ranks(place, tmp_path):
     # The run that broke between two checkpoints goes on; then rank 0 fails, and the other waits for a score.
     again = arguments(place, "published", tmp_path / "judged")
     fails = {"rank": 0, "method": "judge", "step": 2, "run": "judged"}
-    said = run({"runs": [broken, again], "fails": fails}, tmp_path)
+    more = ["--max-steps", "3", "--no-tensorboard"]
+    odd = [flags(place / name, place / "sentences.txt", tmp_path / name, *more) for name in UNUSED]
+    said = run({"runs": [broken, *odd, again], "fails": fails}, tmp_path)
     assert "going on after step 4" in said
     assert "clusterns: error: judge: expected to go on, was made to fail at step 3" in said
     ends_alike(tmp_path / "broken", tmp_path / "whole")
+    for name in UNUSED:
+        assert main(flags(place / name, place / "sentences.txt", tmp_path / "one" / name, *more)) == 0
+        ends_as_one(name, place / name, tmp_path / name, tmp_path / "one" / name)
 
 
 def ends_as_one(name: str, start: Path, mine: Path, theirs: Path) -> None:

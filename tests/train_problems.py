@@ -25,12 +25,17 @@ def sentences(count: int) -> list[str]:
     return list(distinct)
 
 
+def tiny_tokenizer():
+    """With a vocabulary for `sentences`."""
+    return train_tokenizer(sentences(400), vocab_size=500)
+
+
 def save_tiny_model(folder: Path, *, dropout: float = 0.1, pooling: str = "cls", std: float = 0.02) -> Path:
     """Folder of a random two-layer BERT with a vocabulary for `sentences`.
 
     With "mean" pooling and words of a larger deviation it tells sentences apart before it is trained.
     """
-    tokenizer = train_tokenizer(sentences(400), vocab_size=500)
+    tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     bert = small_bert(tokenizer, seed=0, hidden_size=32, layers=2, heads=2, dropout=dropout, word_std=std)
     SentenceEncoder(bert, tokenizer, pooling=pooling).save(folder)

@@ -17,7 +17,7 @@ from ..checks import check_choice, check_count
 from ..corpus.columns import Asked
 from ..corpus.sources import column_names, read_rows
 from ..encoder import SentenceEncoder
-from ..files import check_folder_of, replacing
+from ..files import check_writable, replacing
 from ..models.folder import first_line, resolve
 from .cluster_view import plane, view_clusters
 from .evaluated_model import load_model
@@ -77,10 +77,10 @@ def write_report(
 
     Returns 0. Raises ValueError or OSError in one line for bad input, as fewer than two sentences.
     """
-    output = Path(output)
-    check_folder_of("--output", output)
-    csv_file = output.with_suffix(".csv") if csv_file is None else Path(csv_file)
-    check_folder_of("--csv", csv_file)
+    output = Path(output).expanduser()
+    check_writable("--output", output)
+    csv_file = output.with_suffix(".csv") if csv_file is None else Path(csv_file).expanduser()
+    check_writable("--csv", csv_file)
     if csv_file.absolute() == output.absolute():
         raise ValueError(f"--output: expected a page beside the table {csv_file}, got the same file")
     check_choice("--map", map_method, MAPS)

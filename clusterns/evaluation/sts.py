@@ -138,9 +138,10 @@ def sts_folder(source: str | os.PathLike[str]) -> Path:
         from .sts_hub import senteval_folder
 
         return senteval_folder()
-    if not Path(source).is_dir():
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
         raise FileNotFoundError(f"sts_dir: expected a folder in SentEval's layout, got {source}")
-    return Path(source)
+    return folder
 
 
 def _read_input_and_gold(input_path: Path, gold_path: Path) -> StsSet:

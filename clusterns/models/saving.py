@@ -39,7 +39,7 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
     Where writing fails, `directory` stays as it was. Other files in it stay. Raises OSError where it cannot
     be written.
     """
-    target = Path(directory).absolute()
+    target = Path(directory).expanduser().absolute()
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"directory: expected a folder, got the file {directory}")
     is_new = not target.exists()

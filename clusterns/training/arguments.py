@@ -62,10 +62,11 @@ def _read_file(path: str | None) -> dict[str, Any]:
         return {}
     import yaml
 
-    if not Path(path).is_file():
+    file = Path(path).expanduser()
+    if not file.is_file():
         raise FileNotFoundError(f"--config: expected a YAML or JSON file, found none at {path}")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(
             f"--config {path}: expected YAML or JSON, got {' '.join(str(error).split())}"
@@ -96,6 +97,8 @@ def _convert(path: str, name: str, value: Any, kind: Any) -> Any:
             pass
     elif isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
         return value
+    elif kind is str and isinstance(value, (bool, int, float)):  # as a label is
+        return str(value)
     raise ValueError(f"--config {path}: {name}: expected {kind.__name__}, got {value!r}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -42,9 +43,16 @@ FROM_SCRATCH: dict[str, Any] = {
 
 
 # Settings that may differ between a run and its resumption: they change where and how fast, not what.
-FREE_ON_RESUME = (
-    "output_dir overwrite_output_dir resume checkpoint_steps keep_checkpoints num_workers device tensorboard"
-).split()
+FREE_ON_RESUME = set(
+    """preset output_dir overwrite_output_dir resume checkpoint_steps keep_checkpoints num_workers device
+    tensorboard log_steps mini_batch_size compile backend gather""".split()
+)
+# What these name is compared by its content, and with these a run may go on for longer.
+COMPARED_BY_CONTENT = set(
+    """model train_file text_columns delimiter header label_column positive_label min_score sts_dir""".split()
+)
+LENGTH = {"max_steps", "epochs", "patience"}
+_PATHS = ("model", "train_file", "output_dir", "sts_dir")
 
 
 @dataclass
@@ -186,6 +194,11 @@ class TrainConfig:
     backend: str = setting("auto", "of the loss", BACKENDS)
     gather: str = setting("all", "how several processes share the positives; ring takes less memory", GATHERS)
 
+    def __post_init__(self) -> None:
+        for name in _PATHS:
+            if getattr(self, name) is not None:
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
+
     @property
     def from_scratch(self) -> bool:
         """Whether a small BERT is made instead of an encoder loaded."""
@@ -217,10 +230,9 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise `ValueError` with one line for a setting out of range. Loss and prompt check their own."""
-        for name in (
-            "epochs batch_size accumulation_steps max_length eval_steps log_steps keep_checkpoints"
-        ).split():
+        for name in "epochs accumulation_steps max_length eval_steps log_steps keep_checkpoints".split():
             check_count(name, getattr(self, name), at_least=1)
+        check_count("batch_size", self.batch_size, at_least=2)  # a sentence's negatives are the others
         for name in ("patience", "num_clusters", "seed", "warmup_steps"):
             check_count(name, getattr(self, name), at_least=0)
         for name in ("max_steps", "mini_batch_size", "checkpoint_steps"):
@@ -228,6 +240,11 @@ class TrainConfig:
                 check_count(name, getattr(self, name), at_least=1)
         if self.num_workers is not None:
             check_count("num_workers", self.num_workers, at_least=0)
+        if self.num_clusters > self.batch_size:
+            raise ValueError(
+                f"num_clusters: expected at most batch_size {self.batch_size}, of which the first centroids "
+                f"are taken, got {self.num_clusters}"
+            )
         check_number("learning_rate", self.learning_rate, above=0)
         check_number("max_grad_norm", self.max_grad_norm, above=0)
         check_number("weight_decay", self.weight_decay, at_least=0)
@@ -245,6 +262,16 @@ class TrainConfig:
             raise ValueError("second_template: expected a template for view 1 with it, got none")
         if self.denoise != "none" and self.prompt is None and self.template is None:
             raise ValueError(f"denoise: expected 'none' without a prompt or template, got {self.denoise!r}")
+
+    def total_steps(self, batches: int) -> int:
+        """Optimiser steps with so many batches in an epoch; ValueError where there is none."""
+        steps = self.max_steps or self.epochs * batches // self.accumulation_steps
+        if not steps:
+            raise ValueError(
+                f"accumulation_steps: expected at most {self.epochs * batches}, the batches of "
+                f"{self.batch_size} in {self.epochs} epochs, for one step, got {self.accumulation_steps}"
+            )
+        return steps
 
     def workers(self, device: torch.device) -> int:
         """Processes that tokenise; by default none on a CPU, which they would share with the loop, else 2."""

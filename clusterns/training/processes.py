@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -96,6 +96,20 @@ class Processes:
         sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         keywords: dict[str, Any] = {sync: False}
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **keywords)
+
+
+def freeze_unused(encoder: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+    """Freeze parameters that these inputs give no gradient, as Longformer's for global attention.
+
+    DistributedDataParallel would wait for it. Random numbers and mode are as before.
+    """
+    training, device = encoder.training, next(encoder.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        encoder.train()(inputs).square().sum().backward()
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
+    encoder.zero_grad(set_to_none=True)
+    encoder.train(training)
 
 
 @contextlib.contextmanager

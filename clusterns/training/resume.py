@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+import xxhash
+
+from ..encoder import SentenceEncoder
 from .checkpoint import Checkpoint, Checkpoints
-from .config import FREE_ON_RESUME, TrainConfig, to_dict
+from .config import COMPARED_BY_CONTENT, FREE_ON_RESUME, LENGTH, TrainConfig, to_dict
 from .devices import random_states, restore_random_states
 from .processes import Processes
 from .run_folder import LOG, model_files
@@ -19,29 +24,63 @@ if TYPE_CHECKING:
 _PROGRESS = ("epoch batch deferred first_scores best_scores best_step evaluations_without_gain").split()
 
 
-def find_checkpoint(config: TrainConfig, output: Path, processes: Processes) -> Checkpoint | None:
+def find_checkpoint(
+    config: TrainConfig, output: Path, processes: Processes, summary: dict[str, Any]
+) -> Checkpoint | None:
     """The newest checkpoint of the output folder, if the run is to go on from one; None where it begins.
 
-    Raises ValueError, naming the setting, where that was made with other settings, and what
-    `Checkpoints.read` raises.
+    `summary` is what training.json holds. Raises ValueError, naming the setting, where the checkpoint was
+    made with other settings that would change the run, or a run that has ended is to go on for longer and
+    cannot; and what `Checkpoints.read` raises.
     """
+    if not config.resume:
+        return None
     checkpoints = Checkpoints(output, config.keep_checkpoints)
-    last = processes.of_first(checkpoints.last() if config.resume else None)
+    last = processes.of_first(checkpoints.last())
     if last is None:
+        if summary.get("finished"):
+            name, before, now = next(changes(config, summary["settings"], FREE_ON_RESUME))
+            raise ValueError(
+                f"{flag(name)}: expected {before!r} as in {output}, whose training has ended and left no "
+                f"checkpoint to go on from (--checkpoint-steps writes them), got {now!r}"
+            )
         return None
     checkpoint = checkpoints.read(last, LOG)
-    before, now = checkpoint.progress["settings"], json.loads(json.dumps(to_dict(config)))
-    for name in sorted(before.keys() | now.keys()):
-        if name not in FREE_ON_RESUME and before.get(name) != now.get(name):
-            raise ValueError(
-                f"--{name.replace('_', '-')}: expected {before.get(name)!r} as in {last}, which --resume "
-                f"goes on from, got {now.get(name)!r}"
-            )
+    settings = checkpoint.progress["settings"]
+    free = FREE_ON_RESUME | COMPARED_BY_CONTENT | LENGTH
+    for name, before, now in changes(config, settings, free):
+        raise ValueError(
+            f"{flag(name)}: expected {before!r} as in {last}, which --resume goes on from, got {now!r}"
+        )
+    gainless = checkpoint.progress["evaluations_without_gain"]
+    if summary.get("finished") and 0 < config.patience <= gainless:
+        raise ValueError(
+            f"--patience: expected 0 or more than {gainless}, as the training in {output} has ended after so "
+            f"many evaluations without a gain, got {config.patience}"
+        )
     size = checkpoint.progress["processes"]
     if size != processes.size:
         raise ValueError(f"--nproc-per-node: expected {size} processes as in {last}, got {processes.size}")
     processes.say(f"going on after step {checkpoint.progress['step']}, from {last}")
+    quiet = COMPARED_BY_CONTENT | {"output_dir", "overwrite_output_dir", "resume"}
+    for name, before, now in changes(config, settings, quiet):
+        processes.say(f"{flag(name)} is {now!r} from here on, was {before!r}")
     return checkpoint
+
+
+def changes(
+    config: TrainConfig, settings: Mapping[str, Any], free: Collection[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Names of the settings, but for the free ones, that differ from earlier ones; what they were and are."""
+    now = json.loads(json.dumps(to_dict(config)))
+    for name in sorted(settings.keys() | now.keys()):
+        if name not in free and settings.get(name) != now.get(name):
+            yield name, settings.get(name), now.get(name)
+
+
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
 
 
 def save_checkpoint(run: Run) -> None:
@@ -57,6 +96,7 @@ def save_checkpoint(run: Run) -> None:
         progress={
             **{name: getattr(run, name) for name in _PROGRESS},
             "rows": _rows(run),
+            "content": _content(run),
             "seconds": run.journal.seconds,
             "watch": run.watch.state_dict(),
             "processes": run.processes.size,
@@ -78,9 +118,25 @@ def load_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
         raise ValueError(
             f"--train-file: expected the {progress['rows'][0]:,} rows of {checkpoint.folder}, got {got}"
         )
+    for name, now in _content(run).items():
+        if progress.get("content", {}).get(name, now) != now:
+            raise ValueError(
+                f"{flag(name)}: expected what {checkpoint.folder} began with, got another, "
+                f"{getattr(run.config, name)}"
+            )
+    if progress["step"] > run.total_steps:
+        raise ValueError(
+            f"--max-steps: expected at least the {progress['step']} steps of {checkpoint.folder}, got "
+            f"{run.total_steps}"
+        )
     checkpoint.load_modules(run.modules)
     for name, part in _parts(run).items():
         part.load_state_dict(checkpoint.training[name])
+    # The rate of the next step is that of a run of this length; the state has that of the length before.
+    for group, rate, factor in zip(
+        run.optimizer.param_groups, run.schedule.base_lrs, run.schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = rate * factor(progress["step"])
     run.step = progress["step"]
     for name in _PROGRESS:
         setattr(run, name, progress[name])
@@ -90,10 +146,29 @@ def load_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
     restore_random_states(checkpoint.training["random"][run.processes.rank], run.device)
 
 
+def fingerprint(encoder: SentenceEncoder) -> str:
+    """What tells an encoder from others: settings, vocabulary and weights of the transformer."""
+    config = {name: value for name, value in encoder.transformer.config.to_dict().items() if name[0] != "_"}
+    config.pop("transformers_version", None)
+    tokenizer = encoder.tokenizer
+    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab())
+    told = json.dumps([encoder.settings(), config, vocabulary], default=str, sort_keys=True)
+    digest = xxhash.xxh3_128(told.encode())
+    for name, value in encoder.transformer.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _rows(run: Run) -> list[Any]:
     """How many rows there are, and what tells those of a file from others."""
     folder = getattr(run.task.rows, "folder", None)
     return [len(run.task.rows), folder and folder.name]
+
+
+def _content(run: Run) -> dict[str, str]:
+    """What tells the encoder that a run began with, and what judges it, from others, by their settings."""
+    return {"model": run.origin, "sts_dir": run.task.dev_content}
 
 
 def _parts(run: Run) -> dict[str, Any]:

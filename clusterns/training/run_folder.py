@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,39 +34,75 @@ TENSORBOARD = "tensorboard"
 _OWN = {LOCK, LOG, SUMMARY, PICTURE, TENSORBOARD, "checkpoints"}
 
 
+class Claim:
+    """That of a run on its folder; where it was empty, what a run leaves that never began goes."""
+
+    def __init__(self, output: Path, *, is_empty: bool) -> None:
+        self.output, self.is_empty, self.has_begun = output, is_empty, False
+
+    def clear(self) -> None:
+        """Remove what a run without a step has written into an empty folder."""
+        if self.is_empty and not self.has_begun:
+            for path in self.output.iterdir():
+                if path.name == LOCK:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+
 @contextlib.contextmanager
-def claimed(output: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
+def claimed(output: Path, *, overwrite: bool, resume: bool) -> Iterator[Claim]:
     """Hold the output folder for one run.
 
     Raises NotADirectoryError for a file, FileExistsError for a folder that is in use, or that holds files
-    and is neither to be overwritten nor, with `resume`, that of a training.
+    and is neither to be overwritten nor, with `resume`, that of a training, and OSError for one that cannot
+    be written to.
     """
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"--output-dir: expected a folder, got the file {output}")
-    output.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            is_held = stack.enter_context(holding(output / LOCK))
-        except BlockingIOError:
-            raise FileExistsError(
-                f"--output-dir: expected a folder of its own, {output} is in use by a running training"
-            ) from None
-        if not is_held:
-            text = f"{output}: this disk has no locks, see to it that no other training writes there"
-            warnings.warn(text, stacklevel=3)
-        for folder in (output, output / "checkpoints"):
-            sweep(folder)
-        if not overwrite and any(path.name != LOCK and not is_staged(path) for path in output.iterdir()):
-            if not resume:
+    is_new = not output.exists()
+    try:
+        with contextlib.ExitStack() as stack:
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+                is_held = stack.enter_context(holding(output / LOCK))
+            except BlockingIOError:
                 raise FileExistsError(
-                    f"--output-dir: expected a new or empty folder, {output} holds files; choose another or "
-                    "pass --overwrite-output-dir, or --resume to go on with the training in it"
-                )
-            if not (output / SUMMARY).is_file():
-                raise FileExistsError(
-                    f"--resume: expected the output folder of a training, {output} holds other files"
-                )
-        yield
+                    f"--output-dir: expected a folder of its own, {output} is in use by a running training; "
+                    f"if there is none, remove {output / LOCK}"
+                ) from None
+            except OSError as error:
+                raise type(error)(
+                    f"--output-dir: expected a folder that can be written to, got {output} ({error.strerror})"
+                ) from error
+            if not is_held:
+                text = f"{output}: this disk has no locks, see to it that no other training writes there"
+                warnings.warn(text, stacklevel=3)
+            for folder in (output, output / "checkpoints"):
+                sweep(folder)
+            is_empty = not any(path.name != LOCK and not is_staged(path) for path in output.iterdir())
+            if not overwrite and not is_empty:
+                if not resume:
+                    raise FileExistsError(
+                        f"--output-dir: expected a new or empty folder, {output} holds files; choose another "
+                        "or pass --overwrite-output-dir, or --resume to go on with the training in it"
+                    )
+                if not (output / SUMMARY).is_file():
+                    raise FileExistsError(
+                        f"--resume: expected the output folder of a training, {output} holds other files"
+                    )
+            claim = Claim(output, is_empty=is_empty)
+            try:
+                yield claim
+            except BaseException:
+                claim.clear()
+                raise
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # but for a failure it is not empty
+                output.rmdir()
 
 
 def model_files(output: Path) -> list[Path]:

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import xxhash
+
 from ..corpus.docstrings import docstring_corpus, retrieval_score
 from ..corpus.sources import load_rows
 from ..encoder import SentenceEncoder
 from ..evaluation.geometry import alignment, uniformity
-from ..evaluation.sts_scores import sts_dev
+from ..evaluation.sts import load_sts
+from ..evaluation.sts_scores import GEOMETRY_SET, sts_dev
 from .config import TrainConfig
 from .scratch import small_bert, train_tokenizer
 
@@ -26,14 +29,20 @@ class Task:
     dev: Callable[[SentenceEncoder], dict[str, float]] | None
     # What a vocabulary is made from, where the encoder has none.
     vocabulary_text: list[str] | None = None
+    # What tells the texts that it is judged on from others.
+    dev_content: str = ""
 
 
 def prepare_task(config: TrainConfig, say: Callable[[str], None]) -> Task:
     """Rows of text and the dev score: STS-B dev where given, else retrieval on held-out documentation."""
-    dev = None
+    dev, dev_content = None, ""
     if config.sts_dir is not None:
         sts_dir = config.sts_dir
+        pairs = load_sts(sts_dir, GEOMETRY_SET)
+        dev_content = xxhash.xxh3_128_hexdigest(repr(pairs).encode())
         dev = lambda encoder: sts_dev(encoder, sts_dir)  # noqa: E731
+        left_out = f", {pairs.unscored:,} without a score left out" if pairs.unscored else ""
+        say(f"{sts_dir}: {len(pairs.scores):,} scored pairs of STS-B dev{left_out}")
     if config.train_file is not None:
         rows = load_rows(
             config.train_file,
@@ -47,20 +56,21 @@ def prepare_task(config: TrainConfig, say: Callable[[str], None]) -> Task:
         say(f"{rows.account}, for example: {rows[0]}")
         if dev is None:
             say("no --sts-dir: nothing to choose the best checkpoint by, the last one is kept")
-        return Task(rows, dev)
+        return Task(rows, dev, dev_content=dev_content)
     corpus = docstring_corpus(seed=config.seed)
     if dev is None:
+        dev_content = xxhash.xxh3_128_hexdigest(repr((corpus.queries, corpus.documents)).encode())
         dev = lambda encoder: documentation_scores(encoder, corpus.queries, corpus.documents)  # noqa: E731
         say(f"dev: find the description of each of {len(corpus.queries):,} functions by its summary line")
     if not config.from_scratch:
         say(f"{len(corpus.sentences):,} sentences from documentation strings")
-        return Task([(sentence,) for sentence in corpus.sentences], dev)
+        return Task([(sentence,) for sentence in corpus.sentences], dev, dev_content=dev_content)
     # Two dropout views of one sentence teach a random network next to nothing; neighbours do.
     say(
         f"{len(corpus.sentences):,} sentences from documentation strings; the two views of a text are "
         f"neighbours, {len(corpus.neighbours):,} pairs, for example:\n  {corpus.neighbours[0]}"
     )
-    return Task(corpus.neighbours, dev, corpus.sentences)
+    return Task(corpus.neighbours, dev, corpus.sentences, dev_content)
 
 
 def documentation_scores(

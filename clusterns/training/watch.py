@@ -108,12 +108,11 @@ class Watch:
 
     Args:
         loss_fn: whose settings the advice names.
-        batch_size: B.
 
     """
 
-    def __init__(self, loss_fn: ClusterNSLoss, batch_size: int) -> None:
-        self.loss_fn, self.batch_size = loss_fn, batch_size
+    def __init__(self, loss_fn: ClusterNSLoss) -> None:
+        self.loss_fn = loss_fn
         self.lowest_cosine: float | None = None
         self.lowest_step = 0
         self.in_a_row: dict[str, int] = {}
@@ -161,17 +160,11 @@ class Watch:
         """Of the run; yields a warning where clustering, though wanted, has never started."""
         if not self.loss_fn.num_clusters or self.loss_fn.clustering_active or self.lowest_cosine is None:
             return
-        sigma, clusters = self.loss_fn.start_cosine, self.loss_fn.num_clusters
-        if self.lowest_cosine > sigma:
-            advice = (
-                f"while --start-cosine is {sigma:g}; raise it above {self.lowest_cosine:.2f}, or train longer"
-            )
-        else:
-            advice = f"low enough, but a batch of {self.batch_size} cannot seed --num-clusters {clusters}"
         yield (
             "clustering never started",
             f"clustering never started, all {step} steps were plain InfoNCE: the lowest mean cosine seen was "
-            f"{self.lowest_cosine:.3f}, at step {self.lowest_step}, {advice}",
+            f"{self.lowest_cosine:.3f}, at step {self.lowest_step}, while --start-cosine is "
+            f"{self.loss_fn.start_cosine:g}; raise it above {self.lowest_cosine:.2f}, or train longer",
         )
 
     def _lasts(self, name: str, is_so: bool) -> bool:
