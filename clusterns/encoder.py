@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import check_count
 from .models.denoising import TemplateDenoising
 from .models.encoding import encode
 from .models.folder import HEAD_FILE, load_transformer, read_head, resolve
@@ -40,7 +41,8 @@ class SentenceEncoder(nn.Module):
             so). None takes "mask" with a prompt, else "cls".
         head: "train" (the embedding passes through it in training only), "always", or "none" (there is
             none). None takes "none" with cls-before-pooler, else "train".
-        prompt: templates that the sentences are put in; None takes the sentences as they are.
+        prompt: templates that the sentences are put in, or what stands for `Prompt` of them; None takes the
+            sentences as they are.
         max_length: tokens a sentence is truncated to: with a prompt of the sentence alone, else special
             tokens included. None takes what the tokenizer and the model's positions allow.
 
@@ -59,10 +61,12 @@ class SentenceEncoder(nn.Module):
         *,
         pooling: str | None = None,
         head: str | None = None,
-        prompt: Prompt | None = None,
+        prompt: Prompt | Sequence[str] | None = None,
         max_length: int | None = None,
     ) -> None:
         super().__init__()
+        if not (prompt is None or isinstance(prompt, Prompt)):
+            prompt = Prompt(prompt)  # type: ignore[arg-type]
         self.pooling, self.head_use = check_pooling(pooling, head, has_prompt=prompt is not None)
         if getattr(transformer.config, "is_encoder_decoder", False):
             kind = type(transformer).__name__
@@ -82,7 +86,7 @@ class SentenceEncoder(nn.Module):
         self.template_length = 0 if self.prompt_tokenizer is None else self.prompt_tokenizer.longest_template
         self.longest_input = positions - self.template_length
         self.max_length = self.check_max_length(
-            min(tokenizer.model_max_length - self.template_length, self.longest_input)
+            int(min(tokenizer.model_max_length - self.template_length, self.longest_input))
             if max_length is None
             else max_length
         )
@@ -123,6 +127,7 @@ class SentenceEncoder(nn.Module):
 
     def check_max_length(self, length: int) -> int:
         """The length itself; ValueError where the model has no room for it, or it for a sentence."""
+        check_count("max_length", length, at_least=1)
         shortest = 1 if self.prompt else self.tokenizer.num_special_tokens_to_add() + 1
         if not shortest <= length <= self.longest_input:
             beside = f" beside a template of {self.template_length}" if self.prompt else ""
@@ -130,7 +135,7 @@ class SentenceEncoder(nn.Module):
                 f"max_length: expected {shortest} to {self.longest_input} tokens for this model{beside}, "
                 f"got {length}"
             )
-        return int(length)
+        return length
 
     @classmethod
     def from_pretrained(
@@ -236,8 +241,10 @@ class SentenceEncoder(nn.Module):
                 training or evaluation after the mode it is in.
             denoise: whether the template's own state is subtracted before that; None in the same way.
 
-        Raises ValueError for a head or denoising that the encoder has not.
+        Raises ValueError for a head or denoising that the encoder has not, inputs without attention_mask,
+        and, on a CPU, rows that are padded on the left.
         """
+        _check_inputs(inputs)
         pooled = self.pool(inputs)
         if denoise is None:
             denoise = self.denoises(training=self.training)
@@ -336,3 +343,20 @@ class SentenceEncoder(nn.Module):
             write_encoder(self, folder)
             for name, tensors in (beside or {}).items():
                 save_tensors(tensors, folder / name)
+
+
+def _check_inputs(inputs: Any) -> None:
+    """Require what `forward` takes; the mask is looked at on the CPU only, elsewhere the host would wait."""
+    if not isinstance(inputs, Mapping) or "attention_mask" not in inputs:
+        raise ValueError(
+            "inputs: expected tensors as tokenize makes them, with attention_mask, "
+            f"got {type(inputs).__name__}; encode takes texts"
+        )
+    mask = inputs["attention_mask"]
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if bool((mask.bool().any(dim=1) > mask[:, 0].bool()).any()):
+        raise ValueError(
+            "inputs: expected rows padded on the right, got padding before a text; tokenize and "
+            "view_tokenizer pad as it must be"
+        )

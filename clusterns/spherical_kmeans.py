@@ -24,7 +24,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from .checks import check_choice, check_count, check_embeddings, check_number
+from .checks import check_choice, check_count, check_embeddings, check_number, in_short
 from .kmeans_seeding import k_means_plus_plus, random_rows
 from .kmeans_steps import Assigned, Clusters, Rows, assign, lloyd, mini_batches
 from .normalization import compute_dtype, unit_rows, without_autocast
@@ -323,7 +323,12 @@ def _plain(value: Any) -> Any:
 def _weights(sample_weight: Any, rows: int) -> Tensor:
     weight = sample_weight
     if not isinstance(weight, Tensor):
-        weight = torch.from_numpy(np.array(weight, dtype=np.float64))  # a copy: it may be read-only
+        try:
+            weight = torch.from_numpy(np.array(weight, dtype=np.float64))  # a copy: it may be read-only
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"sample_weight: expected {rows} numbers, got {in_short(sample_weight)}"
+            ) from error
     if weight.ndim == 0:
         weight = weight.expand(rows)
     if tuple(weight.shape) != (rows,):

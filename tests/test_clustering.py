@@ -126,5 +126,7 @@ def test_what_cannot_be_clustered() -> None:
         evaluate_clustering("x", embeddings, labels)
     with pytest.raises(ValueError, match=r"^algorithm: expected one of 'kmeans', 'spherical', got 'dbscan'$"):
         evaluate_clustering("x", embeddings, labels, algorithm="dbscan")
+    figures = evaluate_clustering("x", blobs()[0].numpy(), labels, seeds=[0], starts=1)
+    assert figures["accuracy"]["mean"] == 100
     with pytest.raises(ValueError, match=r"^seeds: expected at least one, got none$"):
         evaluate_clustering("x", blobs()[0], labels, seeds=())

@@ -126,6 +126,21 @@ def test_texts_may_come_one_after_the_other() -> None:
             encoder.encode(wrong)
 
 
+def test_inputs_that_would_be_read_wrongly() -> None:
+    """Padding on the left would take a [PAD] for the first token, and shift every position."""
+    encoder = make_encoder()
+    tokens = encoder.tokenizer(SENTENCES[:3], padding=True, padding_side="left", return_tensors="pt")
+    with pytest.raises(
+        ValueError, match=r"^inputs: expected rows padded on the right, got padding before a text"
+    ):
+        encoder(tokens)
+    for wrong, words in ((SENTENCES, "list"), ({"input_ids": tokens["input_ids"]}, "dict")):
+        with pytest.raises(
+            ValueError, match=f"^inputs: expected tensors as .*, got {words}; encode takes texts$"
+        ):
+            encoder(wrong)
+
+
 def test_encode_of_nothing_is_an_empty_matrix() -> None:
     assert make_encoder().encode([]).shape == (0, 16)
 
@@ -225,6 +240,8 @@ def test_bad_arguments() -> None:
             ValueError, match=f"^max_length: expected 3 to 24 tokens for this model, got {length}$"
         ):
             SentenceEncoder(encoder.transformer, encoder.tokenizer, max_length=length)
+    with pytest.raises(TypeError, match=r"^max_length: expected an integer, got float 8.7$"):
+        SentenceEncoder(encoder.transformer, encoder.tokenizer, max_length=8.7)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^tokenizer: expected one with a padding token"):
         SentenceEncoder(encoder.transformer, make_tokenizer(pad_token=None))
     with pytest.raises(ValueError, match=r"^sentences: expected a list of strings, got one string"):

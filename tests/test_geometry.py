@@ -43,6 +43,15 @@ def test_mean_cosine_is_over_all_pairs() -> None:
         mean_cosine(x[:1])
 
 
+def test_embeddings_that_are_not_finite_have_no_geometry() -> None:
+    x = torch.ones(4, 3)
+    x[1, 0], x[2] = math.nan, math.inf
+    line = r"^x: expected finite embeddings, got 2 rows with NaN or infinity$"
+    for figure in (mean_cosine, uniformity, first_component_share, lambda x: alignment(torch.ones(4, 3), x)):
+        with pytest.raises(ValueError, match=line):
+            figure(x)
+
+
 @pytest.mark.parametrize("shape", [(40, 6), (5, 12)])
 def test_first_component_share_is_that_of_a_principal_component_analysis(shape: tuple[int, int]) -> None:
     decomposition = pytest.importorskip("sklearn.decomposition")

@@ -309,7 +309,8 @@ def test_one_text_is_a_template(tmp_path: Path) -> None:
     assert Prompt("so [X] [MASK]") == Prompt(("so [X] [MASK]",))
     make_kind("bert").save(tmp_path)
     encoder = SentenceEncoder.from_pretrained(tmp_path, prompt="so [X] [MASK]")
-    assert encoder.prompt == Prompt(("so [X] [MASK]",))
+    again = SentenceEncoder(encoder.transformer, encoder.tokenizer, prompt="so [X] [MASK]")
+    assert encoder.prompt == again.prompt == Prompt(("so [X] [MASK]",))
 
 
 def test_a_template_whose_mask_is_cut_by_the_vocabulary_is_refused() -> None:

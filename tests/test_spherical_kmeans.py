@@ -221,6 +221,8 @@ def test_bad_weights(weight, message):
         SphericalKMeans(2).fit(X, sample_weight=weight)
     with pytest.raises(ValueError, match="a weight above 0, got none"):
         SphericalKMeans(2).fit(X, sample_weight=np.zeros(20))
+    with pytest.raises(ValueError, match=r"^sample_weight: expected 20 numbers, got 'balanced'$"):
+        SphericalKMeans(2).fit(X, sample_weight="balanced")
 
 
 def test_prediction_wants_what_was_fitted():

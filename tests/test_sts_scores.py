@@ -101,6 +101,12 @@ def test_undefined_figures_are_errors(folder: Path) -> None:
         spearman("x", torch.eye(3), torch.eye(3).flip(0), [1.0, 1.0, 1.0])
     with pytest.raises(ValueError, match=r"^tasks: expected at least one"):
         evaluate_sts(Letters(), folder, tasks=[])
+    with pytest.raises(ValueError, match=r"^tasks: expected a list of strings, got one string 'STS12'"):
+        evaluate_sts(Letters(), folder, tasks="STS12")
+    with pytest.raises(
+        TypeError, match=r"^encoder: expected .*, got a SentenceTransformer; wrap it, .*\(model\)"
+    ):
+        evaluate_sts(type("SentenceTransformer", (), {})(), folder, progress=False)
 
 
 def test_sts_dev(folder: Path) -> None:

@@ -76,6 +76,16 @@ def test_rows_may_come_one_after_the_other() -> None:
     assert ids_of(views(row for row in TRIPLES)) == ids_of(views(TRIPLES))
 
 
+def test_settings_of_views_that_mean_nothing() -> None:
+    encoder = make_kind("bert")
+    with pytest.raises(ValueError, match=r"^pad_to_multiple_of: expected at least 1, got 0$"):
+        encoder.view_tokenizer(pad_to_multiple_of=0)
+    with pytest.raises(TypeError, match=r"^max_length: expected an integer, got str '8'$"):
+        encoder.view_tokenizer(max_length="8")
+    with pytest.raises(ValueError, match=r"^rows: expected tuples of texts, got NoneType$"):
+        encoder.view_tokenizer()(None)
+
+
 def test_training_views_get_no_period_and_evaluation_does() -> None:
     encoder = make_prompted(max_length=8)
     view, evaluation = encoder.view_tokenizer()([("the dog ran",)]), encoder.tokenize(["the dog ran"])

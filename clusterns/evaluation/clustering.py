@@ -60,7 +60,7 @@ def _count_up(name: str, classes: Any) -> NDArray[np.int64]:
 
 def evaluate_clustering(
     name: str,
-    embeddings: Tensor,
+    embeddings: Tensor | NDArray[Any],
     labels: Sequence[int] | Sequence[str] | NDArray[Any],
     *,
     algorithm: str = "kmeans",
@@ -86,7 +86,7 @@ def evaluate_clustering(
     """
     check_choice("algorithm", algorithm, ALGORITHMS)
     check_count("starts", starts, at_least=1)
-    classes, seeds = _count_up("labels", labels), list(seeds)
+    classes, seeds, embeddings = _count_up("labels", labels), list(seeds), torch.as_tensor(embeddings)
     if embeddings.ndim != 2 or len(embeddings) != len(classes):
         raise ValueError(
             f"{name}: expected a label for each embedding, got {len(classes)} labels for embeddings of shape "

@@ -16,11 +16,11 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2) -> float:
     """Mean distance to the power alpha between paired rows, (N, D) each, after L2 normalisation.
 
     Wang & Isola 2020, "Understanding Contrastive Representation Learning through Alignment and Uniformity
-    on the Hypersphere". Raises ValueError for shapes that differ or hold no pair.
+    on the Hypersphere". Raises ValueError for shapes that differ or hold no pair, and for NaN or infinity.
     """
     if x.ndim != 2 or x.shape != y.shape or len(x) < 1:
         raise ValueError(f"x, y: expected two (N ≥ 1, D) tensors, got {tuple(x.shape)} and {tuple(y.shape)}")
-    distances = (F.normalize(x.double(), dim=1) - F.normalize(y.double(), dim=1)).norm(dim=1)
+    distances = (_unit(x, least=1) - _unit(y, least=1)).norm(dim=1)
     return float(distances.pow(alpha).mean())
 
 
@@ -64,8 +64,11 @@ def first_component_share(x: Tensor) -> float:
     return float(torch.linalg.eigvalsh(covariance)[-1]) / total
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Rows normalised, in float64."""
-    if x.ndim != 2 or len(x) < 2:
+def _unit(x: Tensor, least: int = 2) -> Tensor:
+    """Rows normalised, in float64; ValueError for fewer than `least`, and for NaN or infinity."""
+    if x.ndim != 2 or len(x) < least:
         raise ValueError(f"x: expected an (N ≥ 2, D) tensor, got {tuple(x.shape)}")
+    broken = int((~torch.isfinite(x).all(dim=1)).sum())
+    if broken:
+        raise ValueError(f"x: expected finite embeddings, got {broken} rows with NaN or infinity")
     return F.normalize(x.double(), dim=1)

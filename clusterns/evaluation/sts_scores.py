@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.views import check_texts
 from .correlation import correlation, pair_cosines, spearman
 from .evaluated_model import Encoder
 from .geometry import alignment, uniformity
@@ -36,6 +37,11 @@ class Vectors:
     def __init__(
         self, encoder: Encoder, sentences: Iterable[str], batch_size: int, progress: bool, **settings: Any
     ) -> None:
+        if type(encoder).__name__ == "SentenceTransformer":
+            raise TypeError(
+                "encoder: expected a SentenceEncoder or another Encoder, got a SentenceTransformer; wrap it, "
+                "clusterns.evaluation.evaluated_model.SentenceTransformerEncoder(model)"
+            )
         self._row = {sentence: row for row, sentence in enumerate(dict.fromkeys(sentences))}
         encoded = encoder.encode(list(self._row), batch_size=batch_size, progress=progress, **settings)
         if not isinstance(encoded, Tensor) or encoded.ndim != 2 or len(encoded) != len(self._row):
@@ -68,9 +74,10 @@ def evaluate_sts(
     All tasks are encoded in one call, each distinct sentence once, truncated as the encoder truncates.
     Raises what `load_sts` and `spearman` raise, and ValueError for no tasks.
     """
-    if not tasks:
+    names = check_texts("tasks", tasks)
+    if not names:
         raise ValueError("tasks: expected at least one set, got none")
-    sets = {name: load_sts(sts_dir, name) for name in tasks}
+    sets = {name: load_sts(sts_dir, name) for name in names}
     vectors = Vectors(encoder, sentences_of(sets.values()), batch_size, progress)
     figures = {
         name: spearman(name, vectors.of(pairs.first), vectors.of(pairs.second), pairs.scores)

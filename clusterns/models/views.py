@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import check_count
+
 if TYPE_CHECKING:
     from .prompts import PromptTokenizer
 
@@ -35,6 +37,9 @@ class ViewTokenizer:
         prompt: PromptTokenizer | None = None,
         pad_to_multiple_of: int | None = None,
     ) -> None:
+        check_count("max_length", max_length, at_least=1)
+        if pad_to_multiple_of is not None:
+            check_count("pad_to_multiple_of", pad_to_multiple_of, at_least=1)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.prompt = prompt
@@ -56,6 +61,8 @@ class ViewTokenizer:
 
         Raises ValueError for no rows, rows of unlike numbers of texts or more than three, or what is no text.
         """
+        if not isinstance(rows, Iterable):
+            raise ValueError(f"rows: expected tuples of texts, got {type(rows).__name__}")
         columns = _columns(list(rows))
         return self._plain(columns) if self.prompt is None else self._prompted(columns)
 
