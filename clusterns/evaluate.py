@@ -84,6 +84,12 @@ def evaluate(
         raise ValueError("models: expected at least one, got none")
     if sts_dir is None and not clustering:
         raise ValueError("evaluate: expected --sts-dir or --clustering, got neither")
+    of_texts = {"--text-columns": text_columns, "--label-column": label_column, "--delimiter": delimiter}
+    for name, given in {**of_texts, "--header": header}.items():
+        if given is not None and not clustering:
+            raise ValueError(f"{name}: expected --clustering, whose files it is about, got none")
+    if sets is not None and sts_dir is None:
+        raise ValueError("--sts-sets: expected --sts-dir, whose sets they are, got none")
     for name, value, least in (
         *(("batch_size", batch_size, 1), ("cluster_seeds", cluster_seeds, 1)),
         *(("resamples", resamples, 0), ("seed", seed, 0)),
@@ -266,6 +272,9 @@ def run(
     files = {"--json": json_file, "--markdown": markdown_file, "--figure": figure_file}
     for name, path in files.items():
         check_writable(name, path)
+    given = [Path(path).expanduser().resolve() for path in files.values() if path is not None]
+    if len(set(given)) < len(given):
+        raise ValueError(f"{', '.join(files)}: expected files of their own, got one for two of them")
     results = evaluate(models, **settings)
     print(report(results, details=False))
     if json_file is not None:

@@ -165,6 +165,8 @@ class Run:
             parts.append(f"checkpoints every {config.checkpoint_steps} steps")
         parts.append(f"{config.num_clusters} clusters" if config.num_clusters else "no clusters")
         say(f"plan: {', '.join(parts)}")
+        for text in config.without_effect():
+            warnings.warn(text, stacklevel=2)
         if config.warmup_steps >= total:
             text = (
                 f"--warmup-steps {config.warmup_steps}: the learning rate rises to the last of {total} steps"

@@ -7,6 +7,7 @@ import pytest
 
 from clusterns.training.arguments import add_arguments, read_config
 from clusterns.training.config import FROM_SCRATCH, TrainConfig
+from clusterns.training.presets import PRESETS
 
 
 def parse(*arguments: str) -> TrainConfig:
@@ -102,3 +103,26 @@ def test_bad_config_file(tmp_path, content, message):
 def test_settings_out_of_range(flags, message):
     with pytest.raises(ValueError, match=message):
         parse(*flags.split())
+
+
+def test_settings_without_effect_are_told():
+    def told(*arguments: str) -> list[str]:
+        return [
+            line.split(" has no effect ")[0] for line in parse("--model", "m", *arguments).without_effect()
+        ]
+
+    assert told("--train-file", "f", "--sts-dir", "s", "--epochs", "2", "--patience", "0") == []
+    assert told("--epochs", "2", "--max-steps", "9", "--keep-checkpoints", "3") == [
+        "--epochs",
+        "--keep-checkpoints",
+    ]
+    assert told("--train-file", "f", "--eval-steps", "9") == ["--eval-steps"]
+    assert told("--text-columns", "a", "--min-score", "1") == ["--text-columns", "--min-score"]
+    assert told("--num-clusters", "0", "--bml-alpha", "0.3", "--false-negatives", "keep") == [
+        "--false-negatives",
+        "--bml-alpha",
+    ]
+    assert told("--false-negatives", "keep", "--bml-alpha", "0.3") == ["--bml-alpha"]
+    for preset in PRESETS:
+        assert told("--preset", preset) == [], preset
+    assert list(parse().without_effect()) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -262,6 +262,30 @@ class TrainConfig:
             raise ValueError("second_template: expected a template for view 1 with it, got none")
         if self.denoise != "none" and self.prompt is None and self.template is None:
             raise ValueError(f"denoise: expected 'none' without a prompt or template, got {self.denoise!r}")
+
+    def without_effect(self) -> Iterator[str]:
+        """A line for each setting that was changed and that another one makes idle."""
+        of_file = "text_columns delimiter header label_column positive_label min_score"
+        of_clusters = "start_cosine centroid_momentum centroid_update hard_negatives false_negatives"
+        of_bml, clustered = "bml_weight bml_alpha bml_beta", self.num_clusters > 0
+        is_asked = self.positive_label is not None or self.min_score is not None
+        is_judged = self.sts_dir is not None or self.train_file is None
+        for names, is_idle, why in (
+            (of_file, self.train_file is None, "without --train-file"),
+            ("label_column", not is_asked, "without --positive-label or --min-score"),
+            ("epochs", self.max_steps is not None, "with --max-steps"),
+            ("keep_checkpoints", self.checkpoint_steps is None, "without --checkpoint-steps"),
+            ("eval_steps patience", not is_judged, "without --sts-dir"),
+            ("mlm_probability", not self.mlm_weight, "without --mlm-weight"),
+            (f"{of_clusters} {of_bml}", not clustered, "with --num-clusters 0"),
+            ("hard_negative_weight", not (clustered and self.hard_negatives), "without --hard-negatives"),
+            (of_bml, clustered and self.false_negatives != "bml", "without --false-negatives bml"),
+        ):
+            for name in names.split():
+                defaults = (FROM_SCRATCH, PRESETS.get(self.preset or "", {}))
+                usual = [type(self).__dataclass_fields__[name].default, *(of.get(name) for of in defaults)]
+                if is_idle and getattr(self, name) not in usual:
+                    yield f"--{name.replace('_', '-')} has no effect {why}"
 
     def total_steps(self, batches: int) -> int:
         """Optimiser steps with so many batches in an epoch; ValueError where there is none."""
