@@ -12,6 +12,8 @@ import torch
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("accelerate", reason="needs pip install sentence-transformers[train]")
 
+import sentence_transformers
+import transformers
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from sentence_transformers import (
@@ -26,6 +28,9 @@ from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKEND
 
 import clusterns
 from clusterns.sentence_transformers import STATE_FILE, ClusteringState, ClusterNSLoss
+
+if sentence_transformers.__version__ < "5.2" and transformers.__version__ >= "5":
+    pytest.skip("sentence-transformers before 5.2 trains with transformers 4 alone", allow_module_level=True)
 
 TEXTS = [f"{a} {b} {c}" for a in ("a", "the", "bird") for b in ("cat", "dog", "mat") for c in ("sat", "ran")]
 PAIRS = {"anchor": TEXTS[:12], "positive": TEXTS[6:]}
@@ -140,11 +145,7 @@ def test_each_of_two_losses_keeps_its_clusters(fresh, tmp_path, sampler, togethe
         model = fresh()
         losses = {"a": make_loss(model), "b/c": make_loss(model)}
         given = {"a": losses["a"], "b/c": MatryoshkaLoss(model, losses["b/c"], [16, 8])}
-        callbacks = [
-            ClusteringState(given if together else loss)
-            for loss in [given, *losses.values()][: 1 if together else 3]
-        ]
-        callbacks = callbacks if together else callbacks[1:]
+        callbacks = [ClusteringState(loss) for loss in ([given] if together else losses.values())]
         trainer = make_trainer(
             model,
             given,
@@ -329,4 +330,4 @@ def test_half_precision(still, tmp_path, precision, mini_batch_size):
         assert loss.objective.initialized
         assert loss.objective.centroids.dtype == torch.float32
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
-    assert (losses[1] != losses[0]) == (precision == "bf16")  # the other has no effect here
+    assert losses[1] != losses[0] or precision == "fp16"  # which transformers 5 leaves out on a CPU
