@@ -148,7 +148,9 @@ class Run:
         batches = len(self.batches(0, 0))
         total = config.total_steps(batches)
         share = f" ({config.batch_size // size} on each of {size} processes)" if size > 1 else ""
+        rest = len(self.task.rows) - batches * config.batch_size
         parts = [f"{batches:,} batches of {config.batch_size}{share} an epoch"]
+        parts += [f"without {rest:,} rows that fill none"] if rest else []
         parts += [f"{config.accumulation_steps} of them a step"] if config.accumulation_steps > 1 else []
         parts.append(
             f"{total:,} steps by " + ("--max-steps" if config.max_steps else f"{config.epochs} epochs")

@@ -61,6 +61,9 @@ def test_config_file_and_flags_over_it(tmp_path, suffix):
     assert config.learning_rate == 3.0
     assert config.temperature == 0.05
     assert config.hard_negatives is False
+    path.write_text(json.dumps({"model": "m", "text_columns": ["a, b", "c"], "positive_label": 1}))
+    config = parse("--config", str(path))
+    assert (config.text_columns, config.positive_label) == ('"a, b",c', "1")
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,10 @@ def test_the_plan_is_said(tiny_model, train_file, tmp_path, capsys):
     more = "--epochs 2 --accumulation-steps 18 --warmup-steps 5 --no-tensorboard".split()
     assert main(flags(tiny_model, train_file, tmp_path / "run", *more)) == 0
     said = capsys.readouterr()
-    words = "plan: 9 batches of 32 an epoch, 18 of them a step, 1 steps by 2 epochs, warm-up of 5, 4 clusters"
+    words = (
+        "plan: 9 batches of 32 an epoch, without 12 rows that fill none, 18 of them a step, "
+        "1 steps by 2 epochs, warm-up of 5, 4 clusters"
+    )
     assert words in said.out
     assert "warning: --warmup-steps 5: the learning rate rises to the last of 1 steps" in said.err
     assert f"{train_file}: txt, a sentence a line; 'text' as sentences; 300 rows, for example" in said.out

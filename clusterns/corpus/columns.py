@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -90,7 +91,7 @@ class Columns(NamedTuple):
 
     def rows(self, table: Table) -> Iterator[tuple[str, ...] | LeftOut]:
         """Trimmed texts of each row that is kept; ValueError where a value is no text."""
-        wanted = {_word(value) for value in (self.positive or "").split(",")}
+        wanted = set(map(_word, words_of(self.positive or "")))
         filtered = self.label is not None and self.positive != ANY
         for number, values in table.read([*self.texts, *([self.label] if self.label else [])]):
             place = f"{table.unit} {number}"
@@ -116,6 +117,11 @@ class Columns(NamedTuple):
         if not is_number(str(value)):
             return f"{NO_NUMBER}{self.label}"
         return None if float(value) >= self.min_score else f"with {self.label} below {self.min_score:g}"
+
+
+def words_of(text: str) -> list[str]:
+    """What stands between commas, quoted where it holds one."""
+    return [word.strip() for word in next(csv.reader([text], skipinitialspace=True), [])]
 
 
 def _word(value: Any) -> str:

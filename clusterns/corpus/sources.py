@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 import warnings
@@ -15,7 +14,7 @@ import xxhash
 from tqdm.auto import tqdm
 
 from ..checks import check_count
-from .columns import BLANK, NO_NUMBER, Asked, Tally, choose
+from .columns import BLANK, NO_NUMBER, Asked, Tally, choose, words_of
 from .delimited import read_delimited
 from .objects import read_json
 from .readers import Reading, Table, arrow_table, look_through, read_parquet
@@ -96,9 +95,7 @@ def column_names(columns: Sequence[str] | str | None) -> tuple[str, ...] | None:
     """One to three names; of a string those between commas, quoted where they hold one."""
     if columns is None:
         return None
-    if isinstance(columns, str):
-        columns = next(csv.reader([columns], skipinitialspace=True), [])
-    names = tuple(name.strip() for name in columns)
+    names = tuple(words_of(columns) if isinstance(columns, str) else map(str.strip, columns))
     if not 1 <= len(names) <= 3:
         raise ValueError(f"columns: expected one to three, got {len(names)}")
     return names

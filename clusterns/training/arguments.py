@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import types
 import typing
 from dataclasses import fields
@@ -99,6 +101,10 @@ def _convert(path: str, name: str, value: Any, kind: Any) -> Any:
         return value
     elif kind is str and isinstance(value, (bool, int, float)):  # as a label is
         return str(value)
+    elif kind is str and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        line = io.StringIO()
+        csv.writer(line, lineterminator="").writerow(value)
+        return line.getvalue()
     raise ValueError(f"--config {path}: {name}: expected {kind.__name__}, got {value!r}")
 
 
