@@ -63,7 +63,7 @@ class Prompt:
         templates: Any = self.templates
         if isinstance(templates, str):
             if SENTENCE not in templates:
-                check_choice("templates", templates, ("auto", *PUBLISHED), f"texts with {SENTENCE} and a mask")
+                check_choice("templates", templates, ("auto", *PUBLISHED), beside="texts with [X] and a mask")
                 return
             templates = (templates,)
         if isinstance(templates, Mapping) or not isinstance(templates, Iterable):
