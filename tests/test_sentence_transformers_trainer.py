@@ -134,8 +134,7 @@ def test_resume_keeps_the_clusters(fresh, tmp_path):
         run(str(folder / "checkpoint-3"))
 
 
-@pytest.mark.parametrize("sampler", ["round_robin", "proportional"])
-@pytest.mark.parametrize("together", [True, False], ids=["one callback", "two callbacks"])
+@pytest.mark.parametrize(("sampler", "together"), [("round_robin", True), ("proportional", False)])
 def test_each_of_two_losses_keeps_its_clusters(fresh, tmp_path, sampler, together):
     """One callback with what the Trainer has as loss, or one for each of them; one loss at two widths."""
     folder = tmp_path / "run"
@@ -318,8 +317,7 @@ def test_prompts(tmp_path, case):
         assert_close(one, other, 1e-3, least=1e-3)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("mini_batch_size", [None, 2])
+@pytest.mark.parametrize(("precision", "mini_batch_size"), [("bf16", 2), ("fp16", None)])
 def test_half_precision(still, tmp_path, precision, mini_batch_size):
     losses = []
     for more in ({}, {precision: True}):
