@@ -30,6 +30,7 @@ from .evaluation.sts import (
     sets_of,
     sts_folder,
 )
+from .evaluation.sts_scores import ALIKE, GEOMETRY_SET
 from .evaluation.tables import report
 from .files import check_writable, replacing
 
@@ -209,8 +210,13 @@ def _compare(models: Sequence[dict[str, Any]], drawn: Sequence[dict[str, Floats]
 
 
 def _notes(sts: Mapping[str, Subsets]) -> list[str]:
-    """Sets that are not those of the published protocol, by their numbers of pairs."""
+    """Sets that are not those of the published protocol, by their pairs; and what has no figure."""
     lines = []
+    dev = sts.get(SHORT_NAMES[GEOMETRY_SET])
+    if dev is not None and max(joined(dev.values()).scores) <= ALIKE:
+        lines.append(
+            f"{SHORT_NAMES[GEOMETRY_SET]}: no pair is scored above {ALIKE:g}, so there is no alignment"
+        )
     for name, short in ((name, SHORT_NAMES.get(name, name)) for name in PUBLISHED_PAIRS):
         if short in sts:
             pairs, published = sum(len(part.scores) for part in sts[short].values()), PUBLISHED_PAIRS[name]

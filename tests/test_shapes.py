@@ -183,6 +183,9 @@ def test_doubt_is_said(tmp_path: Path, told: list) -> None:
     assert load_rows(path, header=True).account.endswith("header; 'left' as sentences; 2 rows")
     assert list(load_rows(path, header=False)) == [("left",), *AB]
     assert told == []
+    path = write(tmp_path, "a.txt", "left\tright\na\tb\n")  # which has no header by its nature
+    refuses(path, "1 (text), 2 (text) (txt parted by tab, no header in doubt)", delimiter="tab")
+    assert "is taken for a row" in str(told[0].message)
 
 
 def test_parquet(tmp_path: Path) -> None:
