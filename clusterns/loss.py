@@ -433,7 +433,7 @@ def _is_distributed() -> bool:
 
 def _are_same(anchors: Tensor, positives: Tensor) -> bool:
     """Whether the mean cosine of paired rows (B, D) is 1 to rounding; reads it from the device."""
-    if anchors.is_meta or under_functorch():
+    if anchors.is_meta or under_functorch() or (anchors.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
     wide = (anchors.detach().float(), positives.detach().float())
     rounding = max(1e-6, torch.finfo(anchors.dtype).eps ** 2)
