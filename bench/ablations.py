@@ -260,6 +260,8 @@ def search(wanted: argparse.Namespace) -> None:
     baseline = {"num_clusters": 0}
     every = {f"SimCSE, learning rate {rate}": baseline | {"learning_rate": rate} for rate in LEARNING_RATES}
     for settings in SEARCH:
+        if settings.get("num_clusters", 0) > wanted.batch:
+            continue  # a batch seeds them
         what = ", ".join(f"{name} {value}" for name, value in settings.items())
         every[f"ClusterNS, {what or 'published settings'}"] = settings
     tried = best_so_far(wanted, every) if wanted.best else list(every)

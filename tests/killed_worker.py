@@ -1,8 +1,10 @@
-"""`clusterns` in a process of its own, which kills itself before its n-th change of a folder."""
+"""`clusterns` in a process of its own, which kills itself before its n-th change of a folder, or keeps what
+a kill before each change would leave there."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -15,8 +17,12 @@ from clusterns.cli import main
 CHANGES = {f"os.{name}" for name in ("rename", "remove", "rmdir", "link", "chmod", "truncate")}
 
 
-def run(arguments: list[str], folder: str, kill_at: int, count_file: str, cache: str) -> None:
+def run(
+    arguments: list[str], folder: str, kill_at: int, count_file: str, cache: str, kept: str | None = None
+) -> None:
     """The command; dies by SIGKILL before change `kill_at` of the folder, or writes how many there were.
+
+    `kept`: a folder for copies of the folder as it is before each change, by their numbers.
 
     Pictures are small text files here: drawing takes most of the time, and touches no file.
     """
@@ -46,6 +52,8 @@ def run(arguments: list[str], folder: str, kill_at: int, count_file: str, cache:
         descriptor = None if event == "open" else details[-1]
         if any(f"{place(detail, descriptor)}/".startswith(f"{folder}/") for detail in details[:2]):
             changes += 1
+            if kept is not None:
+                shutil.copytree(folder, os.path.join(kept, str(changes)))
             if changes == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 

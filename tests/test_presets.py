@@ -81,10 +81,10 @@ def test_baselines_do_not_cluster(capsys):
 def test_flags_over_file_over_preset(tmp_path, capsys):
     """And what is shown, read back, is the same run."""
     file = tmp_path / "run.yaml"
-    file.write_text("preset: bert-base\nbatch_size: 64\nbml_beta: 0.9\n")
+    file.write_text("preset: bert-base\nbatch_size: 320\nbml_beta: 0.9\n")
     settings = shown(capsys, "--config", str(file), "--bml-beta", "0.7", "--model", "elsewhere")
     assert (settings["preset"], settings["model"]) == ("bert-base", "elsewhere")
-    assert (settings["batch_size"], settings["bml_beta"], settings["bml_weight"]) == (64, 0.7, 1e-3)
+    assert (settings["batch_size"], settings["bml_beta"], settings["bml_weight"]) == (320, 0.7, 1e-3)
     file.write_text(yaml.safe_dump(settings))
     assert shown(capsys, "--config", str(file)) == settings
     file.write_text(json.dumps(settings))

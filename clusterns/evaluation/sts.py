@@ -70,25 +70,29 @@ MTEB_DATASETS = {
 }
 
 
-class StsSet(NamedTuple):
-    """Scored sentence pairs: pair i is first[i], second[i], with the gold similarity scores[i]."""
-
+class _Pairs(NamedTuple):
     first: list[str]
     second: list[str]
     scores: list[float]
+
+
+class StsSet(_Pairs):
+    """Scored sentence pairs: pair i is first[i], second[i], with the gold similarity scores[i]."""
+
     # Pairs left out, as they have no gold score.
-    unscored: int = 0
+    unscored = 0
 
 
 def joined(parts: Iterable[StsSet]) -> StsSet:
     """The pairs of all parts, one after the other."""
     parts = list(parts)
-    return StsSet(
+    pairs = StsSet(
         [sentence for part in parts for sentence in part.first],
         [sentence for part in parts for sentence in part.second],
         [score for part in parts for score in part.scores],
-        sum(part.unscored for part in parts),
     )
+    pairs.unscored = sum(part.unscored for part in parts)
+    return pairs
 
 
 def sets_of(source: str | os.PathLike[str]) -> tuple[str, ...]:
@@ -155,12 +159,13 @@ def _read_input_and_gold(input_path: Path, gold_path: Path) -> StsSet:
         if score.strip():
             columns = _columns(line, 2, input_path, number)
             append_pair(pairs, columns[0], columns[1], score, f"{gold_path}, line {number}")
-    return pairs._replace(unscored=len(lines) - len(pairs.scores))
+    pairs.unscored = len(lines) - len(pairs.scores)
+    return pairs
 
 
 def _read_table(path: Path, table: _Table) -> StsSet:
     least = max(table.first, table.second, table.score) + 1
-    pairs, unscored = StsSet([], [], []), 0
+    pairs = StsSet([], [], [])
     for number, line in enumerate(_lines(path), start=1):
         is_header = number == 1 and table.header is not None and line.startswith(table.header)
         if is_header or not line.strip():
@@ -170,8 +175,8 @@ def _read_table(path: Path, table: _Table) -> StsSet:
         if score.strip():
             append_pair(pairs, columns[table.first], columns[table.second], score, f"{path}, line {number}")
         else:
-            unscored += 1
-    return pairs._replace(unscored=unscored)
+            pairs.unscored += 1
+    return pairs
 
 
 def _lines(path: Path) -> list[str]:
