@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -127,6 +128,12 @@ SHAPES = [
         AB,
         "left out: 3 with a blank text (line 1; line 2)",
     ),
+    # As Excel and pandas write them.
+    ("a.csv", "sep=;\nid;Größe\n1;a\n2;b\n", AB, "csv parted by semicolon, as its first line says, header"),
+    ("a.csv", "No;Day;Comment\n1;2024-01-02;a\n2;03.02.2024;b\n", AB, "not used: 'No', 'Day'"),
+    ("a.csv", "0\na\nb\n", AB, "header; '0' as sentences"),
+    ("a.csv", 'text\na\n""\nb\n', AB, "2 rows; left out: 1 with a blank text (line 3)"),
+    ("a.txt", "a\n\u200b\nb\n", AB, "left out: 1 with a blank text (line 2)"),
     # A label beside one text is no matter.
     ("a.csv", "label,headline\n1,a\n0,b\n", AB, "'headline' as sentences, not used: 'label'"),
     ("a.csv", "sentence1,sentence2,source,id\na,b,web,7\nc,d,web,7\n", PAIRS, "not used: 'source', 'id'"),
@@ -161,6 +168,8 @@ def test_the_shape_is_found_and_said(tmp_path: Path, name: str, content, rows: l
         ("a.csv", "one.two,x\na,b\nc,d\n", {"columns": ["one.two"]}, [("a",), ("c",)]),
         ("a.jsonl", '["a", "b"]\n["c", "d"]\n', {"columns": "1,2"}, PAIRS),
         ("a.csv", "x,n\na,1\nb,2\n", {"columns": "n"}, [("1",), ("2",)]),
+        ("a.csv", "question,answer\na,b\nc,d\n", {"columns": [1, 2]}, PAIRS),  # numbers, and a plain header
+        ("a.csv", "Gro\u0308\u00dfe,n\na,1\nb,2\n", {"columns": "GR\u00d6SSE"}, AB),
         ("a.csv", "sent0,sent1,hard_neg\na,b,\nc,d,e\n", {"columns": "sent0,sent1"}, PAIRS),
     ],
 )
@@ -278,6 +287,9 @@ def test_a_label_or_score_says_which_pairs_are_pairs(tmp_path: Path, name, conte
     ("content", "label"),
     [
         (DUPLICATES, "'is_duplicate' (1, 0)"),
+        ("sentence1,sentence2,alike\na,b,0%\nc,d,95%\n", "'alike' (0%, 95%)"),
+        ('sentence1,sentence2,alike\na,b,"0,5"\nc,d,"3,5"\n', "'alike' (0,5, 3,5)"),
+        ("sentence1,sentence2,about\n" + "".join(f"a{i},b{i},class {i % 9}\n" for i in range(20)), "'about'"),
         ("sentence1,sentence2,gold\na,b,1\nc,d,2\n", "'gold' (1, 2)"),
         ("sentence1,sentence2, score\na,b,0.25\nc,d,0.5\n", "'score' (0.25, 0.5)"),
         ("sentence1,sentence2,how_alike\na,b,0.25\nc,d,0.5\n", "'how_alike'"),
@@ -291,8 +303,11 @@ def test_pairs_beside_a_label_are_refused(tmp_path: Path, content: str, label: s
     refuses(path, f"only some by {label}", "--positive-label LABEL or --min-score NUMBER", "any all")
     count = content.count("\n") - 1
     assert len(load_rows(path, positive_label="any")) == count
-    if "verdict" not in content:  # naming the texts makes no label of a word, and no pairs of a label
-        refuses(path, "could all be pairs", columns=",".join(content.split(",")[:2]))
+    names = content.split(",")[:2]
+    refuses(path, "could all be pairs", columns=names)
+    path.write_text(content.partition("\n")[2], encoding="utf-8")
+    if label not in ("'gold' (1, 2)", "'label' (1, 0)"):  # which are so by their names alone
+        refuses(path, "could all be pairs", columns=[1, 2], header=False)
 
 
 def test_labels_in_the_wrong_place(tmp_path: Path) -> None:
@@ -304,10 +319,12 @@ def test_labels_in_the_wrong_place(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="--min-score: expected none with --positive-label, got both"):
         load_rows(path, positive_label="1", min_score=1)
-    with pytest.raises(ValueError, match="--label-column: expected one of 'is_duplicate', .*, got 'verdict'"):
+    with pytest.raises(
+        ValueError, match="expected a column 'verdict', got sentence1, sentence2, is_duplicate"
+    ):
         load_rows(path, positive_label="1", label_column="verdict")
     plain = write(tmp_path, "b.csv", "sent0,sent1\na,b\n")
-    with pytest.raises(ValueError, match="--label-column: .* got none that looks like one among "):
+    with pytest.raises(ValueError, match="--label-column: .*, one of none, got none that looks like it"):
         load_rows(plain, min_score=1)
 
 
@@ -333,7 +350,10 @@ def refuses(path: Path, *parts: str, **options: object) -> None:
         ("a.csv", 'text,n\n"",1\n" ",2\n', "none, left out: 2 with a blank text (line 2; line 3)"),
         ("a.jsonl", '{"text": null}\n{"text": " "}\n', "2 with a blank text"),
         ("a.txt", b"abc\0def\n", "binary"),
-        ("a.txt", "two words\n".encode("utf-16"), "binary"),
+        ("a.txt", "two words\n".encode("utf-16"), "got UTF-16: save it as UTF-8"),
+        ("a.txt", "two words\n".encode("utf-16-le"), "binary"),
+        ("a.csv", b"PK\x03\x04 and more", "got a zip file, as an Excel workbook is one"),
+        ("a.jsonl", b"\x1f\x8b and more", "got a gzip file"),
         ("a.txt", b"fine\ncaf\xe9 au lait\n", "line 2: expected UTF-8"),
         ("a.csv", b"text\nfine\ncaf\xe9\n", "line 3: expected UTF-8"),
         ("a.jsonl", b'{"text": "caf\xe9"}\n', "line 1: expected UTF-8"),
@@ -393,6 +413,23 @@ def refuses(path: Path, *parts: str, **options: object) -> None:
             '{"anchor": "a", "positive": "b", "negative": ["c", "d"]}\n' * 2,
             "'negative', got lists of up to 2; --text-columns anchor,positive leaves it out",
         ),
+        (
+            "a.jsonl",
+            '{"text": "a", "text": "b"}\n{"text": "c"}\n',
+            "line 1: expected a well-formed jsonl file, got an object that has 'text' twice",
+        ),
+        ("a.jsonl", '{"text": "a"},\n{"text": "b"},\n', "(a comma between values of a line each)"),
+        ("a.json", "[" * 5000 + "]" * 5000, "got values nested too deep"),
+        (
+            "a.csv",
+            'text,n\na,1\n"b,2\nc,3\n',
+            "got unexpected end of data in what began in line 3",
+        ),
+        (
+            "a.csv",
+            "I came, I saw.\nHe ran, he fell.\nWe sat, we ate.\n",
+            "--delimiter none takes a sentence a line",
+        ),
         ("a.jsonl", '{"text": "\\ud800"}\n', "lone surrogate"),
         ("a.parquet", "PAR1 and no more of it", "well-formed parquet"),
         ("a.xlsx", "a sentence\n", "suffix of .txt"),
@@ -405,6 +442,67 @@ def test_bad_files_give_one_line(
 ) -> None:
     refuses(write(tmp_path, name, content), expected)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"columns": 2}, "columns: expected names in a list or joined by commas, got 2"),
+        ({"columns": {"a"}}, "columns: expected names in a list"),
+        ({"min_score": "0.5"}, "min_score: expected a finite number, got str"),
+        ({"min_score": float("nan")}, "min_score: expected a finite number, got nan"),
+        ({"header": "no"}, "header: expected a word, got str 'no'"),
+        ({"delimiter": 9}, "delimiter: expected a word, got int 9"),
+        ({"positive_label": ["1"]}, "positive_label: expected a word, got list"),
+    ],
+)
+def test_arguments_of_other_types(tmp_path: Path, options: dict, words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        load_rows(write(tmp_path, "a.csv", DUPLICATES), **options)
+
+
+def test_sources_that_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    for source, kind, words in (
+        (tmp_path / "pipe.txt", ValueError, "got a pipe or device, which is read twice: save it as a file"),
+        (tmp_path / "loop.txt", FileNotFoundError, "a link that leads nowhere"),
+        ("https://example.org/a.csv", ValueError, "got an address, which is not read: download it"),
+        (" ", ValueError, "got an empty name"),
+        (["a.txt"], TypeError, "source: expected the name of a file or dataset, got list"),
+        ("~no-such-user/a.txt", ValueError, "expected a folder of a user of this machine"),
+    ):
+        with pytest.raises(kind, match=words):
+            load_rows(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "a.csv",
+            'id,text\n1,a\n2,"b\n3,c\n4,d"\n5,e\n',
+            "1 of 3 are rows with a line end within (line 5); was a quote never closed?",
+        ),
+        ("a.csv", 'text,n\n"a\nb",1\n"c\nd",2\n', None),
+        ("a.txt", "a\rb\nc\n", None),
+        (
+            "a.csv",
+            "sent0,sent1\na,b\nc,NULL\nd,NaN\n",
+            "2 of 3 are rows that read NaN, NULL or the like (line 3; line 4)",
+        ),
+        ("a.csv", "sent0,sent1\na,a\nc,d\n", "1 of 2 are rows with one text twice (line 2)"),
+    ],
+)
+def test_odd_rows_are_kept_and_said(
+    tmp_path: Path, told: list, name: str, content: str, words: str | None
+) -> None:
+    path = write(tmp_path, name, content)
+    rows = load_rows(path)
+    assert "among them" in rows.account
+    assert rows.dropped == 0
+    assert [str(warning.message) for warning in told] == ([f"{path}: {words}"] if words else [])
+    assert load_rows(path).odd == rows.odd  # from the cache
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
@@ -501,7 +599,8 @@ def test_numbers_beside_texts_are_the_labels(tmp_path: Path) -> None:
         ("1\ta\n", "expected at least two labelled texts, got 1"),
         ("1\ta\n1\tb\n", "expected at least two classes in '1', got only '1'"),
         (b"1\ta\n2\t\xff\n", "line 2: expected UTF-8 text"),
-        ("label\tx\ty\n2\tb\te\n1\tc\td\n", "--text-columns: expected the name of a column"),
+        ("label\tx\ty\n2\tb\te\n1\tc\td\n", "expected a name, as of label, x, y"),
+        ("1 a\n2 b\n", "expected a label and a text in each line, got 1 a (tsv parted by tab"),
         (
             "".join(f"text {i}\tclass {i % 3}\n" for i in range(12)),
             "labels that texts share in column '1', got 12 different ones in 12 rows; --label-column 2 "

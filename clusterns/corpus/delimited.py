@@ -35,7 +35,11 @@ def read_delimited(path: Path, newline: bytes, reading: Reading) -> Table:
     suffix = path.suffix.lower()
     own = _OWN[suffix]
     file = _File(path, newline)
-    delimiter = _named(reading.delimiter) if reading.delimiter is not None else file.find_delimiter(own)
+    delimiter = file.stated or own
+    if reading.delimiter is not None:
+        delimiter = _named(reading.delimiter)
+    elif not file.stated:
+        delimiter = file.find_delimiter(own)
     kind = suffix.lstrip(".")
     if delimiter == own == NONE and not reading.header:
         return Table({"text": TEXT}, lambda names: file.lines(), "line", "txt, a sentence a line")
@@ -45,12 +49,15 @@ def read_delimited(path: Path, newline: bytes, reading: Reading) -> Table:
     numbers = [str(place) for place in range(1, len(sample[0]) + 1)]
     cells = [cell.strip() or number for cell, number in zip(sample[0], numbers, strict=True)]
     header, doubt, wanted = reading.header, "", set(reading.names)
-    if header is None and wanted and (wanted <= set(cells) or wanted <= set(numbers)):
-        header = wanted <= set(cells)
+    if header is None and wanted and wanted <= set(cells):
+        header = True
     if header is None:
         header = has_header(sample)
+    by_number = bool(wanted) and wanted <= set(numbers)
+    if header is None and by_number and suffix == ".txt":
+        header = False
     if header is None:
-        header = suffix != ".txt"
+        header = suffix != ".txt" and not by_number
         taken = f"the first line ({quoted(cells)}) is taken for a {'header' if header else 'row'}"
         doubt = f"{path}: {taken}; --header or --no-header (header=True or False) decides"
     width, names = len(cells), cells if header else numbers
@@ -69,6 +76,7 @@ def read_delimited(path: Path, newline: bytes, reading: Reading) -> Table:
             yield number, choose(record)
 
     shape = [f"{kind} parted by {_word(delimiter)}" if delimiter != NONE else f"{kind}, a sentence a line"]
+    shape += ["as its first line says"] if file.stated else []
     shape += ["quoted"] if is_quoted and delimiter == "\t" else []
     shape.append(f"{'header' if header else 'no header'}{' in doubt' if doubt else ''}")
     kinds = kinds_of(names, [tuple(record) for record in sample[header:] if len(record) == width])
@@ -94,10 +102,17 @@ class _File:
 
     def __init__(self, path: Path, newline: bytes) -> None:
         self.path, self.newline = path, newline
+        # The delimiter of a first line as Excel writes it: sep=;
+        first = next(lines_of(path, newline))[1].strip().strip('"')
+        self.stated = first[4:] if first[:4].casefold() == "sep=" and len(first) == 5 else ""
 
     def lines(self) -> Iterator[tuple[int, Cells]]:
         """Those that are not blank."""
-        return ((number, (line,)) for number, line in lines_of(self.path, self.newline) if line.strip())
+        return ((number, (line,)) for number, line in self.all_lines() if line.strip())
+
+    def all_lines(self) -> Iterator[tuple[int, str]]:
+        """Without one that states the delimiter."""
+        return islice(lines_of(self.path, self.newline), bool(self.stated), None)
 
     def records(self, delimiter: str, is_quoted: bool) -> Iterator[tuple[int, Record]]:
         """Fields of each record, blank lines left out."""
@@ -105,18 +120,22 @@ class _File:
             yield from ((number, [line.rstrip("\r\n")]) for number, (line,) in self.lines())
             return
         before = csv.field_size_limit(FIELD_CHARACTERS)
-        source = (line for _, line in lines_of(self.path, self.newline))
+        source = (line for _, line in self.all_lines())
+        skipped = int(bool(self.stated))
+        ended = skipped  # line of the record before
         quoting: Any = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
         reader = csv.reader(source, strict=True, delimiter=delimiter, quoting=quoting)
         try:
             for record in reader:
-                if any(map(str.strip, record)) or len(record) > 1:
-                    yield reader.line_num, record
+                ended = reader.line_num + skipped
+                if record:  # else a blank line
+                    yield ended, record
         except csv.Error as error:
-            kind = self.path.suffix.lower().lstrip(".")
+            kind, number = self.path.suffix.lower().lstrip("."), reader.line_num + skipped
+            began = f" in what began in line {ended + 1}" if number > ended + 1 else ""
             raise ValueError(
-                f"{self.path}, line {reader.line_num}: expected a well-formed {kind} file parted by "
-                f"{_word(delimiter)}, got {error}"
+                f"{self.path}, line {number}: expected a well-formed {kind} file parted by "
+                f"{_word(delimiter)}, got {error}{began}"
             ) from error
         finally:
             csv.field_size_limit(before)
@@ -195,14 +214,19 @@ def has_header(sample: Sequence[Record]) -> bool | None:
     if _HEADER_NAMES & set(folded):
         return True
     numbers = cells[1:] if not cells[0] else cells  # of the columns, as pandas gives them, perhaps an index
-    if numbers == [str(i) for i in range(len(numbers))] and (len(numbers) > 1 or not cells[0]):
+    if numbers == [str(i) for i in range(len(numbers))] and not all(map(_is_numbers, below)):
         return True
     if len(set(cells)) < len(cells) or any(map(is_number, cells)):
         return False
-    if any(all(map(is_number, full)) for column in below if (full := [*filter(str.strip, column)])):
+    if any(map(_is_numbers, below)):
         return True
     if any(cell in map(str.strip, column) for cell, column in zip(cells, below, strict=False)):
         return False
     if any(len(c.split()) > 4 or len(c) > 60 or c.endswith((".", "?", "!", "。", "？", "！")) for c in cells):
         return False
     return None
+
+
+def _is_numbers(column: Sequence[str]) -> bool:
+    full = [*filter(str.strip, column)]
+    return bool(full) and all(map(is_number, full))

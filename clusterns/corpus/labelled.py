@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .columns import BLANK, USUAL_LABELS, USUAL_SENTENCES, Asked, LeftOut, Tally, named
+from .columns import BLANK, USUAL_LABELS, USUAL_SENTENCES, Asked, LeftOut, Tally, column, named
 from .readers import TEXT, Table, only_text
-from .sources import open_source, warn_of_loss, with_progress
+from .sources import open_source, source_name, warn_of_loss, with_progress
 
 # Rows from which labels are to be fewer than half of them: else they are the texts.
 _ROWS = 10
@@ -45,7 +45,7 @@ def load_labelled_texts(
     above 2 %, a warning say. Raises ValueError in one line for columns that nothing tells, fewer than two
     rows, a single class, or labels that are as many as the texts; and what `load_rows` raises.
     """
-    source = os.fspath(source)
+    source = source_name(source)
     if delimiter is None and Path(source).suffix.lower() == ".txt":
         delimiter = "tab"
     asked = Asked(None if text_column is None else (text_column,), label_column)
@@ -53,7 +53,12 @@ def load_labelled_texts(
     label, text = _label_and_text(source, table, label_column, text_column)
     labels, texts, left_out = [], [], Tally()
     for number, values in with_progress(source, table).read([label, text]):
-        cells = ["" if value is None else " ".join(str(only_text(value)).split()) for value in values]
+        values = tuple(map(only_text, values))
+        for name, value in zip((label, text), values, strict=True):
+            if isinstance(value, (list, dict)):
+                kind, place = type(value).__name__, f"{table.unit} {number}"
+                raise ValueError(f"{source}, {place}: expected a label or text in {name!r}, got a {kind}")
+        cells = ["" if value is None else " ".join(str(value).split()) for value in values]
         if all(cells):
             labels.append(cells[0])
             texts.append(cells[1])
@@ -80,9 +85,10 @@ def load_labelled_texts(
 def _label_and_text(source: str, table: Table, label: str | None, text: str | None) -> tuple[str, str]:
     """The columns named, else the usual ones, else the first two."""
     names = list(table.kinds)
-    for name in (label, text):
-        if name is not None and name not in names:
-            raise ValueError(f"{source}: expected a column {name!r}, got {', '.join(names)} ({table.shape})")
+    label = None if label is None else column(source, table, label)
+    text = None if text is None else column(source, table, text)
+    if label is not None and label == text:
+        raise ValueError(f"--label-column: expected another column of {source} than the texts, got {label!r}")
     usual = [name for name in names if name.casefold() in USUAL_LABELS and name != text]
     if label is None and (len(usual) == 1 or len(names) == 2):
         texts = [text] if text is not None else [name for name in names if table.kinds[name] == TEXT]
@@ -94,8 +100,8 @@ def _label_and_text(source: str, table: Table, label: str | None, text: str | No
         text = known[0] if known else others[0] if len(others) == 1 else None
     if label is None or text is None:
         missing = "--label-column" if label is None else "--text-columns"
-        raise ValueError(
-            f"{missing}: expected the name of a column of {source}, got none for {', '.join(names)} "
-            f"({table.shape})"
+        wanted = (
+            "expected a label and a text in each line, got" if len(names) == 1 else "expected a name, as of"
         )
+        raise ValueError(f"{source}: {wanted} {', '.join(names)} ({table.shape}); {missing} names the column")
     return label, named(source, table, [text])[0]

@@ -29,10 +29,10 @@ def read_json(path: Path, newline: bytes, reading: Reading) -> Table:
             for number, line in lines_of(path, newline):
                 if line.strip():
                     try:
-                        yield number, json.loads(line)
-                    except json.JSONDecodeError as error:
+                        yield number, _DECODER.decode(line)
+                    except (ValueError, RecursionError) as error:
                         raise ValueError(
-                            f"{path}, line {number}: expected a well-formed {kind} file, got {error}"
+                            f"{path}, line {number}: expected a well-formed {kind} file, got {_why(error)}"
                         ) from error
 
         return _of_values(path, values, "line", f"{kind}, a value a line")
@@ -41,10 +41,26 @@ def read_json(path: Path, newline: bytes, reading: Reading) -> Table:
     return _of_values(path, lambda: iter(enumerate(rows, 1)), "object", f"{kind}, {shape}")
 
 
+def _of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object that has {twice!r} twice")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_of_pairs)
+
+
+def _why(error: Exception) -> str:
+    return "values nested too deep" if isinstance(error, RecursionError) else str(error)
+
+
 def _is_json(line: str) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -55,13 +71,15 @@ def _all_values(path: Path, kind: str) -> list[Any]:
         text = path.read_bytes().decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text, got other bytes ({error.reason})") from error
-    found, place, decoder = [], 0, json.JSONDecoder()
+    found, place = [], 0
     while place < len(text):
         try:
-            value, place = decoder.raw_decode(text, place)
-        except json.JSONDecodeError as error:
+            value, place = _DECODER.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            line = getattr(error, "lineno", text.count("\n", 0, place) + 1)
+            comma = " (a comma between values of a line each)" if text[place] == "," else ""
             raise ValueError(
-                f"{path}, line {error.lineno}: expected a well-formed {kind} file, got {error}"
+                f"{path}, line {line}: expected a well-formed {kind} file, got {_why(error)}{comma}"
             ) from error
         found.append(value)
         place += len(text[place:]) - len(text[place:].lstrip())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +20,8 @@ import pyarrow.parquet
 import xxhash
 
 # What a column holds, as far as the first rows say; anything else is the name of a type.
-TEXT, NUMBERS = "text", "numbers"
+TEXT, NUMBERS, DATES = "text", "numbers", "dates"
+_DATE = re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}([ T][\d:.+Z-]*)?")
 SAMPLED_ROWS = 1000
 Cells = tuple[Any, ...]
 # From names of columns to the rows' numbers, counted as an error should count, and values.
@@ -36,9 +38,9 @@ class Reading(NamedTuple):
 
     def refuse_for(self, path: Path) -> None:
         """Raise ValueError where either is given for a file that has neither."""
-        for name, value in (("delimiter", self.delimiter), ("header", self.header)):
+        for flag, value in (("--delimiter", self.delimiter), ("--header", self.header)):
             if value is not None:
-                raise ValueError(f"{name}: expected none for {path}, which has none, got {value!r}")
+                raise ValueError(f"{flag}: expected nothing for {path}, which has none, got {value!r}")
 
 
 @dataclass
@@ -65,6 +67,16 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(f"{name!r}" for name in names)
 
 
+# What other files begin with.
+_OTHERS = {
+    b"PK\x03\x04": "a zip file, as an Excel workbook is one: save it as CSV UTF-8, or unpack it",
+    b"\x1f\x8b": "a gzip file: unpack it",
+    b"\xff\xfe": "UTF-16: save it as UTF-8, in Excel as CSV UTF-8",
+    b"\xfe\xff": "UTF-16: save it as UTF-8",
+    b"PAR1": "a parquet file: its name should end in .parquet",
+}
+
+
 class Content(NamedTuple):
     """Of a file's bytes: what tells them from others, and what ends a line."""
 
@@ -75,12 +87,16 @@ class Content(NamedTuple):
 def look_through(path: Path) -> Content:
     """Read all bytes once; raises ValueError where they cannot be sentences: none, blank, no text."""
     binary = path.suffix.lower() == ".parquet"
-    digest, blank, newlines, returns = xxhash.xxh3_128(), True, False, False
+    digest, is_first, blank, newlines, returns = xxhash.xxh3_128(), True, True, False, False
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
             if binary:
                 continue
+            for start, kind in _OTHERS.items():
+                if is_first and chunk.startswith(start):
+                    raise ValueError(f"{path}: expected UTF-8 text, got {kind}")
+            is_first = False
             if b"\0" in chunk:
                 raise ValueError(f"{path}: expected UTF-8 text, got a binary file")
             blank = blank and not chunk.strip()
@@ -100,7 +116,8 @@ def lines_of(path: Path, newline: bytes = b"\n") -> Iterator[tuple[int, str]]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(
-                    f"{path}, line {number}: expected UTF-8 text, got other bytes ({error.reason})"
+                    f"{path}, line {number}: expected UTF-8 text, got other bytes ({error.reason}); save it "
+                    "as UTF-8, in Excel as CSV UTF-8"
                 ) from error
             yield number, text
 
@@ -124,6 +141,8 @@ def kinds_of(names: Sequence[str], sample: Sequence[Cells]) -> dict[str, str]:
             kinds[name] = _kind(others)
         elif values and all(map(is_number, values)):
             kinds[name] = NUMBERS
+        elif values and all(_DATE.fullmatch(value.strip()) for value in values if value):
+            kinds[name] = DATES
         else:
             kinds[name] = TEXT
     return kinds

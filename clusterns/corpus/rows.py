@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -41,6 +42,7 @@ class Rows(Sequence[Row]):
     Attributes:
         columns: names of the columns that the texts come from, C.
         left_out: for each reason to leave out rows of the source their number, and where the first two are.
+        odd: the same for what is odd in rows that are kept.
         dropped: rows left out, for whatever reason.
         account: in a line what was read, as what, how many rows there are, and how many were left out why.
     """
@@ -49,7 +51,7 @@ class Rows(Sequence[Row]):
         self.folder, self.read_as = folder, read_as
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
         self.columns: tuple[str, ...] = tuple(about["columns"])
-        self.left_out = Tally(about["left_out"])
+        self.left_out, self.odd = Tally(about["left_out"]), Tally(about["odd"])
         self._length: int = about["rows"]
         self._file = pyarrow.ipc.open_file(pyarrow.memory_map(str(folder / _TEXTS)))
         if self._file.num_record_batches != -(-self._length // RECORD_ROWS):
@@ -65,14 +67,16 @@ class Rows(Sequence[Row]):
     @property
     def account(self) -> str:
         """See the class."""
-        return f"{self.read_as}; {self._length:,} row{'s' * (self._length > 1)}" + (
-            f"; left out: {self.left_out}" if self.left_out else ""
-        )
+        parts = [self.read_as, f"{self._length:,} row{'s' * (self._length > 1)}"]
+        parts[1] += f", among them {self.odd}" if self.odd else ""
+        return "; ".join(parts + ([f"left out: {self.left_out}"] if self.left_out else []))
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(self._length))]
         if not -self._length <= index < self._length:
             raise IndexError(f"index: expected below {self._length} rows, got {index}")
         record, place = divmod(index % self._length, RECORD_ROWS)
@@ -99,7 +103,7 @@ def cached_rows(
     key: str,
     source: str,
     columns: Sequence[str],
-    rows: Callable[[], Iterator[Row | LeftOut]],
+    rows: Callable[[Tally], Iterator[Row | LeftOut]],
     limit: int | None,
 ) -> Rows:
     """The rows kept under a key, which says all about their content; made where there are none.
@@ -119,7 +123,7 @@ def cached_rows(
                 except (OSError, ValueError, KeyError):  # damaged, as by a power cut
                     shutil.rmtree(folder)
             _remove_old(folder.parent)
-            return write_rows(folder, source, columns, rows(), limit)
+            return write_rows(folder, source, columns, rows, limit)
     except OSError as error:
         if error.filename is None or str(folder.parent) in str(error.filename):
             raise type(error)(
@@ -130,7 +134,11 @@ def cached_rows(
 
 
 def write_rows(
-    folder: Path, source: str, columns: Sequence[str], rows: Iterator[Row | LeftOut], limit: int | None
+    folder: Path,
+    source: str,
+    columns: Sequence[str],
+    rows: Callable[[Tally], Iterator[Row | LeftOut]],
+    limit: int | None,
 ) -> Rows:
     """Write rows in the folder of `folder` and move them there whole.
 
@@ -138,16 +146,16 @@ def write_rows(
         folder: does not exist yet; its parent does.
         source: named in errors.
         columns: names of the C texts of a row.
-        rows: tuples of C trimmed texts, or why a row is left out.
+        rows: gives tuples of C trimmed texts, or why a row is left out; adds to a tally what is odd.
         limit: rows at most; what follows is not read.
 
     Raises ValueError where there are none.
     """
     written = 0
-    left_out = Tally()
+    left_out, odd = Tally(), Tally()
 
     def present() -> Iterator[Row]:
-        for row in rows:
+        for row in rows(odd):
             if isinstance(row, LeftOut):
                 left_out.add(row)
             else:
@@ -175,7 +183,8 @@ def write_rows(
         if not written:
             got = f"none, left out: {left_out}" if left_out else "no rows"
             raise ValueError(f"{source}: expected sentences, got {got}")
-        about = {"columns": list(columns), "rows": written, "left_out": left_out, "source": source}
+        about = {"columns": list(columns), "rows": written, "left_out": left_out, "odd": odd}
+        about["source"] = source
         (place / _ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         for file in place.iterdir():  # a power cut leaves whole files or no entry
             with file.open("rb+") as written_file:

@@ -13,8 +13,8 @@ from pathlib import Path
 import xxhash
 from tqdm.auto import tqdm
 
-from ..checks import check_count
-from .columns import BLANK, NO_NUMBER, Asked, Tally, choose, words_of
+from ..checks import check_count, check_number
+from .columns import BLANK, LINE_ENDS, NO_NUMBER, Asked, Tally, choose, words_of
 from .delimited import read_delimited
 from .objects import read_json
 from .readers import Reading, Table, arrow_table, look_through, read_parquet
@@ -30,7 +30,7 @@ READERS: dict[str, Callable[[Path, bytes, Reading], Table]] = {
 }
 
 # Of the cache's entries: another number where the same file would give other rows.
-_VERSION = 2
+_VERSION = 3
 # A larger share of rows left out is a warning.
 _SHARE = 0.02
 # Short names of files in hub datasets that hold several, and what a name without a file means.
@@ -87,7 +87,16 @@ def load_rows(
     """
     if limit is not None:
         check_count("limit", limit, at_least=1)
-    asked = Asked(column_names(columns), label_column, positive_label, min_score)
+    if min_score is not None:
+        check_number("min_score", min_score)
+    for name, value, kind in (
+        *(("delimiter", delimiter, str), ("header", header, bool)),
+        *(("label_column", label_column, (str, int)), ("positive_label", positive_label, (str, int, float))),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name}: expected a word, got {type(value).__name__} {value!r}")
+    label, positive = (None if value is None else str(value) for value in (label_column, positive_label))
+    asked = Asked(column_names(columns), label, positive, min_score)
     return read_rows(source, asked, delimiter=delimiter, header=header, limit=limit)
 
 
@@ -95,7 +104,9 @@ def column_names(columns: Sequence[str] | str | None) -> tuple[str, ...] | None:
     """One to three names; of a string those between commas, quoted where they hold one."""
     if columns is None:
         return None
-    names = tuple(words_of(columns) if isinstance(columns, str) else map(str.strip, columns))
+    if not isinstance(columns, (str, list, tuple)):
+        raise TypeError(f"columns: expected names in a list or joined by commas, got {columns!r}")
+    names = tuple(words_of(columns) if isinstance(columns, str) else (str(name).strip() for name in columns))
     if not 1 <= len(names) <= 3:
         raise ValueError(f"columns: expected one to three, got {len(names)}")
     return names
@@ -110,7 +121,7 @@ def read_rows(
     limit: int | None = None,
 ) -> Rows:
     """`load_rows` of what is asked of the columns."""
-    source = os.fspath(source)
+    source = source_name(source)
     table, digest = open_source(source, delimiter, header, asked)
     chosen = choose(source, table, asked)
     key = "\0".join(map(str, [f"v{_VERSION}", digest, table.shape, *chosen[1:], limit]))
@@ -118,13 +129,36 @@ def read_rows(
         xxhash.xxh3_128_hexdigest(key.encode()),
         source,
         chosen.texts,
-        lambda: chosen.rows(with_progress(source, table)),
+        lambda odd: chosen.rows(with_progress(source, table), odd),
         limit,
     )
     first = f", the first {limit:,} rows at most" if limit is not None else ""
     found.read_as = f"{source}: {table.shape}{first}; {chosen.words}"
     warn_of_loss(source, found.left_out, len(found), chosen.texts)
+    warn_of_oddities(source, found, is_quoted=table.shape.startswith(("csv", "tsv")))
     return found
+
+
+def source_name(source: str | os.PathLike[str]) -> str:
+    """As a string; TypeError or ValueError for what is no name of a file or dataset."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"source: expected the name of a file or dataset, got {type(source).__name__}")
+    name = str(os.fspath(source))
+    if not name.strip() or "://" in name:
+        got = "an address, which is not read: download it" if name.strip() else "an empty name"
+        raise ValueError(f"{name or 'source'}: expected a file or the name of a dataset, got {got}")
+    return name
+
+
+def warn_of_oddities(source: str, rows: Rows, *, is_quoted: bool) -> None:
+    """Warn where many rows are odd, or a few hold line ends that a quote may have taken in."""
+    most = _SHARE * len(rows)
+    for reason, (count, where) in rows.odd.items():
+        is_few = is_quoted and count <= max(1, most)
+        if is_few if reason == LINE_ENDS else count > most:
+            closing = "; was a quote never closed?" if reason == LINE_ENDS else ""
+            text = f"{source}: {count:,} of {len(rows):,} are rows {reason} ({'; '.join(where)}){closing}"
+            warnings.warn(text, stacklevel=4)
 
 
 def warn_of_loss(source: str, left_out: Tally, kept: int, columns: Sequence[str]) -> None:
@@ -149,7 +183,10 @@ def with_progress(source: str, table: Table) -> Table:
 
 def open_source(source: str, delimiter: str | None, header: bool | None, asked: Asked) -> tuple[Table, str]:
     """The table, and what names its content."""
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{source}: expected a folder of a user of this machine, got {error}") from error
     match = _HUB_NAME.fullmatch(source)
     exists = os.path.lexists(path)
     names = tuple(name for name in (*(asked.texts or ()), asked.label) if name is not None)
@@ -163,10 +200,12 @@ def open_source(source: str, delimiter: str | None, header: bool | None, asked: 
         elif path.suffix.lower() not in READERS:
             reading.refuse_for(path)
             return _hub_table(name, part)
-    if not path.exists():
-        raise FileNotFoundError(f"{source}: expected a file of sentences, there is none")
-    if path.is_dir():
-        raise ValueError(f"{source}: expected a file of sentences, got a folder")
+    if not os.path.exists(path):  # which a circle of links does not
+        what = "a link that leads nowhere" if os.path.lexists(path) else "there is none"
+        raise FileNotFoundError(f"{source}: expected a file of sentences, {what}")
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "a pipe or device, which is read twice: save it as a file"
+        raise ValueError(f"{source}: expected a file of sentences, got {what}")
     if path.suffix.lower() not in READERS:
         raise ValueError(f"{source}: expected a suffix of {', '.join(READERS)}, got {path.suffix or 'none'}")
     try:
