@@ -345,6 +345,8 @@ def refuses(path: Path, *parts: str, **options: object) -> None:
         ("a.parquet", "", "empty file"),
         ("a.txt", " \n\n\t\r\n", "only blank lines"),
         ("a.csv", "\n\n", "only blank lines"),
+        ("a.jsonl", "\ufeff\n", "only blank lines"),
+        ("a.csv", "sep=;\n", "no rows"),
         ("a.csv", "text\n", "no rows"),
         ("a.json", "[]", "no rows"),
         ("a.csv", 'text,n\n"",1\n" ",2\n', "none, left out: 2 with a blank text (line 2; line 3)"),

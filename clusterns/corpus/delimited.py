@@ -46,6 +46,8 @@ def read_delimited(path: Path, newline: bytes, reading: Reading) -> Table:
     is_quoted = delimiter != NONE and (delimiter != "\t" or file.is_quoted())
     records = partial(file.records, delimiter, is_quoted)
     sample = [record for _, record in islice(records(), SAMPLED_ROWS + 1)]
+    if not sample:
+        raise ValueError(f"{path}: expected sentences, got no rows")
     numbers = [str(place) for place in range(1, len(sample[0]) + 1)]
     cells = [cell.strip() or number for cell, number in zip(sample[0], numbers, strict=True)]
     header, doubt, wanted = reading.header, "", set(reading.names)

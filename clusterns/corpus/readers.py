@@ -99,7 +99,7 @@ def look_through(path: Path) -> Content:
             is_first = False
             if b"\0" in chunk:
                 raise ValueError(f"{path}: expected UTF-8 text, got a binary file")
-            blank = blank and not chunk.strip()
+            blank = blank and not chunk.removeprefix(b"\xef\xbb\xbf").strip()
             newlines, returns = newlines or b"\n" in chunk, returns or b"\r" in chunk
         if file.tell() == 0:
             raise ValueError(f"{path}: expected sentences, got an empty file")
