@@ -141,6 +141,13 @@ def check_count(name: str, value: int, *, at_least: int) -> None:
         raise ValueError(f"{name}: expected at least {at_least}, got {value}")
 
 
+def check_seed(name: str, value: int, count: int = 1) -> None:
+    """Require a seed that NumPy and scikit-learn take too, and `count` of them from it on."""
+    check_count(name, value, at_least=0)
+    if value > 2**32 - count:
+        raise ValueError(f"{name}: expected 0 to {2**32 - count}, got {value}")
+
+
 def check_temperature(temperature: float | Tensor, other_name: str = "", other: Tensor | None = None) -> None:
     """Require τ > 0: a number, or a 0-dim floating tensor, whose value is read on the CPU only (no sync).
 

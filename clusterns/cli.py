@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 from . import __version__
 
 # The extra that a command's packages are in.
 EXTRAS = {"train": "train", "evaluate": "evaluate", "report": "evaluate"}
+# What a write says whose file has no room or no reader; it does not name the file.
+_UNWRITTEN = (errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EPIPE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,24 +27,82 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # λ in another locale is a question mark, not an error
         sys.stdout.reconfigure(errors="replace")
     try:
-        given = build_parser().parse_args(arguments)
-        with warnings.catch_warnings():
-            warnings.showwarning = _say_warning
-            return given.command(given) or 0
-    except KeyboardInterrupt:
-        print("clusterns: interrupted", file=sys.stderr)
+        with _one_interrupt(), _flushed():
+            given = build_parser().parse_args(arguments)
+            with warnings.catch_warnings():
+                warnings.showwarning = _say_warning
+                return given.command(given) or 0
+    except KeyboardInterrupt as interrupt:
+        print("clusterns: interrupted", *interrupt.args, sep="\n", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("CLUSTERNS_TRACEBACK"):
             raise
         rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
-        text = " ".join(str(error).split())
+        text = " ".join(_words(error).split())
         if isinstance(error, ModuleNotFoundError) and error.name:
             text = f"expected the package {error.name}, which is not installed"
             extra = next((EXTRAS[word] for word in arguments or sys.argv[1:] if word in EXTRAS), "train")
             text += f'; pip install "clusterns[{extra}]"'
         print(f"clusterns: error: {rank}{text}", file=sys.stderr)
+        _forget_output()
         return 2
+
+
+@contextlib.contextmanager
+def _one_interrupt() -> Iterator[None]:
+    """Of Ctrl-C only the first counts: what a command then clears away is not to be interrupted too."""
+
+    def interrupt(*_: object) -> NoReturn:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def _flushed() -> Iterator[None]:
+    """What is printed is written before the command ends; also where argparse ends it."""
+    try:
+        yield
+    finally:
+        print(end="", flush=True)
+
+
+def _words(error: BaseException) -> str:
+    """Of an error; one of the operating system without its number."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    if error.filename is None and error.errno in _UNWRITTEN:
+        return f"the output cannot be written, got {error.strerror}"
+    return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
+
+
+def _forget_output() -> None:
+    """Where it cannot be written, else Python tries once more at its end, and complains."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, and takes no part of a flag for the flag."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"clusterns: error: {' '.join(message.split())}\n")
 
 
 def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -48,7 +112,7 @@ def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="clusterns",
         description="Train and evaluate sentence encoders with clustering-aware negatives.",
         epilog="CLUSTERNS_TRACEBACK=1 shows where an error came from.",

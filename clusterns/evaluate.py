@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .checks import check_choice, check_count
+from .checks import check_choice, check_count, check_seed
 from .corpus.labelled import LabelledTexts, load_labelled_texts
 from .evaluation.clustering import ALGORITHMS
 from .evaluation.correlation import Floats, paired_difference
@@ -25,6 +25,7 @@ from .evaluation.sts import (
     HUB_MTEB,
     PUBLISHED_PAIRS,
     SHORT_NAMES,
+    STS_FOLDERS,
     joined,
     load_sts_subsets,
     sets_of,
@@ -32,7 +33,8 @@ from .evaluation.sts import (
 )
 from .evaluation.sts_scores import ALIKE, GEOMETRY_SET
 from .evaluation.tables import report
-from .files import check_writable, replacing
+from .files import Read, check_outputs, replacing
+from .models.folder import MODEL_FILES
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -93,9 +95,14 @@ def evaluate(
         raise ValueError("--sts-sets: expected --sts-dir, whose sets they are, got none")
     for name, value, least in (
         *(("batch_size", batch_size, 1), ("cluster_seeds", cluster_seeds, 1)),
-        *(("resamples", resamples, 0), ("seed", seed, 0)),
+        ("resamples", resamples, 0),
     ):
         check_count(name, value, at_least=least)
+    check_seed("--seed", seed, cluster_seeds)
+    if text_columns is not None and text_columns == label_column:
+        raise ValueError(
+            f"--label-column: expected another than --text-columns, got {label_column!r} for both"
+        )
     chosen = _with_poolings(list(map(str, models)), pooling)
     check_choice("kmeans", kmeans, ALGORITHMS)
     check_choice("precision", precision, PRECISIONS)
@@ -276,11 +283,15 @@ def run(
     """
     # The cheap checks first: loading and encoding take minutes.
     files = {"--json": json_file, "--markdown": markdown_file, "--figure": figure_file}
-    for name, path in files.items():
-        check_writable(name, path)
-    given = [Path(path).expanduser().resolve() for path in files.values() if path is not None]
-    if len(set(given)) < len(given):
-        raise ValueError(f"{', '.join(files)}: expected files of their own, got one for two of them")
+    reads = [Read("model", model, MODEL_FILES) for model in models]
+    if settings.get("sts_dir") is not None:
+        reads.append(Read("--sts-dir", settings["sts_dir"], STS_FOLDERS))
+    reads += [Read("--clustering", path) for path in settings.get("clustering", ())]
+    check_outputs(files, reads)
+    if figure_file is not None:
+        from .evaluation.figure import check_suffix
+
+        check_suffix("--figure", figure_file)
     results = evaluate(models, **settings)
     print(report(results, details=False))
     if json_file is not None:

@@ -15,9 +15,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 if sys.platform == "win32":
     import msvcrt
@@ -132,7 +134,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     An error or a kill in between leaves an earlier file at `path` as it was. A link stays one, its file is
     replaced; what is no file, as /dev/stdout, is written to. Raises OSError in one line where that fails.
     """
-    target = Path(path).expanduser()
+    target = expanded(path)
     try:
         if _is_device(target):
             with tempfile.TemporaryDirectory() as folder:
@@ -188,21 +190,78 @@ def _is_device(path: Path) -> bool:
     return path.exists() and (not path.is_file() or path.absolute().parent == Path("/dev"))
 
 
-def check_writable(name: str, path: str | os.PathLike[str] | None) -> None:
-    """Require that a file can be written at `path`, where one is given, before the work that it is for."""
-    if path is None:
-        return
-    target = Path(path).expanduser().resolve()
-    if target.is_dir():
-        raise IsADirectoryError(f"{name}: expected a file, got the folder {path}")
-    if _is_device(Path(path).expanduser()):
-        return
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{name}: expected a file in a folder that exists, got {path}")
+class Read(NamedTuple):
+    """What a command reads: a file, or the files and folders of a folder that have such names."""
+
+    flag: str
+    path: str | os.PathLike[str]
+    names: Iterable[str] = ()
+
+    def holds(self, target: Path) -> bool:
+        """Whether the file of that path is, or would be, read."""
+        place = Path(self.path)
+        if not place.is_dir():  # a file, or a name of the hub
+            return place.exists() and target.exists() and target.samefile(place)
+        folder = Path(os.path.realpath(place))
+        # A file of the folder may be a link, to another one or to what is elsewhere.
+        reals = (Path(os.path.realpath(target)), Path(os.path.realpath(target.parent), target.name))
+        parts = [part for real in reals if folder in real.parents for part in real.relative_to(folder).parts]
+        return any(fnmatch(part, name) for part in parts for name in self.names)
+
+
+def check_outputs(
+    files: Mapping[str, str | os.PathLike[str] | None], reads: Iterable[Read] = ()
+) -> dict[str, Path]:
+    """Require, before the work that they are for, that files can be written; returns their paths by flag.
+
+    Each is a file of its own, where one is given, and none is read by the same command.
+    """
+    reads = [one._replace(path=expanded(one.path, one.flag)) for one in reads]
+    found: dict[str, Path] = {}
+    for name, path in files.items():
+        if path is None:
+            continue
+        target = check_writable(name, path)
+        for one in reads:
+            if one.holds(target):
+                raise FileExistsError(
+                    f"{name}: expected a file that this command does not read, got {target}, which is of "
+                    f"{one.flag} {one.path}; choose another, as {name} OTHER{target.suffix}"
+                )
+        for other, earlier in found.items():
+            if os.path.realpath(target) == os.path.realpath(earlier):
+                raise ValueError(f"{name}: expected another file than {other}, got {target} for both")
+        found[name] = target
+    return found
+
+
+def check_writable(name: str, path: str | os.PathLike[str]) -> Path:
+    """Require that a file can be written at `path`; returns it with the home folder in place of ~."""
+    target = expanded(path, name)
+    place = Path(os.path.realpath(target))
     try:
-        with staging(target.parent):
-            pass
+        if place.is_dir():
+            raise IsADirectoryError(f"{name}: expected a file, got the folder {path}")
+        if _is_device(target):
+            return target
+        if not place.parent.is_dir():
+            raise FileNotFoundError(f"{name}: expected a file in a folder that exists, got {path}")
+        with staging(place.parent), suppress(FileNotFoundError):
+            place.stat()  # says where the name is too long
     except OSError as error:
+        if error.strerror is None:  # one of these lines
+            raise
         raise type(error)(
             f"{name}: expected a file in a folder that can be written to, got {path} ({error.strerror})"
         ) from error
+    return target
+
+
+def expanded(path: str | os.PathLike[str], name: str = "path") -> Path:
+    """A path of the user, with the home folder in place of ~; ValueError for an empty one or no such user."""
+    if not os.fspath(path):
+        raise ValueError(f"{name}: expected a path, got an empty one")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{name}: expected the home folder of a user that exists, got {path}") from error

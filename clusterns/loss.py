@@ -109,7 +109,7 @@ class ClusterNSLoss(OnlineKMeans):
             centroid_update=centroid_update,
         )
         check_temperature(temperature)
-        check_number("start_cosine", start_cosine)
+        check_number("start_cosine", start_cosine, at_least=-1, at_most=1)
         check_number("hard_negative_weight", hard_negative_weight)
         check_choice("false_negatives", false_negatives, FALSE_NEGATIVES)
         check_number("bml_weight", bml_weight, at_least=0)

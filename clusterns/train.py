@@ -9,7 +9,6 @@ views: 2, or 3 with hard negatives.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import warnings
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -25,7 +24,7 @@ from .data import Batches, batches
 from .encoder import SentenceEncoder
 from .files import check_room, replacing
 from .training.checkpoint import Checkpoint, Checkpoints
-from .training.config import FREE_ON_RESUME, TrainConfig
+from .training.config import FREE_ON_RESUME, TEMPERATURES, TrainConfig
 from .training.devices import Precision, adamw, explained_errors
 from .training.figure import draw_run
 from .training.journal import Journal
@@ -35,8 +34,10 @@ from .training.resume import changes, find_checkpoint, fingerprint, load_checkpo
 from .training.run_folder import (
     LOG,
     PICTURE,
+    STATE,
     TENSORBOARD,
     Claim,
+    begin_anew,
     claimed,
     read_summary,
     report,
@@ -47,7 +48,6 @@ from .training.watch import Watch, measure
 
 Scores = dict[str, float]
 Inputs = dict[str, Tensor]
-TEMPERATURES = (0.01, 1.0)  # bounds of a learned one
 
 
 def train(config: TrainConfig) -> dict[str, Scores]:
@@ -79,8 +79,15 @@ def train(config: TrainConfig) -> dict[str, Scores]:
         run = Run(config, output, task, encoder, processes, claim)
         run.begin(checkpoint)
         stack.callback(run.journal.close)
-        with explained_errors(config, lambda: f"step {run.step}"):
-            run.loop()
+        try:
+            with explained_errors(config, lambda: f"step {run.step}"):
+                run.loop()
+        except KeyboardInterrupt:
+            if claim is None or not claim.has_begun:
+                raise
+            more = "" if run.checkpoints.last() else "--checkpoint-steps with "
+            how = f"{more}--resume {'keeps more' if more else 'goes on from it'}"
+            raise KeyboardInterrupt(f"step {run.step}: {run.left()}; {how}") from None
         return run.finish()
 
 
@@ -145,6 +152,11 @@ class Run:
     def plan(self) -> int:
         """Optimiser steps in all; says how they come about, and what of the settings has no effect."""
         config, say, size = self.config, self.processes.say, self.processes.size
+        if len(self.task.rows) < config.batch_size:
+            raise ValueError(
+                f"--batch-size: expected at most the {len(self.task.rows):,} rows of "
+                f"{config.train_file or 'the documentation'}, got {config.batch_size}"
+            )
         batches = len(self.batches(0, 0))
         total = config.total_steps(batches)
         share = f" ({config.batch_size // size} on each of {size} processes)" if size > 1 else ""
@@ -182,18 +194,19 @@ class Run:
     def begin(self, checkpoint: Checkpoint | None) -> None:
         """Start a log, or go on from a checkpoint."""
         config, is_first = self.config, self.processes.is_first
+        if is_first:
+            weights = sum(value.nbytes for value in self.encoder.state_dict().values())
+            # A checkpoint holds them with two moments each.
+            check_room("--output-dir", self.output, weights * (4 if config.checkpoint_steps else 1))
         if checkpoint is not None:
             load_checkpoint(self, checkpoint)
         else:
             self.processes.part_random_states(config.seed)
         if is_first:
-            weights = sum(value.nbytes for value in self.encoder.state_dict().values())
-            # A checkpoint holds them with two moments each.
-            check_room("--output-dir", self.output, weights * (4 if config.checkpoint_steps else 1))
-            if checkpoint is None:
-                self.checkpoints.clear()
-                shutil.rmtree(self.output / TENSORBOARD, ignore_errors=True)
-            write_summary(self.output, config, finished=False)
+            if checkpoint is not None:
+                write_summary(self.output, config, finished=False)
+            elif removed := begin_anew(self.output, config):
+                self.processes.say(f"{self.output}: removed of an earlier training: {', '.join(removed)}")
         self.journal = Journal(
             self.output / LOG,
             seconds=checkpoint.progress["seconds"] if checkpoint else None,
@@ -362,13 +375,17 @@ class Run:
         step = int(self.bad_step) if self.processes.is_first else -1
         if step < 0:
             return
+        raise ValueError(
+            f"step {step}: expected a finite loss and gradient, got NaN or infinity; {self.left()}; lower "
+            "--learning-rate"
+        )
+
+    def left(self) -> str:
+        """What of this run is on the disk."""
         kept = f"the best model so far, of step {self.best_step}, is in {self.output}"
         last = self.checkpoints.last()
         good = f"; the last good checkpoint is {last}" if last else ""
-        raise ValueError(
-            f"step {step}: expected a finite loss and gradient, got NaN or infinity; "
-            f"{kept if self.best_scores else 'no model was saved'}{good}; lower --learning-rate"
-        )
+        return f"{kept if self.best_scores else 'no model was saved'}{good}"
 
     @property
     def is_to_stop(self) -> bool:
@@ -399,7 +416,7 @@ class Run:
         """Keep the encoder and the clustering state that belongs to it."""
         if self.processes.is_first:
             state = {**self.loss_fn.state_dict(), "step": torch.tensor(self.step)}
-            self.encoder.save(self.output, beside={"loss.safetensors": state})
+            self.encoder.save(self.output, beside={STATE: state})
 
     def finish(self) -> dict[str, Scores]:
         """The last model where there is no best one; summary, picture and what to do next."""

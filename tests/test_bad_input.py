@@ -57,7 +57,9 @@ def test_embeddings(anchors, positives, message):
         ({"temperature": torch.tensor(-1.0)}, "temperature: expected a finite number above 0, got -1.0"),
         ({"temperature": torch.ones(2)}, r"temperature: expected a number or a 0-dim .* got shape \(2,\)"),
         ({"temperature": "warm"}, "temperature: expected a finite number above 0, got str 'warm'"),
-        ({"start_cosine": float("nan")}, "start_cosine: expected a finite number, got nan"),
+        ({"start_cosine": float("nan")}, "start_cosine: expected a finite number at least -1 .* got nan"),
+        ({"start_cosine": 5}, "start_cosine: expected a finite number at least -1 and at most 1, got 5"),
+        ({"start_cosine": -2}, "start_cosine: expected a finite number at least -1 and at most 1, got -2"),
         (
             {"centroid_momentum": 0},
             "centroid_momentum: expected a finite number above 0 and at most 1, got 0",

@@ -16,6 +16,7 @@ from torch import nn
 from train_problems import flags, log_of, refused, save_tiny_model, sentences
 
 from clusterns.cli import main
+from clusterns.train import Run
 from clusterns.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_picture")
@@ -97,9 +98,6 @@ def test_at_most_so_many_and_the_newest_last(checkpoints):
     assert checkpoints.last().name == "step-00000100"
     write(checkpoints, 100)
     assert len(list(checkpoints.folder.iterdir())) == 2
-    checkpoints.clear()
-    assert checkpoints.last() is None
-    assert not checkpoints.folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -255,7 +253,11 @@ def resumed(interrupted, tmp_path):
 def test_changed_settings_are_refused(resumed, capsys, more, message):
     output, given = resumed
     before = (output / "log.jsonl").read_bytes()
-    assert re.search(message, refused(capsys, [*given, *more.split()]))
+    assert main([*given, *more.split()]) == 2
+    said = capsys.readouterr()
+    assert re.search(message, said.err.splitlines()[-1])
+    assert "going on" not in said.out
+    assert "from here on" not in said.out
     assert (output / "log.jsonl").read_bytes() == before
 
 
@@ -280,7 +282,9 @@ def test_settings_that_change_nothing_may_change(resumed, capsys):
 
 
 def test_the_same_files_by_other_names(interrupted, resumed, monkeypatch):
+    """And without the summary: the checkpoints are all that a run goes on from."""
     output, given = resumed
+    (output / "training.json").unlink()
     shutil.rmtree(output / "checkpoints" / "step-00000008")
     monkeypatch.chdir(interrupted)
     shutil.copy("sentences.txt", output.parent / "moved.txt")
@@ -392,9 +396,25 @@ def test_resume_of_nothing(interrupted, tmp_path, capsys):
     assert (tmp_path / "other" / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_new_run_in_the_folder_forgets_the_old_checkpoints(resumed):
+def test_a_new_run_in_the_folder_forgets_the_old_one(resumed, capsys, monkeypatch):
+    """From its beginning on: what fails before leaves all, what fails later leaves no other model."""
     output, given = resumed
-    given.remove("--resume")
     more = "--overwrite-output-dir --max-steps 3 --checkpoint-steps 3".split()
+    assert "--resume: expected no --overwrite-output-dir with it" in refused(capsys, [*given, *more])
+    given.remove("--resume")
+    (output / "report.html").write_text("of the user")
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    refused(capsys, [*given, *more, "--sts-dir", "/absent"])
+    refused(capsys, [*given, *more, "--batch-size", "1000"])
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_step", lambda *_, **__: int("diverged"))
+        assert "diverged" in refused(capsys, [*given, *more])
+    old = "checkpoints, model.safetensors, head.safetensors, loss.safetensors, clusterns.json, training.png"
+    assert not any((output / name).exists() for name in old.split(", "))
+    assert not json.loads((output / "training.json").read_text())["finished"]
     assert main([*given, *more]) == 0
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000003"]
+    assert (output / "report.html").read_text() == "of the user"
+    assert main([*given, *more]) == 0
+    assert f"{output}: removed of an earlier training: {old}\n" in capsys.readouterr().out

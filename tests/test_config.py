@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 
 import pytest
 
 from clusterns.training.arguments import add_arguments, read_config
 from clusterns.training.config import FROM_SCRATCH, TrainConfig
 from clusterns.training.presets import PRESETS
+
+PATHS = ("config", "model", "train-file", "output-dir", "sts-dir")
 
 
 def parse(*arguments: str) -> TrainConfig:
@@ -80,6 +83,10 @@ def test_config_file_and_flags_over_it(tmp_path, suffix):
         ("false_negatives: drop", "false_negatives: expected one of bml, exclude, keep, got 'drop'"),
         ("- batch_size", "expected settings by name, got list"),
         ("a: [", "expected YAML or JSON"),
+        ("", "expected settings by name, got an empty file"),
+        ("# later\n", "expected settings by name, got an empty file"),
+        ("seed: 1\nepochs: 2\nseed: 2", "expected each setting once, got 'seed' twice"),
+        ('{"batch-size": 8, "batch_size": 9}', "expected each setting once, got 'batch_size' twice"),
     ],
 )
 def test_bad_config_file(tmp_path, content, message):
@@ -101,11 +108,15 @@ def test_bad_config_file(tmp_path, content, message):
         ("--learning-rate 0", "learning_rate.*got 0"),
         ("--learning-rate nan", "learning_rate.*got nan"),
         ("--max-grad-norm -1", "max_grad_norm.*-1"),
+        ("--seed -1", "--seed: expected at least 0, got -1"),
+        ("--learn-temperature --temperature 0.005", "--temperature to learn: expected .* got 0.005"),
+        ("--model ~nosuchuser/x", "--model: expected the home folder of a user that exists, got ~nosuch"),
+        *((f"--{name} ''", f"^--{name}: expected a path, got an empty one$") for name in PATHS),
     ],
 )
 def test_settings_out_of_range(flags, message):
     with pytest.raises(ValueError, match=message):
-        parse(*flags.split())
+        parse(*shlex.split(flags))
 
 
 def test_settings_without_effect_are_told():

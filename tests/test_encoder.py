@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from tiny import SENTENCES, assert_close, make_encoder, make_tokenizer
@@ -121,9 +123,17 @@ def test_texts_may_come_one_after_the_other() -> None:
     )
     tokens, again = encoder.tokenize(iter(SENTENCES)), encoder.tokenize(SENTENCES)
     assert torch.equal(tokens["input_ids"], again["input_ids"])
-    for wrong, words in (({"text": "a"}, "dict"), (None, "NoneType"), (7, "int")):
+    assert_close(encoder.encode(np.array(SENTENCES)), expected)
+    table = pa.table({"text": ["a"], "label": ["b"]})
+    for wrong, words in (
+        *(({"text": "a"}, "dict"), (None, "NoneType"), (7, "int"), ({"a", "b"}, "set of no order")),
+        *((np.array("a"), "ndarray of 0 dimensions"), (np.array([["a", "b"]]), "ndarray of 2 dimensions")),
+        *((data, f"a {type(data).__name__}; give one column of it") for data in (table, table.to_pandas())),
+    ):
         with pytest.raises(ValueError, match=f"^sentences: expected a list of strings, got {words}$"):
             encoder.encode(wrong)
+    with pytest.raises(ValueError, match=r"^sentences: .* got a lone surrogate at index 1$"):
+        encoder.encode(["é", "\ud83d dog"])
 
 
 def test_inputs_that_would_be_read_wrongly() -> None:

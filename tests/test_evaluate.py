@@ -266,7 +266,27 @@ def test_refusals_before_any_model_is_loaded(
     models: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sts = ["--sts-dir", str(folder)]
+    file = str(tmp_path / "texts.tsv")
+    Path(file).write_text("1\ta cat\n2\ta dog\n")
+    dev = str(folder / "STS" / "STSBenchmark" / "sts-dev.csv")
     for options, words in (
+        (
+            ["--clustering", file, "--json", file],
+            f"--json: expected a file that this command does not read, got {file}",
+        ),
+        ([*sts, "--markdown", dev], f"got {dev}, which is of --sts-dir {folder}; choose another"),
+        ([models[0], *sts, "--json", f"{models[0]}/config.json"], f"which is of model {models[0]}; choose"),
+        ([*sts, "--json", "a.json", "--markdown", "a.json"], "--markdown: expected another file than --json"),
+        ([*sts, "--figure", "a.xyz"], "--figure: expected a suffix of"),
+        ([*sts, "--figure", "a"], ", got none"),
+        ([*sts, "--json", ""], "--json: expected a path, got an empty one"),
+        (["--sts-dir", ""], "--sts-dir: expected a path, got an empty one"),
+        (["~nosuchuser/x", *sts], "model: expected the home folder of a user that exists, got ~nosuchuser/x"),
+        ([*sts, "--seed", "5000000000"], "--seed: expected 0 to 4294967291, got 5000000000"),
+        (
+            ["--clustering", file, "--text-columns", "2", "--label-column", "2"],
+            "--label-column: expected another than --text-columns, got '2' for both",
+        ),
         ([], "evaluate: expected --sts-dir or --clustering, got neither"),
         ([*sts, "--json", str(tmp_path / "absent" / "a.json")], "--json: expected a file in a folder that"),
         ([*sts, "--figure", str(tmp_path)], "--figure: expected a file, got the folder"),

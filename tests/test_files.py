@@ -15,7 +15,7 @@ import forked
 import pytest
 from train_problems import flags, refused, save_tiny_model, sentences
 
-from clusterns.files import check_writable, holding, replacing, staging, sweep
+from clusterns.files import Read, check_outputs, check_writable, holding, replacing, staging, sweep
 
 IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
@@ -124,12 +124,56 @@ def test_what_cannot_be_written_is_said_in_time(tmp_path):
         ("/proc/figures.json", OSError, "in a folder that can be written to, got /proc/figures.json"),
         (tmp_path / "absent" / "a.json", FileNotFoundError, "expected a file in a folder that exists"),
         (tmp_path, IsADirectoryError, "expected a file, got the folder"),
+        (tmp_path / ("y" * 300), OSError, "that can be written to, got .*yyy .File name too long.$"),
+        ("~nosuchuser/a.json", ValueError, "expected the home folder of a user that exists, got ~nosuchuser"),
+        ("", ValueError, "expected a path, got an empty one$"),
     ):
         with pytest.raises(kind, match=words) as caught:
             check_writable("--json", path)
         assert str(caught.value).startswith("--json: ")
         assert ".clusterns-" not in str(caught.value)
     assert not os.listdir(tmp_path)
+
+
+def test_what_is_read_is_not_written(tmp_path, monkeypatch):
+    """By whatever name; what is beside it, an earlier output too, is."""
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "s.csv",
+        "run/config.json",
+        "run/figures.json",
+        "run/1_Pooling/config.json",
+        "sts/STS/dev.csv",
+    ):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    Path("link.csv").symlink_to("s.csv")
+    Path("other").symlink_to("run")
+    Path("run/weights.safetensors").symlink_to("../s.csv")
+    names = ("config*.json", "*.safetensors", "checkpoints")
+    reads = [Read("model", "run", names), Read("--sts-dir", "sts", ["STS"]), Read("--sentences", "s.csv")]
+    for path, what in (
+        ("s.csv", "--sentences s.csv"),
+        ("link.csv", "--sentences s.csv"),
+        (tmp_path / "run" / "config.json", "model run"),
+        ("other/config.json", "model run"),
+        ("run/1_Pooling/config.json", "model run"),
+        ("run/weights.safetensors", "model run"),
+        ("run/config_of_later.json", "model run"),
+        ("sts/STS/dev.csv", "--sts-dir sts"),
+    ):
+        with pytest.raises(FileExistsError) as caught:
+            check_outputs({"--csv": path}, reads)
+        line = f"--csv: expected a file that this command does not read, got {path}, which is of {what}; "
+        assert str(caught.value) == f"{line}choose another, as --csv OTHER{Path(path).suffix}"
+    for path in ("run/figures.json", "run/new.json", "sts/figures.json", "t.csv"):
+        assert check_outputs({"--csv": path, "--json": None}, reads) == {"--csv": Path(path)}
+    with pytest.raises(
+        ValueError, match=r"^--csv: expected another file than --json, got link.csv for both$"
+    ):
+        check_outputs({"--json": "s.csv", "--csv": "link.csv"})
+    with pytest.raises(ValueError, match="^--sts-dir: expected a path, got an empty one$"):
+        check_outputs({}, [Read("--sts-dir", "")])
 
 
 def test_lock_is_exclusive_and_leaves_nothing(tmp_path):

@@ -20,6 +20,7 @@ from clusterns.cli import main
 from clusterns.encoder import SentenceEncoder
 from clusterns.evaluation.cluster_view import plane, view_clusters
 from clusterns.evaluation.report import run_centroids
+from clusterns.evaluation.report_figures import draw_cosines
 from clusterns.evaluation.report_page import write_case_studies
 from clusterns.loss import ClusterNSLoss
 
@@ -218,7 +219,17 @@ def test_bad_input_is_one_line_and_leaves_old_files(
         (run, tmp_path / "absent.txt", [], "absent.txt"),
         (run, sentences, ["--num-clusters", "1"], "--num-clusters: expected at least 2, got 1"),
         (run, sentences, ["--num-clusters", "1000"], "--num-clusters: expected at most one for each of"),
-        (run, sentences, ["--csv", str(page)], "--output: expected a page beside the table"),
+        (run, sentences, ["--csv", str(page)], "--csv: expected another file than --output, got"),
+        (
+            run,
+            sentences,
+            ["--csv", str(sentences)],
+            f"which is of --sentences {sentences}; choose another, as --csv",
+        ),
+        (run, sentences, ["--csv", str(run / "vocab.txt")], f"which is of model {run}; choose another"),
+        (run, sentences, ["--seed", "5000000000"], "--seed: expected 0 to 4294967295, got 5000000000"),
+        (run, sentences, ["--text-columns", "a,b"], "--text-columns: expected one column, got 2: a,b"),
+        (run, tmp_path / "page.csv", [], "page.csv; choose another, as --csv OTHER.csv"),
         (run, sentences, ["--csv", str(tmp_path / "no" / "a.csv")], "--csv: expected a file in a folder"),
         (run, sentences, ["--examples", "-1"], "--examples: expected at least 0, got -1"),
         (tmp_path / "broken", sentences, [], "expected finite embeddings, got"),
@@ -226,18 +237,25 @@ def test_bad_input_is_one_line_and_leaves_old_files(
         (tmp_path / "garbled", sentences, [], "loss.safetensors: expected the state of a loss, got"),
         (tmp_path / "absent", sentences, [], "model: expected a folder or a hub name"),
     ]
+    (tmp_path / "page.csv").write_text("text\na cat\na dog\n")
     for model, file, options, words in cases:
         assert report(model, file, page, *options) == 2
         assert words in capsys.readouterr().err.splitlines()[-1]
         assert page.read_text(encoding="utf-8") == "old"
-        assert not page.with_suffix(".csv").exists()
+        assert page.with_suffix(".csv").read_text() == "text\na cat\na dog\n"
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_few_sentences_and_both_maps(run: Path, tmp_path: Path) -> None:
+def test_few_sentences_and_both_maps(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = tmp_path / "few.txt"
-    few.write_text("a cat\nthe dog ran\n")
+    few.write_text("a cat\nthe dog ran\na cat\n")
+    (run / "log.jsonl").unlink()  # the pictures of the clusters are enough
     assert report(run, few, tmp_path / "page.html") == 0
+    repeats = "3 rows; 1 of them repeat others and count once"
+    assert repeats in capsys.readouterr().out
+    assert repeats in (tmp_path / "page.html").read_text(encoding="utf-8")
+    near = np.float32(1) - np.arange(300, dtype=np.float32) * np.finfo(np.float32).epsneg / 100
+    for values in (near, np.full(300, -0.25), np.zeros(1)):
+        assert draw_cosines({"all pairs": values}).endswith("</svg>\n")
     assert points_of(tmp_path / "page.html")["text"] == ["a cat", "the dog ran"]
     unit = torch.nn.functional.normalize(torch.randn(30, 5), dim=1)
     for method in ("tsne", "pca"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 import tempfile
 from itertools import pairwise
@@ -206,6 +207,20 @@ def test_output_folder_is_guarded(tiny_model, train_file, tmp_path, capsys):
         assert "in use by a running training" in refused(capsys, [*run, "--overwrite-output-dir"])
     assert main([*run, "--overwrite-output-dir"]) == 0
     assert "expected a folder, got the file" in refused(capsys, flags(tiny_model, train_file, train_file))
+    for place, words in (
+        (tiny_model, f"--output-dir: expected another folder than that of --model {tiny_model}, got"),
+        ("~nosuchuser/x", "--output-dir: expected the home folder of a user that exists, got ~nosuchuser/x"),
+        ("", "--output-dir: expected a path, got an empty one"),
+        (tmp_path / "x" / ("y" * 300), "--output-dir: expected a folder that can be written to, got"),
+    ):
+        message = refused(capsys, flags(tiny_model, train_file, place, "--overwrite-output-dir"))
+        assert words in message
+        assert "Errno" not in message
+    assert not (tmp_path / "x").exists()
+    assert not os.path.exists("~nosuchuser")
+    copy = output / "checkpoints" / "step-00000001" / "best"
+    words = refused(capsys, flags(copy, train_file, output, "--overwrite-output-dir"))
+    assert "--output-dir: expected another folder than that of --model" in words
 
 
 def test_bad_files_and_settings(tiny_model, train_file, tmp_path, capsys):
@@ -223,8 +238,7 @@ def test_bad_files_and_settings(tiny_model, train_file, tmp_path, capsys):
         message = refused(capsys, flags(tiny_model, path, tmp_path / f"run-{words}"))
         assert path.name in message
     message = refused(capsys, flags(tiny_model, few, tmp_path / "run-few"))
-    assert "32" in message
-    assert "2" in message
+    assert f"--batch-size: expected at most the 2 rows of {few}, got 32" in message
     assert "absent-model" in refused(capsys, flags(tmp_path / "absent-model", train_file, tmp_path / "run-a"))
     assert "temperature: expected a finite number above 0" in refused(
         capsys, flags(tiny_model, train_file, tmp_path / "run-t", "--temperature", "0")
@@ -238,6 +252,11 @@ def test_bad_files_and_settings(tiny_model, train_file, tmp_path, capsys):
     for more, words in (
         ("--batch-size 1 --num-clusters 0", "batch_size: expected at least 2, got 1"),
         ("--batch-size 16 --num-clusters 32", "num_clusters: expected at most batch_size 16, of which the"),
+        ("--seed 4294967296", "--seed: expected 0 to 4294967295, got 4294967296"),
+        (
+            "--learn-temperature --temperature 2",
+            "expected a finite number at least 0.01 and at most 1, got 2.0",
+        ),
         ("--accumulation-steps 10", "accumulation_steps: expected at most 9, the batches of 32 in 1 epochs"),
     ):
         given = flags(tiny_model, train_file, tmp_path / "run-n", *more.split())
@@ -291,7 +310,7 @@ def test_what_a_failed_start_leaves(tiny_model, train_file, sts_dir, tmp_path, c
         with monkeypatch.context() as patch:
             patch.setattr(f"clusterns.training.task.{name}", fail)
             assert "expected to go on" in refused(
-                capsys, flags(tiny_model, train_file, tmp_path / "a", *more)
+                capsys, flags(tiny_model, train_file, tmp_path / "a" / "b" / "c", *more)
             )
         assert not (tmp_path / "a").exists()
     (tmp_path / "a").mkdir()
@@ -343,6 +362,63 @@ def test_help_and_version(capsys):
             main(arguments)
         assert ended.value.code == 0
     assert "--bml-weight" in capsys.readouterr().out
+
+
+def test_bad_command_lines_are_one_line(capsys):
+    """A part of a flag is no flag."""
+    for given, words in (
+        ("train --batch 8", "unrecognized arguments: --batch 8"),
+        ("train --batch-size many", "argument --batch-size: invalid int value: 'many'"),
+        ("trian", "argument COMMAND: invalid choice: 'trian'"),
+        ("report m --out page.html --sentences s.txt", "the following arguments are required: --output"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(given.split())
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"clusterns: error: {words}")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
+@pytest.mark.parametrize("given", ["train --show-config", "--version"])
+def test_an_output_that_cannot_be_written(given, monkeypatch, capsys):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert main(given.split()) == 2
+        full.flush()  # as Python does at its end: there is nothing left to complain of
+    line = "clusterns: error: the output cannot be written, got No space left on device\n"
+    assert capsys.readouterr().err == line
+
+
+def test_other_errors_of_the_system_have_no_number(capsys, monkeypatch):
+    def fail(*_):
+        raise OSError(36, "File name too long", "y.yaml")
+
+    monkeypatch.setattr("clusterns.training.arguments.read_config", fail)
+    assert refused(capsys, ["train"]) == "clusterns: error: y.yaml: File name too long"
+
+
+def test_a_second_interrupt_does_not_disturb_the_clearing(monkeypatch, capsys):
+    cleared = []
+
+    def train(config):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            cleared.append(True)
+
+    assert main(["train", "--show-config"]) == 0
+    usual = signal.getsignal(signal.SIGINT)
+    assert usual is signal.default_int_handler
+    monkeypatch.setattr("clusterns.train.train", train)
+    try:
+        assert main(["train"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # to the end of the process
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert cleared
+    assert capsys.readouterr().err == "clusterns: interrupted\n"
 
 
 def test_a_locale_without_greek_letters(monkeypatch):

@@ -240,6 +240,18 @@ def test_full_memory_says_what_helps(place, tmp_path, capsys, monkeypatch):
     assert "what helps: --mini-batch-size 1" in message
 
 
+def test_an_interrupt_says_what_is_left(place, tmp_path, capsys, monkeypatch):
+    failing_at(monkeypatch, 3, KeyboardInterrupt())
+    given = flags(place / "model", place / "sentences.txt", tmp_path / "run", "--no-tensorboard")
+    assert main(given) == 130
+    left = "step 3: no model was saved; --checkpoint-steps with --resume keeps more"
+    assert capsys.readouterr().err.splitlines()[-2:] == ["clusterns: interrupted", left]
+    assert main([*given, "--overwrite-output-dir", "--checkpoint-steps", "2"]) == 130
+    last = tmp_path / "run" / "checkpoints" / "step-00000002"
+    left = f"step 3: no model was saved; the last good checkpoint is {last}; --resume goes on from it"
+    assert capsys.readouterr().err.splitlines()[-1] == left
+
+
 def test_a_loss_that_turns_nan_names_step_and_checkpoint(place, tmp_path, capsys, monkeypatch):
     """The weights are spoilt in step 5, between two logged steps: the loss of step 6 is no number."""
     whole = Run.train_step
@@ -283,7 +295,7 @@ def test_models_that_are_none(place, tmp_path, capsys):
         ("--template [X]", "template: expected one [MASK] or <mask>, got none"),
         ("--text-columns a,b", "text"),
         ("--backend triton", "backend: 'triton' cannot run"),
-        ("--batch-size 500", "expected at least batch_size 500 of them, got 390"),
+        ("--batch-size 500", "--batch-size: expected at most the 390 rows of"),
     ],
 )
 def test_options_that_cannot_be_had(place, tmp_path, capsys, more, message, monkeypatch):

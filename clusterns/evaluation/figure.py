@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .tables import TEST_SETS
+
+
+def check_suffix(name: str, path: str | os.PathLike[str]) -> None:
+    """Require the suffix of an image that matplotlib draws."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    suffix, kinds = Path(path).suffix, FigureCanvasBase.get_supported_filetypes()
+    if suffix.lower().removeprefix(".") not in kinds:
+        raise ValueError(f"{name}: expected a suffix of {', '.join(kinds)}, got {suffix or 'none'}")
 
 
 def draw_evaluation(results: Mapping[str, Any], path: Path) -> None:

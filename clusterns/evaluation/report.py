@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import __version__
-from ..checks import check_choice, check_count
+from ..checks import check_choice, check_count, check_seed
 from ..corpus.columns import Asked
 from ..corpus.sources import column_names, read_rows
 from ..encoder import SentenceEncoder
-from ..files import check_writable, replacing
-from ..models.folder import first_line, resolve
+from ..files import Read, check_outputs, replacing
+from ..models.folder import MODEL_FILES, first_line, resolve
 from .cluster_view import plane, view_clusters
 from .evaluated_model import load_model
 from .report_figures import draw_cosines, draw_curves, draw_sizes
@@ -77,25 +77,28 @@ def write_report(
 
     Returns 0. Raises ValueError or OSError in one line for bad input, as fewer than two sentences.
     """
-    output = Path(output).expanduser()
-    check_writable("--output", output)
-    csv_file = output.with_suffix(".csv") if csv_file is None else Path(csv_file).expanduser()
-    check_writable("--csv", csv_file)
-    if csv_file.absolute() == output.absolute():
-        raise ValueError(f"--output: expected a page beside the table {csv_file}, got the same file")
+    table = f"{os.path.splitext(Path(output))[0]}.csv" if csv_file is None else csv_file
+    reads = Read("model", model, MODEL_FILES), Read("--sentences", sentences)
+    output, csv_file = check_outputs({"--output": output, "--csv": table}, reads).values()
     check_choice("--map", map_method, MAPS)
     for name, value, least in (
         *(("--limit", limit, 2), ("--map-sentences", map_sentences, 2), ("--examples", examples, 0)),
-        *(("--nearest", nearest, 1), ("--seed", seed, 0)),
+        ("--nearest", nearest, 1),
     ):
         check_count(name, value, at_least=least)
+    check_seed("--seed", seed)
     if num_clusters is not None:
         check_count("--num-clusters", num_clusters, at_least=2)
 
-    asked = Asked(column_names(text_columns), sentences=True)
+    columns = column_names(text_columns)
+    if columns is not None and len(columns) > 1:
+        raise ValueError(f"--text-columns: expected one column, got {len(columns)}: {text_columns}")
+    asked = Asked(columns, sentences=True)
     rows = read_rows(sentences, asked, delimiter=delimiter, header=header, limit=limit)
-    print(rows.account, flush=True)
     texts = list(dict.fromkeys(row[0] for row in rows))
+    repeats = len(rows) - len(texts)
+    account = rows.account + (f"; {repeats:,} of them repeat others and count once" if repeats else "")
+    print(account, flush=True)
     if len(texts) < 2:
         raise ValueError(f"--sentences: expected at least two different sentences, got one in {sentences}")
     folder = resolve(model)
@@ -130,7 +133,7 @@ def write_report(
         about={
             "model": str(model),
             "pooling": loaded.pooling,
-            "sentences": f"{len(texts):,} different ones of {rows.account}",
+            "sentences": f"{len(texts):,} different ones of {account}",
             "written by": f"clusterns {__version__}, torch {torch.__version__}",
         },
         map_method=map_method,

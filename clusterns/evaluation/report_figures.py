@@ -45,7 +45,10 @@ def draw_cosines(samples: Mapping[str, NDArray[Any]]) -> str:
     for name, values in samples.items():
         if len(values):
             bins = min(80, max(5, int(len(values) ** 0.5)))
-            axes.hist(values, bins=bins, density=True, histtype="step", label=name, linewidth=1.5)
+            low, high = float(values.min()), float(values.max())
+            pad = max(0.0, 1e-3 - (high - low)) / 2  # numbers that are all alike would leave bins no width
+            shown = (low - pad, high + pad)
+            axes.hist(values, bins, shown, density=True, histtype="step", label=name, linewidth=1.5)
     axes.set(xlabel="cosine", ylabel="density")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from ..files import expanded
+
 SEVEN = ("STS12", "STS13", "STS14", "STS15", "STS16", "STSBenchmark-test", "SICK-R-test")
 DEV = ("STSBenchmark-dev", "SICK-R-dev")
 # STS12 also holds an ALL file, which repeats the others, and STS13's SMT is left out by the protocol.
@@ -44,6 +46,8 @@ TABLES = {
         for part, file in (("train", "train"), ("dev", "trial"), ("test", "test_annotated"))
     },
 }
+# The folders of a source that all of these are in.
+STS_FOLDERS = ("STS", "SICK")
 # What tables and JSON call the sets; the paper's names for the test sets.
 SHORT_NAMES = {
     "STSBenchmark-test": "STS-B",
@@ -142,7 +146,7 @@ def sts_folder(source: str | os.PathLike[str]) -> Path:
         from .sts_hub import senteval_folder
 
         return senteval_folder()
-    folder = Path(source).expanduser()
+    folder = expanded(source, "sts_dir")
     if not folder.is_dir():
         raise FileNotFoundError(f"sts_dir: expected a folder in SentEval's layout, got {source}")
     return folder

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from ..files import expanded
+
 HEAD_FILE = "head.safetensors"
 WEIGHT_FILES = tuple(
     name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
@@ -31,6 +33,12 @@ VOCABULARY_FILES = (
 HUB_FILES = (
     *("*.json", "*.txt", "*.model", "model*.safetensors", "0_Transformer/*"),
     *("head.safetensors", "*_Dense/model.safetensors"),
+)
+# What the folder of a model or of its training consists of, at any depth; beside it there may be others.
+MODEL_FILES = (
+    *("config*.json", "clusterns.json", "modules.json", "sentence_bert*.json", "generation_config.json"),
+    *(*VOCABULARY_FILES, "tokenizer*", "special_tokens*.json", "added_tokens.json", "merges.txt"),
+    *("*.safetensors*", "pytorch_model*", "checkpoints", "training.json", "training.png", "log.jsonl"),
 )
 
 # The keys that every sentence-transformers reads: version 6 still maps them to its new ones.
@@ -68,7 +76,7 @@ def write_json(path: Path, value: Any) -> None:
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     """The local folder of a model: itself, or the cached or downloaded snapshot of a hub name."""
     name = os.fspath(name_or_path)
-    folder = Path(name).expanduser()
+    folder = expanded(name, "model")
     if folder.is_dir():
         return folder
     if folder.exists():

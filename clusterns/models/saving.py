@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn, tensor
 
-from ..files import staging
+from ..files import expanded, staging
 from .folder import HEAD_FILE, POOLING_KEYS, first_line, write_json
 from .pooling import LAYERS
 from .settings import SETTINGS_FILE, TOKENIZER_FOLDER, sentence_transformers_modules
@@ -39,7 +39,7 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
     Where writing fails, `directory` stays as it was. Other files in it stay. Raises OSError where it cannot
     be written.
     """
-    target = Path(directory).expanduser().absolute()
+    target = expanded(directory, "directory").absolute()
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"directory: expected a folder, got the file {directory}")
     is_new = not target.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ from ..checks import check_count
 
 if TYPE_CHECKING:
     from .prompts import PromptTokenizer
+
+# Half of a character of UTF-16, which is no character by itself.
+_HALF = re.compile(r"[\ud800-\udfff]")
 
 
 class ViewTokenizer:
@@ -115,13 +119,21 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> list[list[str]]:
 
 
 def check_texts(name: str, texts: Iterable[str]) -> list[str]:
-    """The texts as a list, walked through once; ValueError for what is no list, or no string in it."""
+    """The texts as a list, walked through once; ValueError for what is no such list, or no text in it."""
     if isinstance(texts, str):
         raise ValueError(f"{name}: expected a list of strings, got one string {texts[:40]!r}")
+    if hasattr(texts, "columns"):  # walking through a table gives their names
+        kind = type(texts).__name__
+        raise ValueError(f"{name}: expected a list of strings, got a {kind}; give one column of it")
     if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
         raise ValueError(f"{name}: expected a list of strings, got {type(texts).__name__}")
+    if isinstance(texts, (set, frozenset)) or getattr(texts, "ndim", 1) != 1:
+        what = f"{texts.ndim} dimensions" if hasattr(texts, "ndim") else "no order"
+        raise ValueError(f"{name}: expected a list of strings, got {type(texts).__name__} of {what}")
     found = list(texts)
     for index, text in enumerate(found):
         if not isinstance(text, str):
             raise ValueError(f"{name}: expected strings, got {type(text).__name__} at index {index}")
+        if not text.isascii() and _HALF.search(text):
+            raise ValueError(f"{name}: expected text that UTF-8 has, got a lone surrogate at index {index}")
     return found

@@ -8,9 +8,9 @@ import io
 import types
 import typing
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
+from ..files import expanded
 from .config import FROM_SCRATCH, TrainConfig, to_dict
 
 
@@ -64,17 +64,24 @@ def _read_file(path: str | None) -> dict[str, Any]:
         return {}
     import yaml
 
-    file = Path(path).expanduser()
+    file = expanded(path, "--config")
     if not file.is_file():
         raise FileNotFoundError(f"--config: expected a YAML or JSON file, found none at {path}")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        content, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(
             f"--config {path}: expected YAML or JSON, got {' '.join(str(error).split())}"
         ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: expected settings by name, got {type(content).__name__}")
+        got = "an empty file" if content is None else type(content).__name__
+        raise ValueError(f"--config {path}: expected settings by name, got {got}")
+    assert isinstance(tree, yaml.MappingNode)
+    keys = [str(key.value) for key, _ in tree.value]  # of which the content has the last of a name
+    for number, key in enumerate(keys):
+        if key.replace("-", "_") in (other.replace("-", "_") for other in keys[:number]):
+            raise ValueError(f"--config {path}: expected each setting once, got {key!r} twice")
     types_of = typing.get_type_hints(TrainConfig)
     settings = {}
     for key, value in content.items():

@@ -82,12 +82,6 @@ class Checkpoints:
         """The newest, or None."""
         return next(reversed(self.all()), None)
 
-    def clear(self) -> None:
-        """Delete all of them, of an earlier run, at one blow: none is ever taken for the last of them."""
-        if self.folder.exists():
-            with staging(self.output) as place:
-                os.rename(self.folder, place / self.folder.name)
-
     def save(
         self,
         step: int,

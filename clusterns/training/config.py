@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,8 +16,9 @@ from torch import nn
 from ..backend import BACKENDS, check_backend
 from ..cached import CachedClusterNSLoss
 from ..centroids import CENTROID_UPDATES
-from ..checks import check_choice, check_count, check_number
+from ..checks import check_choice, check_count, check_number, check_seed
 from ..distributed import GATHERS
+from ..files import expanded
 from ..functional import FALSE_NEGATIVES
 from ..loss import ClusterNSLoss
 from ..models.pooling import HEADS, POOLINGS
@@ -53,6 +55,7 @@ COMPARED_BY_CONTENT = set(
 )
 LENGTH = {"max_steps", "epochs", "patience"}
 _PATHS = ("model", "train_file", "output_dir", "sts_dir")
+TEMPERATURES = (0.01, 1.0)  # bounds of a learned one
 
 
 @dataclass
@@ -197,6 +200,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in _PATHS:
             if getattr(self, name) is not None:
+                expanded(getattr(self, name), flag(name))  # says what is wrong with it
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
 
     @property
@@ -233,8 +237,9 @@ class TrainConfig:
         for name in "epochs accumulation_steps max_length eval_steps log_steps keep_checkpoints".split():
             check_count(name, getattr(self, name), at_least=1)
         check_count("batch_size", self.batch_size, at_least=2)  # a sentence's negatives are the others
-        for name in ("patience", "num_clusters", "seed", "warmup_steps"):
+        for name in ("patience", "num_clusters", "warmup_steps"):
             check_count(name, getattr(self, name), at_least=0)
+        check_seed("--seed", self.seed)
         for name in ("max_steps", "mini_batch_size", "checkpoint_steps"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), at_least=1)
@@ -246,10 +251,24 @@ class TrainConfig:
                 f"are taken, got {self.num_clusters}"
             )
         check_number("learning_rate", self.learning_rate, above=0)
+        if self.learn_temperature:
+            low, high = TEMPERATURES
+            check_number("--temperature to learn", self.temperature, at_least=low, at_most=high)
         check_number("max_grad_norm", self.max_grad_norm, above=0)
         check_number("weight_decay", self.weight_decay, at_least=0)
         check_number("mlm_weight", self.mlm_weight, at_least=0)
         check_number("mlm_probability", self.mlm_probability, above=0, at_most=0.99)
+        if self.resume and self.overwrite_output_dir:
+            raise ValueError(
+                "--resume: expected no --overwrite-output-dir with it, which begins anew, got both"
+            )
+        if self.model is not None:
+            model, output = (Path(os.path.realpath(path)) for path in (self.model, self.output_dir))
+            if model == output or output / "checkpoints" in model.parents:
+                raise ValueError(
+                    f"--output-dir: expected another folder than that of --model {self.model}, got "
+                    f"{self.output_dir}"
+                )
         if self.mlm_weight and self.mini_batch_size is not None:
             raise ValueError(
                 "mlm_weight: expected 0 with mini_batch_size, which has no graph of the whole batch"
@@ -285,7 +304,7 @@ class TrainConfig:
                 defaults = (FROM_SCRATCH, PRESETS.get(self.preset or "", {}))
                 usual = [type(self).__dataclass_fields__[name].default, *(of.get(name) for of in defaults)]
                 if is_idle and getattr(self, name) not in usual:
-                    yield f"--{name.replace('_', '-')} has no effect {why}"
+                    yield f"{flag(name)} has no effect {why}"
 
     def total_steps(self, batches: int) -> int:
         """Optimiser steps with so many batches in an epoch; ValueError where there is none."""
@@ -342,6 +361,11 @@ class TrainConfig:
             process_group=process_group,
             gather=self.gather,
         )
+
+
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import xxhash
 
 from ..encoder import SentenceEncoder
 from .checkpoint import Checkpoint, Checkpoints
-from .config import COMPARED_BY_CONTENT, FREE_ON_RESUME, LENGTH, TrainConfig, to_dict
+from .config import COMPARED_BY_CONTENT, FREE_ON_RESUME, LENGTH, TrainConfig, flag, to_dict
 from .devices import random_states, restore_random_states
 from .processes import Processes
 from .run_folder import LOG, model_files
@@ -61,10 +61,6 @@ def find_checkpoint(
     size = checkpoint.progress["processes"]
     if size != processes.size:
         raise ValueError(f"--nproc-per-node: expected {size} processes as in {last}, got {processes.size}")
-    processes.say(f"going on after step {checkpoint.progress['step']}, from {last}")
-    quiet = COMPARED_BY_CONTENT | {"output_dir", "overwrite_output_dir", "resume"}
-    for name, before, now in changes(config, settings, quiet):
-        processes.say(f"{flag(name)} is {now!r} from here on, was {before!r}")
     return checkpoint
 
 
@@ -76,11 +72,6 @@ def changes(
     for name in sorted(settings.keys() | now.keys()):
         if name not in free and settings.get(name) != now.get(name):
             yield name, settings.get(name), now.get(name)
-
-
-def flag(name: str) -> str:
-    """The flag of a setting."""
-    return f"--{name.replace('_', '-')}"
 
 
 def save_checkpoint(run: Run) -> None:
@@ -144,6 +135,10 @@ def load_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
     if run.processes.is_first:
         run.checkpoints.restore_files(checkpoint, run.output / LOG)
     restore_random_states(checkpoint.training["random"][run.processes.rank], run.device)
+    run.processes.say(f"going on after step {run.step}, from {checkpoint.folder}")
+    quiet = COMPARED_BY_CONTENT | {"output_dir", "overwrite_output_dir", "resume"}
+    for name, before, now in changes(run.config, progress["settings"], quiet):
+        run.processes.say(f"{flag(name)} is {now!r} from here on, was {before!r}")
 
 
 def fingerprint(encoder: SentenceEncoder) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import shutil
 import warnings
@@ -25,13 +26,17 @@ import transformers
 
 from .. import __version__
 from ..evaluation.tables import format_table
-from ..files import holding, is_staged, replacing, sweep
+from ..files import holding, is_staged, replacing, staging, sweep
+from ..models.folder import HEAD_FILE
+from ..models.settings import SETTINGS_FILE
 from .config import TrainConfig, to_dict
 
 LOCK, LOG, SUMMARY, PICTURE = ".lock", "log.jsonl", "training.json", "training.png"
-TENSORBOARD = "tensorboard"
+TENSORBOARD, CHECKPOINTS, STATE = "tensorboard", "checkpoints", "loss.safetensors"
 # Of a run, not of its model.
-_OWN = {LOCK, LOG, SUMMARY, PICTURE, TENSORBOARD, "checkpoints"}
+_OWN = {LOCK, LOG, SUMMARY, PICTURE, TENSORBOARD, CHECKPOINTS}
+# What another run must not leave beside the summary of one.
+_OUTCOME = ("model.safetensors", HEAD_FILE, STATE, SETTINGS_FILE, PICTURE, TENSORBOARD)
 
 
 class Claim:
@@ -60,12 +65,13 @@ def claimed(output: Path, *, overwrite: bool, resume: bool) -> Iterator[Claim]:
     and is neither to be overwritten nor, with `resume`, that of a training, and OSError for one that cannot
     be written to.
     """
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"--output-dir: expected a folder, got the file {output}")
-    is_new = not output.exists()
+    made: list[Path] = []
     try:
         with contextlib.ExitStack() as stack:
             try:
+                if output.exists() and not output.is_dir():
+                    raise NotADirectoryError(f"--output-dir: expected a folder, got the file {output}")
+                made = [folder for folder in (output, *output.parents) if not folder.exists()]
                 output.mkdir(parents=True, exist_ok=True)
                 is_held = stack.enter_context(holding(output / LOCK))
             except BlockingIOError:
@@ -74,13 +80,15 @@ def claimed(output: Path, *, overwrite: bool, resume: bool) -> Iterator[Claim]:
                     f"if there is none, remove {output / LOCK}"
                 ) from None
             except OSError as error:
+                if error.strerror is None:  # the line above
+                    raise
                 raise type(error)(
                     f"--output-dir: expected a folder that can be written to, got {output} ({error.strerror})"
                 ) from error
             if not is_held:
                 text = f"{output}: this disk has no locks, see to it that no other training writes there"
                 warnings.warn(text, stacklevel=3)
-            for folder in (output, output / "checkpoints"):
+            for folder in (output, output / CHECKPOINTS):
                 sweep(folder)
             is_empty = not any(path.name != LOCK and not is_staged(path) for path in output.iterdir())
             if not overwrite and not is_empty:
@@ -89,7 +97,7 @@ def claimed(output: Path, *, overwrite: bool, resume: bool) -> Iterator[Claim]:
                         f"--output-dir: expected a new or empty folder, {output} holds files; choose another "
                         "or pass --overwrite-output-dir, or --resume to go on with the training in it"
                     )
-                if not (output / SUMMARY).is_file():
+                if not is_training(output):
                     raise FileExistsError(
                         f"--resume: expected the output folder of a training, {output} holds other files"
                     )
@@ -100,9 +108,31 @@ def claimed(output: Path, *, overwrite: bool, resume: bool) -> Iterator[Claim]:
                 claim.clear()
                 raise
     finally:
-        if is_new:
+        for folder in made:
             with contextlib.suppress(OSError):  # but for a failure it is not empty
-                output.rmdir()
+                folder.rmdir()
+
+
+def is_training(output: Path) -> bool:
+    """Whether a training, with or without its summary, is in the folder."""
+    return (output / SUMMARY).is_file() or any((output / CHECKPOINTS).glob("step-*"))
+
+
+def begin_anew(output: Path, config: TrainConfig) -> list[str]:
+    """Write the summary of a training that begins, and remove what of an earlier one could pass for its own.
+
+    Returns the names of what is removed. Each goes at one blow, so that no checkpoint is ever taken for the
+    last of them; and the checkpoints go first: a start that is killed here is one that --resume begins anew.
+    """
+    was_training, removed = is_training(output), []
+    for name in (CHECKPOINTS, SUMMARY, *_OUTCOME):
+        if name == SUMMARY:
+            write_summary(output, config, finished=False)
+        elif was_training and (output / name).exists():
+            with staging(output) as place:
+                os.rename(output / name, place / name)
+            removed.append(name)
+    return removed
 
 
 def model_files(output: Path) -> list[Path]:
