@@ -472,7 +472,7 @@ def test_sources_that_are_no_files(tmp_path: Path) -> None:
         ("https://example.org/a.csv", ValueError, "got an address, which is not read: download it"),
         (" ", ValueError, "got an empty name"),
         (["a.txt"], TypeError, "source: expected the name of a file or dataset, got list"),
-        ("~no-such-user/a.txt", ValueError, "expected a folder of a user of this machine"),
+        ("~no-such-user/a.txt", ValueError, "source: expected the home folder of a user that exists"),
     ):
         with pytest.raises(kind, match=words):
             load_rows(source)

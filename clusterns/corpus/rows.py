@@ -17,7 +17,7 @@ import pyarrow
 import xxhash
 from huggingface_hub import constants
 
-from ..files import holding, staging, sweep
+from ..files import expanded, holding, staging, sweep
 from .columns import LeftOut, Tally
 
 # Rows of an Arrow record batch; each but the last has exactly as many, so that a row is found by division.
@@ -96,7 +96,11 @@ class Rows(Sequence[Row]):
 def cache_folder() -> Path:
     """Where the files of `Rows` are kept: $CLUSTERNS_CACHE, else clusterns/rows in the Hugging Face cache."""
     named = os.environ.get("CLUSTERNS_CACHE")
-    return Path(named).expanduser().absolute() if named else Path(constants.HF_HOME) / "clusterns" / "rows"
+    return (
+        expanded(named, "CLUSTERNS_CACHE").absolute()
+        if named
+        else Path(constants.HF_HOME) / "clusterns" / "rows"
+    )
 
 
 def cached_rows(

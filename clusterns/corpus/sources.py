@@ -14,6 +14,7 @@ import xxhash
 from tqdm.auto import tqdm
 
 from ..checks import check_count, check_number
+from ..files import expanded
 from .columns import BLANK, LINE_ENDS, NO_NUMBER, Asked, Tally, choose, words_of
 from .delimited import read_delimited
 from .objects import read_json
@@ -183,10 +184,7 @@ def with_progress(source: str, table: Table) -> Table:
 
 def open_source(source: str, delimiter: str | None, header: bool | None, asked: Asked) -> tuple[Table, str]:
     """The table, and what names its content."""
-    try:
-        path = Path(source).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"{source}: expected a folder of a user of this machine, got {error}") from error
+    path = expanded(source, "source")
     match = _HUB_NAME.fullmatch(source)
     exists = os.path.lexists(path)
     names = tuple(name for name in (*(asked.texts or ()), asked.label) if name is not None)
