@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 JOBS ?= 2
 SETUP := setup.py pyproject.toml constraints.txt
 
-.PHONY: help train test test-fast test-portable lint bench exactness audit gpu clean
+.PHONY: help train test tests test-fast test-portable lint bench exactness audit gpu clean
 
 help:
 	@echo "make train  train a small sentence encoder on this machine's own documentation, one to three minutes"
@@ -20,7 +20,10 @@ help:
 train: $(VENV)/.ready-train
 	$(RUN)/clusterns train --output-dir runs/demo --overwrite-output-dir
 
-test: $(VENV)/.ready-test lint
+test: $(VENV)/.ready-test
+	$(MAKE) -j 2 lint tests  # side by side: tests that wait for processes leave room
+
+tests: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-fast: $(VENV)/.ready-test
