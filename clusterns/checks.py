@@ -6,12 +6,22 @@ Each raises `ValueError` or `TypeError` with one line: the argument, what was ex
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def warn(text: str) -> None:
+    """A UserWarning at the user's line that called into this package."""
+    level, caller = 1, sys._getframe()
+    while caller.f_back and caller.f_globals.get("__name__", "").split(".")[0] in ("clusterns", "torch"):
+        level, caller = level + 1, caller.f_back
+    warnings.warn(text, stacklevel=level)
 
 
 def under_functorch() -> bool:

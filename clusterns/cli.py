@@ -106,8 +106,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """In one line, without the place in the code."""
-    print(f"clusterns: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    """In one line, without the place in the code; once for all ranks, which read the same."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"clusterns: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -224,7 +225,7 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_file_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     """How to read a file of texts, as `clusterns train` has it."""
     parser.add_argument(
-        "--text-columns", metavar="NAME", help=f"column of {what}; a number where there is no header"
+        "--text-columns", metavar="NAME", help=f"column of {what}, by its name or number from 1"
     )
     parser.add_argument(
         "--delimiter",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Mapping
 
 import torch
@@ -21,6 +19,7 @@ from .checks import (
     check_temperature,
     check_transforms,
     under_functorch,
+    warn,
 )
 from .distributed import GATHERS, Ranks, seed_together
 from .functional import FALSE_NEGATIVES, ObjectiveTerms, objective
@@ -385,10 +384,7 @@ class ClusterNSLoss(OnlineKMeans):
         if name in self._told or (_is_distributed() and torch.distributed.get_rank(self.process_group) > 0):
             return
         self._told.add(name)
-        level, caller = 1, sys._getframe()
-        while caller.f_back and caller.f_globals.get("__name__", "").split(".")[0] in ("clusterns", "torch"):
-            level, caller = level + 1, caller.f_back
-        warnings.warn(text, stacklevel=level)
+        warn(text)
 
     def _seed_from(self, anchors: Tensor, positives: Tensor, batch: int, ranks: Ranks | None) -> None:
         """Start clustering from a batch, if it is large enough."""

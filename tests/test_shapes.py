@@ -11,7 +11,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from clusterns.corpus.labelled import load_labelled_texts
 from clusterns.corpus.sources import load_rows
 
 # Characters that str.splitlines() splits at and a text file does not.
@@ -294,6 +293,7 @@ def test_a_label_or_score_says_which_pairs_are_pairs(tmp_path: Path, name, conte
         ("sentence1,sentence2, score\na,b,0.25\nc,d,0.5\n", "'score' (0.25, 0.5)"),
         ("sentence1,sentence2,how_alike\na,b,0.25\nc,d,0.5\n", "'how_alike'"),
         ("sentence1,sentence2,same\na,b,1\nc,d,0\ne,f,1\n", "'same' (1, 0)"),
+        ("sentence1,sentence2,same\n" + "a,b,1\n" * 1200 + "c,d,0\n", "'same' (1)"),
         ("sent0,sent1,verdict\n" + "a,b,yes\nc,d,no\nx,y,yes\n" * 2, "'verdict' (yes, no)"),
         ("sent0,sent1,hard_neg,label\na,b,c,1\nd,e,f,0\n", "'label' (1, 0)"),
     ],
@@ -545,86 +545,4 @@ def test_rows_left_out_are_counted_told_and_warned_of(tmp_path: Path, told: list
     assert "left out: 2 with a blank text (line 100; line 101)" in rows.account
     assert load_rows(path, columns="sent0", limit=1).account.endswith(
         "header, the first 1 rows at most; 'sent0' as sentences, not used: 'sent1', 'hard_neg'; 1 row"
-    )
-
-
-LABELLED = [("sport", "a b"), ("7", "c"), ("sport", "d")]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "options", "account"),
-    [
-        ("a.tsv", "sport\ta  b\r\n\n7\t\u2028 c \nsport\td", {}, "no header; '1' as labels, '2' as texts"),
-        (
-            "a.tsv",
-            "label\ttext\nsport\ta b\n7\tc\nsport\td\n",
-            {},
-            "tab, header; 'label' as labels, 'text' as",
-        ),
-        ("a.txt", "sport\ta b\n7\tc\nsport\td\n", {}, "txt parted by tab, no header"),
-        (
-            "a.csv",
-            "text,topic,category\na b,x,sport\nc,y,7\nd,z,sport\n",
-            {},
-            "'category' as labels, 'text' as",
-        ),
-        ("a.csv", "a b;sport\nc;7\nd;sport\n", {"label_column": "2", "text_column": "1"}, "by semicolon"),
-        ("a.csv", "one,two\na b,sport\nc,7\nd,sport\n", {"label_column": "two"}, "'two' as labels, 'one' as"),
-        ("a.json", [{"label": a if a != "7" else 7, "text": b} for a, b in LABELLED], {}, "json, a list"),
-    ],
-)
-def test_labelled_texts(tmp_path: Path, name: str, content: object, options: dict, account: str) -> None:
-    path = write(tmp_path, name, content)
-    found = load_labelled_texts(path, **options)
-    assert [
-        (found.classes[label], text) for label, text in zip(found.labels, found.texts, strict=True)
-    ] == LABELLED
-    assert found.classes == ["7", "sport"]
-    assert account in found.account
-    assert found.account.endswith("3 rows of 2 classes")
-
-
-def test_numbers_beside_texts_are_the_labels(tmp_path: Path) -> None:
-    """Swapped columns without a header score 100 % where each text is a class of its own."""
-    rows = [f"text {i}\t{i % 3}" for i in range(12)]
-    found = load_labelled_texts(write(tmp_path, "a.tsv", "\n".join(rows)))
-    assert (found.texts[0], found.classes) == ("text 0", ["0", "1", "2"])
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (
-            "1\ta\nb\n",
-            "line 2: expected a well-formed tsv file parted by tab, 2 fields as in its first line, got 1",
-        ),
-        ("1\ta\n", "expected at least two labelled texts, got 1"),
-        ("1\ta\n1\tb\n", "expected at least two classes in '1', got only '1'"),
-        (b"1\ta\n2\t\xff\n", "line 2: expected UTF-8 text"),
-        ("label\tx\ty\n2\tb\te\n1\tc\td\n", "expected a name, as of label, x, y"),
-        ("1 a\n2 b\n", "expected a label and a text in each line, got 1 a (tsv parted by tab"),
-        (
-            "".join(f"text {i}\tclass {i % 3}\n" for i in range(12)),
-            "labels that texts share in column '1', got 12 different ones in 12 rows; --label-column 2 "
-            "--text-columns 1 swaps the two",
-        ),
-    ],
-)
-def test_malformed_labelled_texts(tmp_path: Path, content: str | bytes, words: str) -> None:
-    path = write(tmp_path, "texts.tsv", content)
-    with pytest.raises(ValueError, match="expected") as caught:
-        load_labelled_texts(path)
-    assert words in str(caught.value)
-    assert str(path) in str(caught.value)
-    with pytest.raises(FileNotFoundError, match=r"absent.tsv: expected a file of .*, there is none$"):
-        load_labelled_texts(tmp_path / "absent.tsv")
-
-
-def test_unlabelled_rows_are_said(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.tsv", "label\ttext\n1\ta\n2\tb\n\tc\n1\t \n1\td\n")
-    with pytest.warns(UserWarning, match="2 of 5 rows are left out, 1 with a blank label .line 4., 1 with"):
-        found = load_labelled_texts(path)
-    assert found.texts == ["a", "b", "d"]
-    assert found.account.endswith(
-        "3 rows of 2 classes; left out: 1 with a blank label (line 4), 1 with a blank text (line 5)"
     )

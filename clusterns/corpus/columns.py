@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import unicodedata
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
-from .readers import DATES, NUMBERS, TEXT, Table, is_number, only_text, quoted
+from .readers import DATES, NUMBERS, SAMPLED_ROWS, TEXT, Table, is_number, only_text, quoted
 
 # Names of columns by convention, the most telling first: pairs, perhaps with a hard negative, then sentences.
 USUAL_PAIRS = (
@@ -161,11 +162,13 @@ def choose(source: str, table: Table, asked: Asked) -> Columns:
     others = [name for name in table.kinds if name not in texts]
     if label in texts:
         raise ValueError(f"--label-column: expected a column of {source} beside the texts, got {label!r}")
+    if len(texts) == 1 and asked.positive is None and asked.min_score is None:
+        return Columns(source, tuple(texts), tuple(others))
     labels = [label] if label is not None else [name for name in others if looks_like_label(table, name)]
     labels = [name for name in labels if name.casefold() in USUAL_LABELS] or labels
     found = Columns(source, tuple(texts), tuple(name for name in others if name not in labels))
     if asked.positive is None and asked.min_score is None:
-        if len(texts) > 1 and labels:
+        if labels:
             values = list(dict.fromkeys(str(row[0]) for row in table.sample(labels[:1])))
             some = ", ".join(values[:3]) + (" ..." if len(values) > 3 else "")
             raise ValueError(
@@ -195,6 +198,9 @@ def looks_like_label(table: Table, name: str) -> bool:
     if folded in USUAL_LABELS | _KEYS:
         return folded in USUAL_LABELS
     values = [str(value) for (value,) in table.sample([name]) if value is not None and value != ""]
+    if len(values) == SAMPLED_ROWS and len(set(values)) == 1:  # the rows may be in the order of their labels
+        others = (str(value) for _, (value,) in table.read([name]) if value is not None and value != "")
+        values += islice((value for value in others if value != values[0]), SAMPLED_ROWS)
     distinct = set(values)
     if len(distinct) < 2 or any(len(value) > _LABEL_CHARACTERS for value in distinct):
         return False

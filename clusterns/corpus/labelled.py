@@ -38,7 +38,7 @@ def load_labelled_texts(
 
     Args:
         source, delimiter, header: as of `load_rows`, but that a .txt is parted by tabs.
-        text_column, label_column: names, or numbers from 1 where there is no header. None takes the usual
+        text_column, label_column: names, or numbers from 1. None takes the usual
             names, else of two columns the first as label and the second as text.
 
     White space in a text becomes single spaces. Rows without label or text are left out, which `account` and,

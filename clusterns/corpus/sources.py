@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -13,7 +12,7 @@ from pathlib import Path
 import xxhash
 from tqdm.auto import tqdm
 
-from ..checks import check_count, check_number
+from ..checks import check_count, check_number, warn
 from ..files import expanded
 from .columns import BLANK, LINE_ENDS, NO_NUMBER, Asked, Tally, choose, words_of
 from .delimited import read_delimited
@@ -69,9 +68,9 @@ def load_rows(
         source: a file, by its suffix: .txt (a sentence a line), .csv or .tsv, .json or .jsonl, .parquet. Or a
             hub dataset as NAME, NAME:CONFIGURATION or NAME:FILE. "wiki1m" is the million sentences of
             Wikipedia that SimCSE and ClusterNS train on, "nli" SimCSE's triplets.
-        columns: one to three names, in a list or joined by commas; numbers from 1 where there is no header.
-            None takes the only column of text, else the usual names: sent0, sent1, hard_neg; anchor,
-            positive, negative; sentence1, sentence2; text; sentence, and a few more.
+        columns: one to three names, in a list or joined by commas, in any case; or numbers from 1. None
+            takes the only column of text, else the usual names: sent0, sent1, hard_neg; anchor, positive,
+            negative; sentence1, sentence2; text; sentence, and a few more.
         limit: rows at most, from the beginning.
         delimiter: "comma", "semicolon", "tab", "bar", a character, or "none" for a sentence a line; None
             finds it out.
@@ -159,7 +158,7 @@ def warn_of_oddities(source: str, rows: Rows, *, is_quoted: bool) -> None:
         if is_few if reason == LINE_ENDS else count > most:
             closing = "; was a quote never closed?" if reason == LINE_ENDS else ""
             text = f"{source}: {count:,} of {len(rows):,} are rows {reason} ({'; '.join(where)}){closing}"
-            warnings.warn(text, stacklevel=4)
+            warn(text)
 
 
 def warn_of_loss(source: str, left_out: Tally, kept: int, columns: Sequence[str]) -> None:
@@ -169,7 +168,7 @@ def warn_of_loss(source: str, left_out: Tally, kept: int, columns: Sequence[str]
     if count > _SHARE * total:
         full = [name for name in columns if BLANK + name not in lost]
         cure = f"; --text-columns {','.join(full)} takes them" if full and len(full) < len(columns) else ""
-        warnings.warn(f"{source}: {count:,} of {total:,} rows are left out, {lost}{cure}", stacklevel=4)
+        warn(f"{source}: {count:,} of {total:,} rows are left out, {lost}{cure}")
 
 
 def with_progress(source: str, table: Table) -> Table:
@@ -212,7 +211,7 @@ def open_source(source: str, delimiter: str | None, header: bool | None, asked: 
         raise type(error)(f"{source}: expected a readable file, got {error.strerror or error}") from error
     table = READERS[path.suffix.lower()](path, content.newline, reading)
     if table.doubt:
-        warnings.warn(table.doubt, stacklevel=4)
+        warn(table.doubt)
     return table, f"{path.suffix.lower()}-{content.fingerprint}"
 
 

@@ -82,7 +82,7 @@ class TrainConfig:
     text_columns: str | None = setting(
         None,
         "columns to train on, as in sent0,sent1,hard_neg: one gives two dropout views of each sentence, two "
-        "are pairs, the third is a hard negative; numbers from 1 where there is no header",
+        "are pairs, the third is a hard negative; names, or numbers from 1",
     )
     delimiter: str | None = setting(
         None,
