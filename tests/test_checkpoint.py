@@ -300,7 +300,7 @@ def rates(output: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("longer", ["--max-steps 12", "--epochs 2"])
-def test_a_run_that_has_ended_goes_on_for_longer(interrupted, tmp_path, capsys, longer):
+def test_a_run_that_has_ended_goes_on_for_longer(interrupted, tmp_path, capsys, monkeypatch, longer):
     """At the rates of a run of that length, from the last checkpoint on."""
     place, output = interrupted, tmp_path / "run"
     short = "--checkpoint-steps 3 --no-tensorboard --resume".split()
@@ -312,6 +312,13 @@ def test_a_run_that_has_ended_goes_on_for_longer(interrupted, tmp_path, capsys, 
     capsys.readouterr()
     assert main(given) == 0
     assert "ended already" in capsys.readouterr().out
+    used, whole = [], Run.train_step
+
+    def train_step(self, *, watched):
+        used.append(self.optimizer.param_groups[0]["lr"])
+        return whole(self, watched=watched)
+
+    monkeypatch.setattr(Run, "train_step", train_step)
     assert main([*given, *longer.split()]) == 0
     said = capsys.readouterr().out
     kept = steps - steps % 3
@@ -320,7 +327,8 @@ def test_a_run_that_has_ended_goes_on_for_longer(interrupted, tmp_path, capsys, 
     peak = 1e-3
     expected = [peak * (1 - step / steps) for step in range(1, kept + 1)]
     expected += [peak * (1 - step / total) for step in range(kept + 1, total + 1)]
-    assert rates(output) == pytest.approx(expected)
+    assert rates(output) == pytest.approx(expected)  # of the step after each
+    assert used == pytest.approx([peak * (1 - step / total) for step in range(kept, total)])
     summary = json.loads((output / "training.json").read_text())
     assert summary["finished"]
     assert summary["settings"]["max_steps" if "--max" in longer else "epochs"] == int(longer.split()[1])
