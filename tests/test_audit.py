@@ -56,7 +56,7 @@ def table(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checked(table):
-    return run(ROOT / "tests" / "audit_worker.py", table[0], "pinned" if PINNED else "other")
+    return run(ROOT / "tests" / "support" / "audit_worker.py", table[0], "pinned" if PINNED else "other")
 
 
 def test_every_launch_on_a_target(table):

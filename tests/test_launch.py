@@ -246,7 +246,7 @@ def test_no_sweep_where_bits_must_not_change(monkeypatch):
 
 def test_the_cache_distinguishes_all_that_triton_does():
     """Random arguments: wherever Triton would compile other code, our key differs too."""
-    code = Path(__file__).with_name("specialization_worker.py")
+    code = Path(__file__).parent / "support" / "specialization_worker.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, str(code)], capture_output=True, text=True, check=False, env=environment
