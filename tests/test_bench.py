@@ -39,7 +39,9 @@ def run_small(folder: Path, script: str, *arguments: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET"):
             patch.setenv(name, ON_A_CPU[name])
-        return run_python(folder, ROOT / "tests" / "support" / "fixed_corpus.py", str(BENCH / script), *arguments)
+        return run_python(
+            folder, ROOT / "tests" / "support" / "fixed_corpus.py", str(BENCH / script), *arguments
+        )
 
 
 def test_large_batches_of_the_gpu_script_on_a_cpu(tmp_path):

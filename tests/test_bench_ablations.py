@@ -38,7 +38,9 @@ def ablations(data: Path, output: Path, *more: str, status: int = 0) -> str:
     """What the script prints."""
     small = "--layers 1 --batch 32 --steps 4 --eval-steps 2 --learning-rate 1e-3".split()
     arguments = ("--data", str(data), "--output", str(output), *small, *more)
-    return run_python(output, ROOT / "tests" / "support" / "fixed_corpus.py", str(SCRIPT), *arguments, status=status)
+    return run_python(
+        output, ROOT / "tests" / "support" / "fixed_corpus.py", str(SCRIPT), *arguments, status=status
+    )
 
 
 def test_runs_are_made_once_and_shared(data, tmp_path):

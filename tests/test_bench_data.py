@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_data_throughput(tmp_path):
     pytest.importorskip("sentence_transformers")
     options = "--kinds sentences --rows 300 --batch-size 32 --rounds 1 --steps 2".split()
-    scripts = [str(ROOT / name) for name in ("tests/fixed_corpus.py", "bench/data_throughput.py")]
+    scripts = [str(ROOT / name) for name in ("tests/support/fixed_corpus.py", "bench/data_throughput.py")]
     done = subprocess.run(
         [sys.executable, *scripts, *options, "--output", str(tmp_path / "data.json")],
         capture_output=True, encoding="utf-8", check=False,
