@@ -21,7 +21,7 @@ from .models.denoising import TemplateDenoising
 from .models.encoding import encode
 from .models.folder import HEAD_FILE, load_transformer, read_head, resolve
 from .models.length_groups import map_groups
-from .models.pooling import LAYERS, check_pooling, pool
+from .models.pooling import POOLINGS, check_pooling, pool
 from .models.positions import longest_input
 from .models.prompts import Prompt, PromptTokenizer
 from .models.saving import replacing, save_tensors, write_encoder
@@ -35,10 +35,8 @@ class SentenceEncoder(nn.Module):
     Args:
         transformer: an encoder of transformers, whose output has `last_hidden_state` (B, T, D).
         tokenizer: its tokenizer, with a padding token.
-        pooling: "cls" (the first token's state), "cls-before-pooler" (the same, never through a head), "mean"
-            (over the tokens that are not padding), "mean-first-last" and "mean-top2" (the mean of two layers'
-            states: the first and the last, the last two), "mask" (the mask token's, with a prompt and only
-            so). None takes "mask" with a prompt, else "cls".
+        pooling: a name of `models.pooling.POOLINGS`, which says what each does. None takes "mask" with a
+            prompt, else "cls".
         head: "train" (the embedding passes through it in training only), "always", or "none" (there is
             none). None takes "none" with cls-before-pooler, else "train".
         prompt: templates that the sentences are put in, or what stands for `Prompt` of them; None takes the
@@ -276,7 +274,7 @@ class SentenceEncoder(nn.Module):
         template = inputs.get("template")
         outputs = self.transformer(
             **{name: value for name, value in inputs.items() if name != "template"},
-            output_hidden_states=self.pooling in LAYERS,
+            output_hidden_states=bool(POOLINGS[self.pooling].layers),
         )
         places = self.prompt_tokenizer.mask_index(mask, template) if self.prompt_tokenizer else None
         return pool(self.pooling, outputs, mask, places)
@@ -337,7 +335,8 @@ class SentenceEncoder(nn.Module):
 
         Everything is first written whole to a hidden folder inside `directory` and moved file by file, so an
         error while writing (a full disk) leaves an earlier encoder there as it was. Other files in
-        `directory` stay. Raises OSError where it cannot be written.
+        `directory` stay. Raises OSError where it cannot be written, ValueError for a pooling that
+        sentence-transformers would not load as what it is.
         """
         with replacing(directory) as folder:
             write_encoder(self, folder)

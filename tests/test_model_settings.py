@@ -19,16 +19,16 @@ from transformers import AutoModel, AutoTokenizer
 
 from clusterns.encoder import SentenceEncoder
 from clusterns.models.folder import HUB_FILES
+from clusterns.models.pooling import POOLINGS, Pooling
 from clusterns.models.prompts import PUBLISHED, Prompt
 
 TEXTS = [*SENTENCES, "the cat sat on the mat far far far home home", " the cat ", "a [MASK] cat", "far?"]
 ENCODERS: dict[str, dict[str, Any]] = {
-    "cls": {"pooling": "cls"},
-    "cls-before-pooler": {"pooling": "cls-before-pooler"},
+    **{name: {"pooling": name} for name, of in POOLINGS.items() if not of.of_prompt},
+    **{name: {"pooling": name, "prompt": Prompt()} for name, of in POOLINGS.items() if of.of_prompt},
     "cls, head always": {"pooling": "cls", "head": "always"},
     "mean, head always": {"pooling": "mean", "head": "always"},
     "mean, no head": {"pooling": "mean", "head": "none"},
-    "mean-first-last": {"pooling": "mean-first-last"},
     "mean-top2, head always": {"pooling": "mean-top2", "head": "always"},
     "prompt": {"prompt": Prompt(denoising="trained")},
     "prompt, head always": {"prompt": Prompt(), "head": "always"},
@@ -68,6 +68,34 @@ def test_saved_encoders_give_the_same_vectors(kind: str, name: str, tmp_path: Pa
     # Nothing of ours is needed for that, but for denoising at evaluation.
     ours = any(type(module).__module__.startswith("clusterns") for module in other)
     assert ours == trusts(encoder)
+
+
+def largest(states: torch.Tensor, mask: torch.Tensor, mask_index: torch.Tensor | None) -> torch.Tensor:
+    return states.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(dim=1)
+
+
+def test_a_new_pooling_is_one_entry_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POOLINGS, "new", Pooling(largest, "max"))
+    make_kind("bert", pooling="new").save(tmp_path / "ours")
+    encoder = SentenceEncoder.from_pretrained(tmp_path / "ours")
+    assert encoder.pooling == "new"
+    other = SentenceTransformer(str(tmp_path / "ours"), device="cpu")
+    assert_close(other.encode(TEXTS, convert_to_tensor=True), encoder.encode(TEXTS))
+    other.save(str(tmp_path / "theirs"))
+    again = SentenceEncoder.from_pretrained(tmp_path / "theirs")
+    assert again.pooling == "new"
+    assert_close(again.encode(TEXTS), encoder.encode(TEXTS))
+
+
+@pytest.mark.parametrize("mode", [None, "median"])
+def test_a_pooling_that_sentence_transformers_has_not_is_not_saved_as_another(
+    mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(POOLINGS, "new", Pooling(largest, mode))
+    words = r"^pooling: expected one to save that sentence-transformers has too, 'cls' or .*, got 'new'$"
+    with pytest.raises(ValueError, match=words):
+        make_kind("bert", pooling="new").save(tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_prompt_model_in_plain_transformers(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import SENTENCES, assert_close
 from tiny_prompt import make_kind, without_dropout
 
-from clusterns.models.pooling import check_pooling
+from clusterns.models.pooling import POOLINGS, check_pooling
 
 KINDS = ("bert", "roberta", "distilbert", "mpnet", "electra", "albert", "deberta-v2")
 PLAIN = ("cls", "cls-before-pooler", "mean", "mean-first-last", "mean-top2")
@@ -99,6 +102,13 @@ def test_an_encoder_without_head_has_no_parameters_of_one() -> None:
 def test_what_does_not_go_together(pooling: str, head: str | None, has_prompt: bool, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         check_pooling(pooling, head, has_prompt=has_prompt)
+
+
+def test_the_page_names_each_pooling_and_its_head() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| .* \| (in training|none) \|$", page, re.MULTILINE)
+    words = {"train": "in training", "none": "none"}
+    assert rows == [(name, words[of.heads[0]]) for name, of in POOLINGS.items()]
 
 
 def test_defaults() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from tqdm.auto import tqdm
 from ..checks import check_count
 from .positions import evaluating
 from .views import check_texts
-
-if TYPE_CHECKING:
-    from ..encoder import SentenceEncoder
 
 # Sentences tokenised and sorted at a time: enough that padding is negligible, few enough to bound memory.
 SORT_WINDOW = 16384
@@ -27,7 +24,7 @@ MOST_WORKERS = 16
 
 
 def encode(
-    encoder: SentenceEncoder,
+    encoder: Any,
     sentences: Iterable[str],
     *,
     batch_size: int,
@@ -59,9 +56,7 @@ def encode(
 class _Run:
     """One call: where it runs, and the states of the template alone by the length of a row."""
 
-    def __init__(
-        self, encoder: SentenceEncoder, batch_size: int, device: torch.device, half: torch.dtype | None
-    ) -> None:
+    def __init__(self, encoder: Any, batch_size: int, device: torch.device, half: torch.dtype | None) -> None:
         self.encoder, self.batch_size, self.device, self.half = encoder, batch_size, device, half
         self.denoises = encoder.denoises(training=False)
         self.template_states: dict[int, Tensor] = {}
@@ -133,7 +128,6 @@ class _Run:
 
     def add_template_states(self, lengths: list[int]) -> None:
         """Encode the template for each length that has not occurred before."""
-        assert self.encoder.denoiser is not None
         new = sorted(set(lengths) - set(self.template_states))
         if new:
             of_sentence = torch.tensor(new, device=self.device) - self.encoder.evaluation_template_length

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from ..files import expanded
+from .pooling import plain_poolings
 
 HEAD_FILE = "head.safetensors"
 WEIGHT_FILES = tuple(
@@ -150,8 +151,8 @@ def read_modules(folder: Path) -> dict[str, str]:
         ) from error
 
 
-def read_pooling(folder: Path, modules: Mapping[str, str]) -> str:
-    """The pooling of a sentence-transformers folder; "cls" where it states none."""
+def read_pooling(folder: Path, modules: Mapping[str, str]) -> str | None:
+    """The pooling of a sentence-transformers folder; None where it states none."""
     # A Normalize module changes no cosine; any other would change the embedding.
     others = sorted(set(modules) - {"Transformer", "Pooling", "Dense", "Normalize", "Dropout"})
     if others:
@@ -159,19 +160,21 @@ def read_pooling(folder: Path, modules: Mapping[str, str]) -> str:
             f"{folder / 'modules.json'}: expected Transformer, Pooling, Dense and Normalize, "
             f"got {others[0]}; give a pooling to take the encoder without it"
         )
-    return read_pooling_file(folder, modules) if "Pooling" in modules else "cls"
+    return plain_poolings()[read_pooling_mode(folder, modules)] if "Pooling" in modules else None
 
 
-def read_pooling_file(folder: Path, modules: Mapping[str, str]) -> str:
-    """What the Pooling module's config.json states, "cls" or "mean"."""
+def read_pooling_mode(folder: Path, modules: Mapping[str, str]) -> str:
+    """What the Pooling module's config.json states, of the modes that are poolings here too."""
     path = folder / modules["Pooling"] / "config.json"
     config = read_json(path) or {}
     stated = config.get("pooling_mode")
     if stated is None:
         stated = [mode for mode, key in POOLING_KEYS.items() if config.get(key)]
     modes = [stated] if isinstance(stated, str) else list(stated)
-    if len(modes) != 1 or modes[0] not in ("cls", "mean"):
-        raise ValueError(f"{path}: expected the pooling cls or mean, got {' and '.join(modes) or 'none'}")
+    known = plain_poolings()
+    if len(modes) != 1 or modes[0] not in known:
+        wanted, got = " or ".join(sorted(known)), " and ".join(modes) or "none"
+        raise ValueError(f"{path}: expected the pooling {wanted}, got {got}")
     return modes[0]
 
 

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -21,11 +21,8 @@ from torch import Tensor, nn, tensor
 
 from ..files import expanded, staging
 from .folder import HEAD_FILE, POOLING_KEYS, first_line, write_json
-from .pooling import LAYERS
+from .pooling import POOLINGS, Pooling, in_words
 from .settings import SETTINGS_FILE, TOKENIZER_FOLDER, sentence_transformers_modules
-
-if TYPE_CHECKING:
-    from ..encoder import SentenceEncoder
 
 # The names that every sentence-transformers reads: version 6 still maps them to its new ones.
 LIBRARY = "sentence_transformers.models"
@@ -97,10 +94,19 @@ def save_prompt_tokenizer(tokenizer: Any, folder: Path, *, max_length: int) -> N
     write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True})
 
 
-def write_encoder(encoder: SentenceEncoder, folder: Path) -> None:
-    """Everything of an encoder into an empty folder."""
-    settings = encoder.settings()
-    save_transformer(encoder.transformer, folder, hidden_states=encoder.pooling in LAYERS)
+def write_encoder(encoder: Any, folder: Path) -> None:
+    """Everything of a `SentenceEncoder` into an empty folder.
+
+    Raises ValueError for a pooling that sentence-transformers would not load as what it is.
+    """
+    settings, pooling = encoder.settings(), POOLINGS[encoder.pooling]
+    if pooling.saved_as not in POOLING_KEYS:
+        known = [name for name, other in POOLINGS.items() if other.saved_as in POOLING_KEYS]
+        raise ValueError(
+            f"pooling: expected one to save that sentence-transformers has too, {in_words(known)}, got "
+            f"{encoder.pooling!r}"
+        )
+    save_transformer(encoder.transformer, folder, hidden_states=bool(pooling.layers))
     tokenizer, longest = encoder.tokenizer, encoder.max_length + encoder.evaluation_template_length
     vocabulary: list[str] = []
     if encoder.prompt is None:
@@ -117,7 +123,7 @@ def write_encoder(encoder: SentenceEncoder, folder: Path) -> None:
     write_modules(
         folder,
         sentence_transformers_modules(encoder.pooling, encoder.head_use, settings["prompt"]),
-        pooling=encoder.pooling,
+        pooling=pooling,
         width=encoder.embedding_dim,
         max_length=longest,
         layers=getattr(encoder.transformer.config, "num_hidden_layers", 0),
@@ -132,7 +138,7 @@ def write_modules(
     folder: Path,
     modules: list[str],
     *,
-    pooling: str,
+    pooling: Pooling,
     width: int,
     max_length: int,
     layers: int,
@@ -144,8 +150,8 @@ def write_modules(
 
     Args:
         folder: the model folder, whose root holds the transformer and the tokenizer.
-        modules: what `folder.sentence_transformers_modules` returns.
-        pooling: of the encoder.
+        modules: what `settings.sentence_transformers_modules` returns.
+        pooling: of the encoder, which a mode of Pooling gives.
         width: of the embedding, D.
         max_length: tokens of an input, template and special tokens included.
         layers: of the transformer.
@@ -172,7 +178,7 @@ def write_modules(
             "unknown_word_weight": 0.0,
         }
     if "WeightedLayerPooling" in paths:
-        chosen = [layer % (layers + 1) for layer in LAYERS[pooling]]
+        chosen = [layer % (layers + 1) for layer in pooling.layers]
         start = min(chosen)
         weights = [float(chosen.count(layer)) for layer in range(start, layers + 1)]
         configs["WeightedLayerPooling"] = {
@@ -181,10 +187,9 @@ def write_modules(
             "num_hidden_layers": layers,
         }
     if "Pooling" in paths:
-        mode = "cls" if pooling.startswith("cls") else "mean"
         configs["Pooling"] = {
             "word_embedding_dimension": width,
-            **{key: name == mode for name, key in POOLING_KEYS.items()},
+            **{key: name == pooling.saved_as for name, key in POOLING_KEYS.items()},
         }
     if "Dense" in paths:
         configs["Dense"] = {

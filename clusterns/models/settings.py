@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .folder import read_json, read_max_length, read_modules, read_pooling, read_pooling_file
-from .pooling import LAYERS, check_pooling
+from .folder import read_json, read_max_length, read_modules, read_pooling, read_pooling_mode
+from .pooling import POOLINGS, check_pooling
 from .prompts import Prompt
 
 SETTINGS_FILE = "clusterns.json"
@@ -51,22 +51,19 @@ def read_encoder_settings(
     root = folder / modules.get("Transformer", "")
     if "PromptEncoder" in modules and not settings:
         raise ValueError(f"{folder / SETTINGS_FILE}: expected the settings of a prompt model, there are none")
-    if pooling is not None and pooling != "mask" and prompt is None and stated_prompt is not None:
-        raise ValueError(
-            f"pooling: expected 'mask' for a prompt model, got {pooling!r}; "
-            "pass prompt='none' too to take the encoder without its prompt"
-        )
+    if prompt is None and stated_prompt is not None:
+        try:
+            check_pooling(pooling, None, has_prompt=True)
+        except ValueError as error:
+            raise ValueError(f"{error}; pass prompt='none' too to take it without its prompt") from None
     chosen = stated_prompt if prompt is None else None if prompt == "none" else prompt
     if chosen is not None and not isinstance(chosen, Prompt):
         chosen = Prompt(chosen)  # type: ignore[arg-type]
     overridden = pooling is not None or prompt is not None
     if not overridden:
         check_agreement(folder, modules, settings)
-    if pooling is None:
-        if chosen is not None:
-            pooling = "mask"
-        elif stated_prompt is None:
-            pooling = settings["pooling"] if settings else read_pooling(folder, modules)
+    if pooling is None and (chosen is None) == (stated_prompt is None):
+        pooling = settings["pooling"] if settings else read_pooling(folder, modules)
     # The head belongs to the pooling it was recorded with.
     if head is None and settings and pooling == settings["pooling"]:
         head = settings.get("head")
@@ -143,8 +140,7 @@ def check_agreement(folder: Path, modules: Mapping[str, str], settings: Mapping[
             f"got {', '.join(sorted(found))}; give a pooling to choose"
         )
     if "Pooling" in modules:
-        stated = read_pooling_file(folder, modules)
-        wanted = "cls" if settings["pooling"].startswith("cls") else "mean"
+        stated, wanted = read_pooling_mode(folder, modules), POOLINGS[settings["pooling"]].saved_as
         if stated != wanted:
             raise ValueError(
                 f"{folder / modules['Pooling'] / 'config.json'}: expected the pooling {wanted} to match "
@@ -157,8 +153,8 @@ def sentence_transformers_modules(pooling: str, head: str | None, prompt: Any) -
     if prompt is not None and prompt.get("evaluation_denoising"):
         return ["PromptEncoder"]
     modules = ["Transformer"]
-    if pooling == "mask":
+    if POOLINGS[pooling].of_prompt:
         modules.append("WordWeights")
-    elif pooling in LAYERS:
+    if POOLINGS[pooling].layers:
         modules.append("WeightedLayerPooling")
     return [*modules, "Pooling", *(["Dense"] if head == "always" else [])]

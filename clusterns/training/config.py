@@ -143,7 +143,7 @@ class TrainConfig:
     pooling: str | None = setting(
         None,
         "embedding of a sentence; default: what the model's files say, else cls, mask with a prompt",
-        POOLINGS,
+        tuple(POOLINGS),
     )
     head: str | None = setting(
         None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import xxhash
@@ -16,9 +16,6 @@ from .config import COMPARED_BY_CONTENT, FREE_ON_RESUME, LENGTH, TrainConfig, fl
 from .devices import random_states, restore_random_states
 from .processes import Processes
 from .run_folder import LOG, model_files
-
-if TYPE_CHECKING:
-    from ..train import Run
 
 # Attributes of the run that JSON holds as they are.
 _PROGRESS = ("epoch batch deferred first_scores best_scores best_step evaluations_without_gain").split()
@@ -74,7 +71,7 @@ def changes(
             yield name, settings.get(name), now.get(name)
 
 
-def save_checkpoint(run: Run) -> None:
+def save_checkpoint(run: Any) -> None:
     """Write a checkpoint of the run as it stands after a step; every rank calls it."""
     random = run.processes.of_all(random_states(run.device))
     if not run.processes.is_first:
@@ -98,7 +95,7 @@ def save_checkpoint(run: Run) -> None:
     )
 
 
-def load_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
+def load_checkpoint(run: Any, checkpoint: Checkpoint) -> None:
     """Put a new run where the checkpoint's one stood; every rank calls it.
 
     Raises ValueError for a checkpoint of another model or of other data.
@@ -155,16 +152,16 @@ def fingerprint(encoder: SentenceEncoder) -> str:
     return digest.hexdigest()
 
 
-def _rows(run: Run) -> list[Any]:
+def _rows(run: Any) -> list[Any]:
     """How many rows there are, and what tells those of a file from others."""
     folder = getattr(run.task.rows, "folder", None)
     return [len(run.task.rows), folder and folder.name]
 
 
-def _content(run: Run) -> dict[str, str]:
+def _content(run: Any) -> dict[str, str]:
     """What tells the encoder that a run began with, and what judges it, from others, by their settings."""
     return {"model": run.origin, "sts_dir": run.task.dev_content}
 
 
-def _parts(run: Run) -> dict[str, Any]:
+def _parts(run: Any) -> dict[str, Any]:
     return {"optimizer": run.optimizer, "schedule": run.schedule, "scaler": run.scaler}
