@@ -1,0 +1,312 @@
+"""One clock for the CPU and the GPU, and peak memory of either.
+
+A sample is a block of calls that lasts about `block_seconds`, so that neither the resolution of an event nor
+the start of an idle device shows. What is compared takes its blocks in turn, since a shared machine drifts:
+every ratio is of two blocks of one round. Inputs are not rotated: in training the embeddings have just been
+written, so they are in the cache there too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+Run = Callable[[], Any]
+Timer = Callable[[int], float]  # calls in a block -> microseconds per call
+PATIENCE = 1e7  # microseconds of a round from which the first one is all there is
+
+
+class Spread(NamedTuple):
+    """Median and the 20th and 80th percentile of samples."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def spread(samples: Sequence[float]) -> Spread:
+    """Summarise samples."""
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    return Spread(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])
+
+
+class Captured(NamedTuple):
+    """A captured run: its replay, and the tensors that a replay writes."""
+
+    replay: Run
+    result: Any
+
+
+class Clock:
+    """CPU: wall clock, no graphs. Its figures are not GPU figures."""
+
+    device = torch.device("cpu")
+    label = "CPU wall clock"
+
+    def __init__(self, block_seconds: float = 2e-3, rounds: int = 25, seconds: float = 0.6):
+        self.block_seconds, self.rounds, self.seconds = block_seconds, rounds, seconds
+        self.now = time.perf_counter  # or process_time, where others keep the processor busy
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+
+    def timer(self, run: Run) -> Timer:
+        """Microseconds per call on the device."""
+        return self.host_timer(run)
+
+    def host_timer(self, run: Run) -> Timer:
+        """Microseconds per call as the host sees it, waiting for the device after each."""
+
+        def block(calls: int) -> float:
+            self.synchronize()
+            began = self.now()
+            for _ in range(calls):
+                run()
+                self.synchronize()
+            return (self.now() - began) / calls * 1e6
+
+        return block
+
+    def samples(self, timers: Sequence[Timer]) -> list[list[float]]:
+        """Samples of each, in rounds: blocks taken in turn, every other round backwards."""
+        took = [self._warm_up(timer) for timer in timers]
+        calls = [min(400, max(1, round(self.block_seconds * 1e6 / each))) for each in took]
+        total = sum(count * each for count, each in zip(calls, took, strict=True))
+        if total > PATIENCE:
+            return [[each] for each in took]
+        found: list[list[float]] = [[] for _ in timers]
+        turns = list(zip(timers, calls, took, found, strict=True))
+        for _ in range(min(self.rounds, max(5, int(self.seconds * 1e6 / total)))):
+            for timer, count, each, into in turns:
+                if each < 5e4:  # what the other left in the caches and the allocator is not its cost
+                    timer(1)
+                into.append(timer(count))
+            turns.reverse()
+        return found
+
+    def _warm_up(self, timer: Timer, at_least: float = 3e4) -> float:
+        """Run until clocks and caches have settled; returns microseconds per call."""
+        calls, elapsed = 1, 0.0
+        while True:
+            each = timer(calls)
+            elapsed += each * calls
+            if elapsed > at_least:
+                return each
+            calls *= 2
+
+    def capture(self, make: Callable[[], Run]) -> Captured:
+        """Capture a run as a graph; `make` prepares the run."""
+        raise RuntimeError("the CPU has no graphs")
+
+    def peak_mib(self, run: Run, held_bytes: int = 0) -> float:
+        """Peak memory of a run above what was there before it and what it leaves behind (`held_bytes`).
+
+        On a CPU the highest resident set, which means something in a new process alone (Linux).
+        """
+        held = torch.ones(held_bytes // 4)
+        before = _status_kib("VmRSS")
+        del held
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        run()
+        return (_status_kib("VmHWM") - before) / 1024
+
+    def kernels(self, run: Run) -> list[str] | None:
+        """Names of what one run launches on the device."""
+        return None
+
+    def matrix_rate(self, rows: int, length: int, columns: int, dtype: torch.dtype) -> float:
+        """Operations a second of one matrix product."""
+        shapes = (rows, length), (length, columns), (rows, columns)
+        a, b, out = (torch.randn(shape, device=self.device).to(dtype) for shape in shapes)
+        times = self.samples([self.timer(lambda: torch.mm(a, b, out=out))])[0]
+        return 2e6 * rows * length * columns / statistics.median(times)
+
+    def release(self) -> None:
+        """Give memory of finished contenders back."""
+        gc.collect()
+
+
+class CudaClock(Clock):
+    """CUDA: device events, graphs, the allocator's statistics, the profiler.
+
+    All work of the process moves to one side stream, where graphs are captured too: autograd runs a backward,
+    and hands a gradient to its leaf, on the stream of the forward, and one that is not captured breaks it.
+    """
+
+    device = torch.device("cuda")
+    label = "CUDA events"
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.stream = torch.cuda.Stream()
+        torch.cuda.set_stream(self.stream)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        torch.cuda.synchronize()
+
+    def timer(self, run: Run) -> Timer:
+        """Microseconds per call between events around a block of calls."""
+
+        def block(calls: int) -> float:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            for _ in range(calls):
+                run()
+            end.record()
+            torch.cuda.synchronize()
+            return start.elapsed_time(end) * 1e3 / calls
+
+        return block
+
+    def capture(self, make: Callable[[], Run]) -> Captured:
+        """Warm up, then capture on the stream of everything else."""
+        run = make()
+        for _ in range(3):
+            run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            result = run()
+
+        def replay(held: Run = run) -> None:  # what the graph reads must outlive it
+            graph.replay()
+
+        return Captured(replay, result)
+
+    def peak_mib(self, run: Run, held_bytes: int = 0) -> float:
+        """From the allocator, so without what the driver and the kernels themselves hold."""
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before - held_bytes) / 2**20
+
+    def kernels(self, run: Run) -> list[str]:
+        """Every kernel, copy and fill that the profiler sees on the device."""
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        for _ in range(2):  # the first profile of a process may miss events
+            with torch.profiler.profile(activities=activities) as profile:
+                run()
+                torch.cuda.synchronize()
+        on_device = torch.autograd.DeviceType.CUDA
+        return [
+            event.name
+            for event in profile.events()
+            if event.device_type == on_device and not getattr(event, "is_user_annotation", False)
+        ]
+
+    def release(self) -> None:
+        """Give memory of finished contenders back."""
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def clock_of(device: str, *, processor_time: bool = False, **settings: Any) -> Clock:
+    """The clock of a device; ends the program where there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        print("No GPU is available here: nothing was measured. --device cpu measures on the CPU.")
+        raise SystemExit(2)
+    clock = CudaClock(**settings) if device == "cuda" else Clock(**settings)
+    if processor_time:
+        clock.now, clock.label = time.process_time, "processor time"
+    return clock
+
+
+# --- other processes ---------------------------------------------------------------------------------------
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of a module returns in a process of its own, where memory can be measured."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def available_bytes() -> int:
+    """Memory that this machine can give now."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def limit_memory() -> None:
+    """Fail with an error where memory runs out, before the system kills this process or another."""
+    size = _status_kib("VmSize") * 1024 + int(0.9 * available_bytes())
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1])
+    raise ValueError(f"/proc/self/status: expected a line {field}")
+
+
+class Elsewhere:
+    """A timer in a process of its own, which imports the package from another checkout.
+
+    `make(*arguments)` gives the timer there, and figures that come back as `found`.
+    """
+
+    def __init__(self, checkout: Path, make: Callable[..., tuple[Timer, dict]], *arguments: Any):
+        self.site = tempfile.TemporaryDirectory(prefix="clusterns-")  # the package as it installs, by links
+        package = Path(self.site.name) / "clusterns"
+        package.mkdir()
+        for path in (*(checkout / "clusterns").iterdir(), checkout / "kernels"):
+            (package / path.name).symlink_to(path.resolve())
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        sys.path.insert(0, self.site.name)  # a process started now has it too
+        try:
+            self.process = context.Process(target=_serve, args=(theirs, make, *arguments), daemon=True)
+            self.process.start()
+        finally:
+            sys.path.remove(self.site.name)
+        theirs.close()
+        self.found = self._answer()
+
+    def __call__(self, calls: int) -> float:
+        """A block of calls."""
+        self.pipe.send(calls)
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        with contextlib.suppress(OSError):
+            self.pipe.send(0)
+        self.process.join()
+        self.site.cleanup()
+
+    def _answer(self) -> Any:
+        answer = self.pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _serve(pipe: Any, make: Callable[..., tuple[Timer, dict]], *arguments: Any) -> None:
+    try:
+        timer, found = make(*arguments)
+        pipe.send(found)
+        while calls := pipe.recv():
+            pipe.send(timer(calls))
+    except EOFError:
+        pass
+    except Exception as error:
+        pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))

@@ -1,0 +1,385 @@
+"""Where and with what a figure was measured, rows kept on disk as they come, targets, tables and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import io
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from clusterns.files import replacing
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+ABSOLUTE = re.compile(r"(?<![^\s\"'=,:(\[])/[\w.+@~-]+(?:/[\w.+@~-]+)*")
+OURS = "clusterns"
+
+
+# --- files -------------------------------------------------------------------------------------------------
+
+
+def without_paths(text: str) -> str:
+    """The text with paths relative to the repository where they lie in or beside it, else their last name."""
+
+    def shown(found: re.Match[str]) -> str:
+        path = Path(found[0])
+        near = ROOT.parent.name and path.is_relative_to(ROOT.parent)
+        return os.path.relpath(path, ROOT) if near else path.name
+
+    return ABSOLUTE.sub(shown, text)
+
+
+def write(path: Path, text: str) -> None:
+    """A result, whole or not at all, without the paths of this machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(without_paths(text), encoding="utf-8")
+
+
+def write_json(path: Path, content: object) -> None:
+    """`write` of a JSON document, which has no NaN: null in its place."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, dict):
+            return {name: plain(each) for name, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    write(path, json.dumps(plain(content), indent=1) + "\n")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict], head: str = "") -> None:
+    """`write` of a table below a line; what a row lacks is empty, what has no column is left out."""
+    text = io.StringIO(head)
+    text.seek(0, io.SEEK_END)
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue())
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float]):
+    """A figure and its grid of axes, for a file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+
+
+def save_figure(figure, path: Path) -> None:
+    """A figure, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+# --- origin ------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, object]:
+    """Processor, GPU, versions, commit, date and command."""
+    found: dict[str, object] = {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: version(name) for name in ("triton", "transformers", "sentence-transformers")},
+        "commit": _commit(),
+        "command": _command(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "gpu": "none",
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        }
+    return found
+
+
+def version(package: str) -> str:
+    """Installed version of a package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def output(*command: str, folder: Path = ROOT) -> str:
+    """First line a command prints, "unknown" where it cannot run."""
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return (done.stdout.splitlines() or ["unknown"])[0].strip()
+
+
+def _commit() -> str:
+    """What CLUSTERNS_COMMIT says (a copy of the tree has no .git), else `git describe`."""
+    found = os.environ.get("CLUSTERNS_COMMIT") or output("git", "describe", "--always", "--dirty")
+    if found == "unknown":
+        print("commit: unknown, since there is no git here and CLUSTERNS_COMMIT is not set", file=sys.stderr)
+    return found
+
+
+def _command() -> str:
+    """How this process was started, without the paths of this machine."""
+    interpreted = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
+    return interpreted + shlex.join(["python", *map(without_paths, sys.argv)])
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} logical cores"
+
+
+def short(error: BaseException) -> str:
+    """Kind and first line of an error."""
+    text = str(error).strip() or repr(error)
+    return f"{type(error).__name__}: {text.splitlines()[0][:160]}"
+
+
+def arguments(description: str, output: Path | None, **options: object) -> argparse.ArgumentParser:
+    """A command line: `--output`, and an option for each default, whose type and words it takes."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=output, help="default: %(default)s")
+    for name, default in options.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(default, tuple):
+            kind = type(default[0])
+            parser.add_argument(
+                flag, type=kind, nargs="*", default=list(default), help="default: %(default)s"
+            )
+        else:
+            parser.add_argument(flag, type=type(default), default=default, help="default: %(default)s")
+    return parser
+
+
+# --- rows --------------------------------------------------------------------------------------------------
+
+MEANING = {
+    "device_us": "device time per call, launched eagerly; median of blocks of calls between two events",
+    "graph_us": "the same as replays of a CUDA graph",
+    "host_us": "wall time per call, waiting for the device after each",
+    "peak_mib": "peak memory of one call above inputs and their gradients",
+    "ratio_device, ratio_graph, ratio_host": "theirs over ours, median over blocks taken in turn",
+    "loss_error, gradient_error, centroid_error": "relative, against float64",
+    "tflops": "6·B²·D operations (assignment: 2·B·K·D) over device_us",
+    "rate_fraction": "tflops over the rate of a matrix product, measured on the same device in the same run",
+    "floor_us": "those operations at that rate",
+    "adds_percent": "training step: longer than plain SimCSE's by this, median over steps taken in turn",
+    "_p20, _p80, _fastest": "percentiles over the rounds; the fastest of theirs over the fastest of ours",
+}
+
+
+class Results:
+    """Rows and skips, rewritten as JSON after each."""
+
+    def __init__(self, folder: Path, found: dict[str, object], name: str, *, on_gpu: bool):
+        self.on_gpu, self.machine = on_gpu, found
+        # No file of a CPU run looks like GPU figures.
+        self.path = folder / f"{'gpu' if on_gpu else 'cpu'}-{name}.json"
+        self.rows: list[dict] = []
+        self.skipped: list[str] = []
+
+    def add(self, row: dict) -> None:
+        """Keep a row, print it, write everything."""
+        self.rows.append(row)
+        print(line(row), flush=True)
+        self.write()
+
+    def skip(self, names: Iterable[str], reason: str) -> None:
+        """Name what was not measured."""
+        self.skipped += [f"{name}: {reason}" for name in names]
+        self.write()
+
+    def write(self) -> None:
+        """The file, which is complete at any time."""
+        content = {
+            "note": "" if self.on_gpu else "CPU figures: not GPU figures",
+            "machine": self.machine,
+            "meaning": MEANING,
+            "targets": self.targets(),
+            "rows": self.rows,
+            "skipped": self.skipped,
+        }
+        write_json(self.path, content)
+
+    def find(self, contender: str, **columns: object) -> dict:
+        """First measured row of a contender with these columns; empty if there is none."""
+        wanted = {"contender": contender, "status": "ok", **columns}
+        return next((row for row in self.rows if wanted.items() <= row.items()), {})
+
+    def ours_are_right(self) -> bool:
+        """Whether all of our own rows were measured."""
+        ours = [row for row in self.rows if row["contender"].startswith(OURS)]
+        return bool(ours) and all(row["status"] in ("ok", "left out") for row in ours)
+
+    def targets(self) -> list[dict]:
+        """The targets on a GPU with what was measured; figure None where nothing was."""
+        found = []
+
+        def check(name: str, figure: float | None, sign: str, limit: float) -> None:
+            reached = figure is not None and (figure <= limit if sign == "<=" else figure >= limit)
+            verdict = "not measured" if figure is None else "reached" if reached else "MISSED"
+            found.append({"target": name, "limit": f"{sign} {limit}", "figure": figure, "verdict": verdict})
+
+        for dtype in ("bfloat16", "float32"):
+            shape = {"kind": "step", "what": "both", "B": 512, "D": 768, "K": 128, "precision": "highest"}
+            for name, column, limit in (
+                ("published", "ratio_device", 20), ("eager", "ratio_device", 5), ("eager", "ratio_graph", 5),
+                ("torch.compile", "ratio_device", 2), ("torch.compile", "ratio_graph", 2),
+            ):  # fmt: skip
+                way = "as graphs" if column == "ratio_graph" else "launched"
+                row = self.find(name, dtype=dtype, **shape)
+                check(f"{dtype}: {name} over ours, {way}", row.get(column), ">=", limit)
+            ours = self.find(OURS, dtype=dtype, **shape)
+            check(f"{dtype}: our step as a graph, microseconds", ours.get("graph_us"), "<=", 60)
+        added = self.find("ClusterNS", kind="training").get("adds_percent")
+        check("BERT-base step: ClusterNS adds, % of plain SimCSE's", added, "<=", 2)
+        return found if self.on_gpu else []
+
+    def summary(self) -> None:
+        """Everything that matters in a short table, the targets last."""
+        print("\n== microseconds launched / as a graph / seen by the host; theirs over ours")
+        for row in self.rows:
+            if row["status"] == "ok" and row["what"] in ("both", "whole"):
+                print(line(row, short=True))
+        others = [row for row in self.rows if row["status"] != "ok"]
+        absent = {row["contender"] for row in others if row["status"] == "not installed"}
+        print(f"\n== {len(self.rows) - len(others)} rows measured")
+        for row in others:
+            if row["status"] not in ("not installed", "left out"):
+                print(line(row))
+        for row in self.rows:
+            if row["contender"] == OURS and row.get("graph_note") and self.on_gpu:
+                print(f"no graph of ours: {line(row, short=True)}: {row['graph_note']}")
+        print(f"not installed: {', '.join(sorted(absent)) or 'none'}")
+        print(f"skipped: {len(self.skipped)}", *self.skipped[:20], sep="\n  ")
+        for what, most in (("forward", 4), ("backward", 2)) if self.on_gpu else ():
+            row = self.find(OURS, kind="step", what=what)
+            print(f"launches of our step (expected at most {most}): {row.get('kernels') or 'not counted'}")
+        for name in ("gpu", "torch", "commit", "matrix rate"):
+            print(f"{name}: {self.machine.get(name)}")
+        for each in self.targets():
+            figure = "-" if each["figure"] is None else f"{each['figure']:.2f}"
+            print(f"{each['target']:58} {each['limit']:>8} {figure:>10}  {each['verdict']}")
+        print(f"written to {self.path}", flush=True)
+
+    def draw(self) -> None:
+        """Time, achieved rate and memory against B beside the rows, where a kind has several sizes."""
+        try:
+            origin = "{gpu}, torch {torch}, commit {commit}".format(**self.machine)
+            draw(self.rows, self.path.with_suffix(".png"), f"{'' if self.on_gpu else 'CPU, '}{origin}")
+        except Exception as error:  # the figures are on disk; a picture less must not hide them
+            print(f"no plot: {short(error)}")
+
+
+def line(row: dict, short: bool = False) -> str:
+    """A row in one line; `short` without loss and errors."""
+    shape = f"{row['kind']:8} {row['what']:8} B={row['B']} D={row['D']} K={row['K']} {row['dtype']}"
+    if row["dtype"] == "float32" and row["precision"] != "highest":
+        shape += f" {row['precision']}"
+    text = f"{row['contender']:29} {shape:52}"
+    if row["status"] != "ok":
+        return f"{text} {row['status']} {row.get('note', '')}".rstrip()
+
+    def add(column: str, form: str, missing: str = "") -> None:
+        nonlocal text
+        text += form.format(row[column]) if row.get(column) is not None else missing
+
+    for name in ("device_us", "graph_us", "host_us"):
+        add(name, "{:11.1f}", f"{'-':>11}")
+    add("peak_mib", "{:9.1f} MiB", f"{'-':>13}")
+    add("tflops", "  {:.3g} TFLOP/s")
+    add("rate_fraction", " ({:.0%} of the rate)")
+    for name in ("device", "graph", "host"):
+        add(f"ratio_{name}", f"  {name} {{:.2f}}x")
+        add(f"ratio_{name}_p20", " ({:.2f} to ")
+        add(f"ratio_{name}_p80", "{:.2f}, ")
+        add(f"ratio_{name}_fastest", "{:.2f} of the fastest)")
+    add("ratio_memory", "  memory {:.2f}x")
+    add("adds_percent", "  adds {:+.2f} %")
+    if not short:
+        add("rounds", "  {} rounds")
+        add("loss", "  loss {:.6f}")
+        add("loss_error", " (error {:.1e}, ")
+        add("gradient_error", "gradients {:.1e})")
+        add("agreement", "  {:.3%} of ids agree")
+        add("note", "  {}")
+    return text.rstrip()
+
+
+PANELS = {
+    "device_us": "microseconds (dashed: launched)",
+    "tflops": "TFLOP/s, counting 6·B²·D",
+    "peak_mib": "peak MiB above inputs and gradients",
+}
+
+
+def draw(rows: list[dict], path: Path, title: str) -> None:
+    """A column of panels for each kind and dtype with several B."""
+    kinds: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["status"] == "ok" and row["what"] == "both" and row["precision"] == "highest":
+            key = {"other loss": "plain"}.get(row["kind"], row["kind"]), row["dtype"], row["D"], row["K"]
+            kinds.setdefault(key, []).append(row)
+    kinds = {key: own for key, own in kinds.items() if len({row["B"] for row in own}) > 1}
+    panels = [name for name in PANELS if any(row.get(name) for own in kinds.values() for row in own)]
+    if not kinds:
+        return
+    names = list(dict.fromkeys(row["contender"] for own in kinds.values() for row in own))
+    figure, axes = new_figure(len(panels), len(kinds), (5.2 * len(kinds), 4 * len(panels)))
+    for (kind, dtype, dim, clusters), own, columns in zip(kinds, kinds.values(), axes.T, strict=True):
+        for axis, panel in zip(columns, panels, strict=True):
+
+            def series(name: str, column: str, style: str, axis=axis, own=own, **more) -> None:
+                points = {
+                    row["B"]: row[column] for row in own if row["contender"] == name and row.get(column)
+                }
+                if points:
+                    axis.plot(*zip(*sorted(points.items()), strict=True), style, marker="o", ms=4, **more)
+
+            for index, name in enumerate(names):
+                graphs = panel == "device_us" and any(row.get("graph_us") for row in own)
+                series(name, panel, "--" if graphs else "-", color=f"C{index}", label=name)
+                if graphs:
+                    series(name, "graph_us", "-", color=f"C{index}")
+                if panel == "device_us":
+                    series(
+                        name, "floor_us", ":", color="black", label=None if index else "6·B²·D at the rate"
+                    )
+            axis.set(ylabel=PANELS[panel], yscale="linear" if panel == "tflops" else "log")
+            axis.set_xscale("log", base=2)
+            axis.grid(alpha=0.3, which="both")
+            if axis.lines:
+                axis.legend(fontsize=7)
+        columns[0].set_title(f"{kind}, {dtype}, D={dim}, K={clusters}", fontsize=9)
+        columns[-1].set_xlabel("batch size B")
+    figure.suptitle(title, fontsize=9)
+    save_figure(figure, path)
