@@ -1,3 +1,5 @@
+"""Batches of an epoch: their order, no text twice in one, ranks, resumed passes and worker processes."""
+
 from __future__ import annotations
 
 import json
@@ -16,17 +18,18 @@ from forked import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clusterns.corpus.rows import Rows
+from clusterns.corpus.rows import Row, Rows
 from clusterns.corpus.sources import load_rows
-from clusterns.data import CHARACTERS_PER_TOKEN, Batches, _Texts, batches
-from clusterns.models.views import ViewTokenizer
-from clusterns.training.scratch import train_tokenizer
-
-Row = tuple[str, ...]
+from clusterns.data import CHARACTERS_PER_TOKEN, _Texts, batches
 
 
 def distinct(count: int) -> list[Row]:
     return [(f"line {i}",) for i in range(count)]
+
+
+def repetitive(count: int, texts: int, columns: int = 1, seed: int = 0) -> list[Row]:
+    draws = np.random.default_rng(seed).integers(0, texts, (count, columns))
+    return [tuple(f"text {i}" for i in row) for row in draws]
 
 
 def epoch_of(rows: list[Row] | Rows, size: int, **options: object) -> list[list[Row]]:
@@ -39,51 +42,30 @@ def on_disk(tmp_path: Path, rows: list[Row]) -> Rows:
     return load_rows(path, columns=list("abc")[: len(rows[0])])
 
 
-def test_an_epoch_holds_every_row_at_most_once_in_whole_batches() -> None:
-    epoch = epoch_of(distinct(103), 10)
-    assert [len(batch) for batch in epoch] == [10] * 10
-    assert len({row for batch in epoch for row in batch}) == 100
-    assert epoch_of(distinct(7), 7)[0] != distinct(7)
+def assert_unique(batch: list[Row]) -> None:
+    counts = Counter(text.strip() for row in batch for text in set(row))
+    assert max(counts.values()) == 1
 
 
-def test_the_order_is_torchs_permutation() -> None:
+def test_the_order_is_torchs_permutation_in_whole_batches() -> None:
     state = int(np.random.SeedSequence((3, 2)).generate_state(1, np.uint64)[0])
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(state))
-    epoch = epoch_of(distinct(64), 8, seed=3, epoch=2)
-    assert [row for batch in epoch for row in batch] == [(f"line {i}",) for i in order.tolist()]
+    order = torch.randperm(67, generator=torch.Generator().manual_seed(state))
+    epoch = epoch_of(distinct(67), 8, seed=3, epoch=2)
+    assert [len(batch) for batch in epoch] == [8] * 8
+    assert [row for batch in epoch for row in batch] == [(f"line {i}",) for i in order[:64].tolist()]
 
 
 @pytest.mark.parametrize("unique", [True, False])
 def test_seed_and_epoch_fix_the_order_and_nothing_else_does(unique: bool) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = epoch_of(distinct(64), 8, seed=3, epoch=2, unique=unique)
+    loader = batches(distinct(64), batch_size=8, tokenize=list, seed=3, epoch=2, unique=unique)
+    first = list(loader)
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(2)
-    assert epoch_of(distinct(64), 8, seed=3, epoch=2, unique=unique) == first
+    assert list(loader) == first == epoch_of(distinct(64), 8, seed=3, epoch=2)
     for seed, epoch in ((3, 1), (2, 2), (2, 3), (4, 1)):
         assert epoch_of(distinct(64), 8, seed=seed, epoch=epoch, unique=unique) != first
-
-
-def test_another_pass_repeats_the_first_and_tokenizes() -> None:
-    def tokenize(rows: list[Row]) -> dict[str, torch.Tensor]:
-        return {"length": torch.tensor([len(text) for (text,) in rows])}
-
-    loader = batches([("a",), ("bb",), ("ccc",), ("dddd",)], batch_size=2, tokenize=tokenize, seed=5)
-    passes = [torch.cat([batch["length"] for batch in loader]) for _ in range(2)]
-    assert len(loader) == 2
-    assert torch.equal(passes[0], passes[1])
-    assert passes[0].sort().values.tolist() == [1, 2, 3, 4]
-
-
-def repetitive(count: int, texts: int, columns: int = 1, seed: int = 0) -> list[Row]:
-    draws = np.random.default_rng(seed).integers(0, texts, (count, columns))
-    return [tuple(f"text {i}" for i in row) for row in draws]
-
-
-def assert_unique(batch: list[Row]) -> None:
-    counts = Counter(text.strip() for row in batch for text in set(row))
-    assert max(counts.values()) == 1
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3])
@@ -94,19 +76,16 @@ def test_no_text_is_in_two_rows_of_a_batch(tmp_path: Path, columns: int) -> None
     for batch in epoch:
         assert len(batch) == 16
         assert_unique(batch)
-    used = Counter(row for batch in epoch for row in batch)
-    assert not used - Counter(rows)  # each row once
+    assert not Counter(row for batch in epoch for row in batch) - Counter(rows)  # each row once
     assert loader.deferred > 50
     assert loader.left_out == 2000 - 16 * len(epoch)
     assert len(epoch) > 115
-    stored = on_disk(tmp_path, rows)
-    assert epoch_of(stored, 16) == epoch  # by fingerprints as by the texts themselves
+    assert epoch_of(on_disk(tmp_path, rows), 16) == epoch  # by fingerprints as by the texts themselves
 
 
 def test_without_unique_a_batch_may_repeat_itself() -> None:
-    rows = [("same",)] * 8
-    loader = batches(rows, batch_size=4, tokenize=list, unique=False)
-    assert list(loader) == [rows[:4], rows[:4]]
+    loader = batches([("same",)] * 8, batch_size=4, tokenize=list, unique=False)
+    assert list(loader) == [[("same",)] * 4] * 2
     assert (loader.deferred, loader.left_out) == (0, 0)
 
 
@@ -124,22 +103,9 @@ def test_a_row_that_waits_comes_in_the_next_batch_that_lacks_its_text() -> None:
 
 
 def test_equal_texts_within_a_row_and_white_space() -> None:
-    rows = [("a", "a"), ("b ", "c"), (" b", "d"), ("e", "f")]
-    epoch = epoch_of(rows, 2)
+    epoch = epoch_of([("a", "a"), ("b ", "c"), (" b", "d"), ("e", "f")], 2)
     assert any(("a", "a") in batch for batch in epoch)
     assert not any({("b ", "c"), (" b", "d")} <= set(batch) for batch in epoch)
-
-
-def test_few_distinct_texts_end_in_an_error_or_a_shorter_epoch() -> None:
-    with pytest.raises(ValueError, match="expected at least batch_size 8 without a text in common, got 5"):
-        epoch_of([(str(i % 5),) for i in range(100)], 8)
-    rows = [("same",)] * 50 + distinct(50)
-    loader = batches(rows, batch_size=10, tokenize=list)
-    epoch: list[list[Row]] = list(loader)  # type: ignore[arg-type]
-    assert 5 <= len(epoch) <= 6
-    assert len(loader) == 10
-    assert loader.left_out == 100 - 10 * len(epoch)
-    assert loader.left_out is not None
 
 
 @settings(max_examples=60)
@@ -151,15 +117,11 @@ def test_few_distinct_texts_end_in_an_error_or_a_shorter_epoch() -> None:
     seed=st.integers(0, 1000),
     data=st.data(),
 )
-def test_start_and_ranks_give_parts_of_the_same_epoch(
-    count: int, texts: int, columns: int, size: int, seed: int, data: st.DataObject
-) -> None:
-    rows = [
-        tuple(f"text {i}" for i in row)
-        for row in np.random.default_rng(seed).integers(0, texts, (count, columns))
-    ]
+def test_start_and_ranks_give_parts_of_the_same_epoch(count, texts, columns, size, seed, data) -> None:
+    rows = repetitive(count, texts, columns, seed)
+    whole = batches(rows, batch_size=size, tokenize=list, seed=seed)
     try:
-        epoch = epoch_of(rows, size, seed=seed)
+        epoch: list[list[Row]] = list(whole)  # type: ignore[arg-type]
     except ValueError:
         assert len({text for row in rows for text in row}) < 3 * size * columns  # a batch may truly not exist
         return
@@ -167,25 +129,26 @@ def test_start_and_ranks_give_parts_of_the_same_epoch(
         assert_unique(batch)
     start = data.draw(st.integers(0, len(epoch) + 1))
     resumed = batches(rows, batch_size=size, tokenize=list, seed=seed, start=start)
-    whole = batches(rows, batch_size=size, tokenize=list, seed=seed)
-    assert list(resumed) == epoch[start:] == list(whole)[start:]
+    assert list(resumed) == epoch[start:]
     assert (resumed.deferred, resumed.left_out) == (whole.deferred, whole.left_out)
     shares = [epoch_of(rows, size, seed=seed, rank=rank, world_size=2) for rank in range(2)]
     assert [first + second for first, second in zip(*shares, strict=True)] == epoch
 
 
-def test_the_count_of_deferred_rows_is_of_the_batches_seen(tmp_path: Path) -> None:
-    """However far ahead the workers are, and wherever the pass began."""
-    rows = on_disk(tmp_path, repetitive(400, 60))
+@pytest.mark.parametrize(("num_workers", "start"), [(0, 5), (1, 0), (2, 0), (2, 3)])
+def test_workers_and_start_change_neither_batches_nor_counts(tmp_path, num_workers: int, start: int) -> None:
+    """However far ahead the workers are, the rows deferred are those of the batches seen."""
+    rows = on_disk(tmp_path, repetitive(400, 150, 2))
 
-    def counts(**options: int) -> list[int]:
-        loader = batches(rows, batch_size=8, tokenize=list, **options)
-        return [loader.deferred for _ in loader]
+    def passing(**options: int) -> list[tuple]:
+        loader = batches(rows, batch_size=8, tokenize=list, seed=1, **options)
+        return [(batch, loader.deferred) for batch in loader]
 
-    every = counts()
-    assert every[-1] > every[0]
-    assert counts(num_workers=2) == every
-    assert counts(start=5) == every[5:]
+    whole = passing()
+    assert whole[-1][1] > whole[0][1]
+    before = torch.get_rng_state()
+    assert passing(num_workers=num_workers, prefetch_factor=3, start=start) == whole[start:]
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_start_tokenizes_and_reads_nothing_of_what_was_seen() -> None:
@@ -198,24 +161,10 @@ def test_start_tokenizes_and_reads_nothing_of_what_was_seen() -> None:
 
     rows = Read(distinct(100))
     loader = batches(rows, batch_size=10, tokenize=tokenized.append, start=8, unique=False)
-    assert (len(loader), len(list(loader))) == (2, 2)
-    assert len(tokenized) == 2
-    assert len(read) == 20
+    assert (len(loader), len(list(loader)), len(tokenized), len(read)) == (2, 2, 2, 20)
     for past in (10, 11):
         loader = batches(rows, batch_size=10, tokenize=list, start=past)
         assert (len(loader), list(loader)) == (0, [])
-
-
-@pytest.mark.parametrize("start", [0, 3])
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_workers_give_the_same_batches(tmp_path: Path, num_workers: int, start: int) -> None:
-    rows = on_disk(tmp_path, repetitive(400, 150, 2))
-    expected = epoch_of(rows, 8, seed=1)
-    assert epoch_of(rows, 8, seed=1, num_workers=num_workers, start=start) == expected[start:]
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    epoch_of(rows, 8, seed=1, num_workers=num_workers, prefetch_factor=1)
-    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_what_a_spawned_worker_gets_pickles(tmp_path: Path) -> None:
@@ -224,21 +173,20 @@ def test_what_a_spawned_worker_gets_pickles(tmp_path: Path) -> None:
 
 
 def test_real_processes_agree_on_every_batch(tmp_path: Path) -> None:
-    """Each with hash seeds of its own, so that nothing hangs on the order of a set of strings."""
+    """Each with a hash seed of its own, so that nothing hangs on the order of a set of strings."""
     rows = repetitive(600, 120, 2)
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"anchor": a, "positive": p}) + "\n" for a, p in rows))
+    on_disk(tmp_path, rows)
     code = """
 import json, sys
 from clusterns.data import batches
 from clusterns.corpus.sources import load_rows
-rows = load_rows(sys.argv[1])
+rows = load_rows(sys.argv[1], columns="a,b")
 given = rows, list(rows)
 settings = {"batch_size": 12, "tokenize": list, "world_size": 2}
 print(json.dumps([list(batches(given[rank], rank=rank, **settings)) for rank in range(2)]))
 """
     environment = {**os.environ, "PYTHONHASHSEED": "7" if os.environ.get("PYTHONHASHSEED") != "7" else "8"}
-    command = [sys.executable, "-c", code, str(path)]
+    command = [sys.executable, "-c", code, str(tmp_path / "rows.jsonl")]
     shares = json.loads(subprocess.check_output(command, encoding="utf-8", env=environment))
     union = [[tuple(row) for share in parts for row in share] for parts in zip(*shares, strict=True)]
     assert union == epoch_of(rows, 12)
@@ -257,20 +205,6 @@ def test_a_long_text_is_cut_before_it_is_tokenized() -> None:
     assert list(batches(rows, batch_size=2, tokenize=lambda rows: max(map(len, dict(rows))))) == [51_200]
 
 
-def test_cutting_leaves_the_tokens_as_they_are(tmp_path: Path) -> None:
-    words = [("several words of several lengths, indeed " * 2_500,), ("a",)]
-    tokenizer = train_tokenizer([text for (text,) in words])
-    tokenize = ViewTokenizer(tokenizer, max_length=32)
-    (batch,) = batches(words, batch_size=2, tokenize=tokenize, unique=True)
-    order = sorted([tokenize(words), tokenize(words[::-1])], key=lambda whole: not same(whole, batch))
-    assert same(order[0], batch)
-    assert batch["input_ids"].shape == (4, 32)
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_workers_tokenize_without_a_warning_about_the_fork(tmp_path: Path) -> None:
     """In a process whose tokenizer has used its threads, and has them again afterwards."""
     code = """
@@ -282,11 +216,8 @@ from clusterns.models.views import ViewTokenizer
 rows = [(f"sentence number {i}",) for i in range(64)]
 tokenize = ViewTokenizer(train_tokenizer([row[0] for row in rows]), max_length=8)
 tokenize(rows)
-shapes = [
-    [batch["input_ids"].shape for batch in batches(rows, batch_size=16, tokenize=tokenize, num_workers=n)]
-    for n in (0, 2)
-]
-assert shapes[0] == shapes[1] and len(shapes[0]) == 4, shapes
+epoch = list(batches(rows, batch_size=16, tokenize=tokenize, num_workers=2))
+assert [len(batch["input_ids"]) for batch in epoch] == [32] * 4, epoch
 assert "TOKENIZERS_PARALLELISM" not in os.environ
 """
     assert run_python(tmp_path, code) == ""
@@ -299,8 +230,9 @@ def test_what_tokenize_raises_arrives_in_one_line(num_workers: int) -> None:
 
     with pytest.raises(ValueError, match=r"^template: expected a slot for the sentence$"):
         list(batches(distinct(4), batch_size=2, tokenize=tokenize, num_workers=num_workers))
-    with pytest.raises(ValueError, match=r"^rows: expected at least batch_size 4 without .*repeat them$"):
-        list(batches([("a",)] * 4, batch_size=4, tokenize=list, num_workers=num_workers))
+    line = r"^rows: expected at least batch_size 4 without a text in common, got 3 among 9; .* repeat them$"
+    with pytest.raises(ValueError, match=line):
+        epoch_of([(str(i % 3),) for i in range(9)], 4, num_workers=num_workers)
 
 
 def test_a_pass_given_up_leaves_no_worker() -> None:
@@ -312,13 +244,11 @@ def test_a_pass_given_up_leaves_no_worker() -> None:
     assert not set(multiprocessing.active_children()) - before
 
 
-def test_pinned_memory_is_only_for_a_gpu(recwarn: pytest.WarningsRecorder) -> None:
-    def tokenize(rows: list[Row]) -> dict[str, torch.Tensor]:
-        return {"x": torch.zeros(len(rows))}
-
-    (batch,) = batches(distinct(4), batch_size=4, tokenize=tokenize, pin_memory=True)
+@pytest.mark.filterwarnings("error")
+def test_pinned_memory_is_only_for_a_gpu() -> None:
+    zeros = lambda rows: {"x": torch.zeros(len(rows))}  # noqa: E731
+    (batch,) = batches(distinct(4), batch_size=4, tokenize=zeros, pin_memory=True)
     assert batch["x"].is_pinned() == torch.cuda.is_available()
-    assert not recwarn.list
 
 
 @pytest.mark.parametrize(
@@ -326,23 +256,24 @@ def test_pinned_memory_is_only_for_a_gpu(recwarn: pytest.WarningsRecorder) -> No
     [
         ({"batch_size": 5}, "rows: expected at least batch_size 5 of them, got 4"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ({"batch_size": 2, "seed": -1}, "seed: expected at least 0, got -1"),
-        ({"batch_size": 2, "epoch": -1}, "epoch: expected at least 0, got -1"),
-        ({"batch_size": 2, "start": -1}, "start: expected at least 0, got -1"),
-        ({"batch_size": 2, "num_workers": -1}, "num_workers: expected at least 0, got -1"),
-        ({"batch_size": 2, "prefetch_factor": 0}, "prefetch_factor: expected at least 1, got 0"),
-        ({"batch_size": 2, "rank": 2, "world_size": 2}, "rank: expected below world_size 2, got 2"),
+        *(
+            ({name: -1}, f"{name}: expected at least 0, got -1")
+            for name in ("seed", "epoch", "start", "num_workers")
+        ),
+        ({"prefetch_factor": 0}, "prefetch_factor: expected at least 1, got 0"),
+        ({"rank": 2, "world_size": 2}, "rank: expected below world_size 2, got 2"),
         ({"batch_size": 3, "world_size": 2}, "batch_size: expected a multiple of the 2 processes, got 3"),
     ],
 )
 def test_bad_batch_arguments(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        batches(distinct(4), tokenize=list, **options)  # type: ignore[arg-type]
+        batches(distinct(4), tokenize=list, **{"batch_size": 2, **options})  # type: ignore[arg-type]
 
 
 def test_real_triplets(shared: Path) -> None:
     rows = load_rows(shared / "data" / "snli_triplets.csv")
-    loader: Batches = batches(rows, batch_size=256, tokenize=list)
+    assert (len(rows), rows.columns) == (27_195, ("sent0", "sent1", "hard_neg"))
+    loader = batches(rows, batch_size=256, tokenize=list)
     epoch: list[list[Row]] = list(loader)  # type: ignore[arg-type]
     assert len(epoch) == len(loader) == 106
     for batch in epoch:
