@@ -1,3 +1,5 @@
+"""Settings of a training: from flags, file and preset; the published runs, setting by setting."""
+
 from __future__ import annotations
 
 import argparse
@@ -5,12 +7,38 @@ import json
 import shlex
 
 import pytest
+import yaml
 
+from clusterns.cli import main
+from clusterns.corpus.sources import HUB_FILES
+from clusterns.models.prompts import Prompt
 from clusterns.training.arguments import add_arguments, read_config
 from clusterns.training.config import FROM_SCRATCH, TrainConfig
 from clusterns.training.presets import PRESETS
 
 PATHS = ("config", "model", "train-file", "output-dir", "sts-dir")
+# The paper's table: model, batch, learning rate, K, γ, σ, hard negatives, λ, α, β.
+TABLE = {
+    "bert-base": ("bert-base-uncased", 256, 5e-5, 128, 1e-3, 0.4, True, 1e-3, 0, 0.3),
+    "bert-large": ("bert-large-uncased", 512, 5e-5, 128, 1e-3, 0.5, True, 5e-5, 0.25, 0.3),
+    "roberta-base": ("roberta-base", 512, 5e-5, 128, 1e-3, 0.4, True, 1e-4, 0.2, 0.5),
+    "roberta-large": ("roberta-large", 512, 5e-5, 128, 5e-4, 0.4, True, 0, None, None),
+    "prompt-bert-base": ("bert-base-uncased", 512, 5e-5, 96, 5e-4, 0.4, True, 1e-2, 0, 0.2),
+    "prompt-bert-large": ("bert-large-uncased", 256, 3e-5, 96, 1e-4, 0.2, True, 5e-4, 0.25, 0.3),
+    "prompt-roberta-base": ("roberta-base", 512, 5e-5, 128, 1e-3, 0.4, False, 1e-2, 0.2, 0.6),
+    "simcse-bert-base": ("bert-base-uncased", 64, 3e-5, 0, None, None, None, None, None, None),
+    "promptbert-base": ("bert-base-uncased", 256, 1e-5, 0, None, None, None, None, None, None),
+}
+NAMES = (
+    "model batch_size learning_rate num_clusters centroid_momentum start_cosine hard_negatives bml_weight "
+    "bml_alpha bml_beta"
+).split()
+# What they have in common.
+COMMON = {
+    **{"epochs": 1, "max_length": 32, "eval_steps": 125, "seed": 42, "warmup_steps": 0},
+    **{"weight_decay": 0, "max_grad_norm": 1, "temperature": 0.05, "head": "train", "mlm_weight": 0},
+    **{"centroid_update": "sum", "false_negatives": "bml", "hard_negative_weight": 0},
+}
 
 
 def parse(*arguments: str) -> TrainConfig:
@@ -19,16 +47,17 @@ def parse(*arguments: str) -> TrainConfig:
     return read_config(parser.parse_args(list(arguments)))
 
 
+def shown(capsys, *flags: str) -> dict:
+    """What --show-config prints."""
+    assert main(["train", *flags, "--show-config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
 def test_defaults():
     assert parse("--model", "somewhere") == TrainConfig(model="somewhere")
-
-
-def test_from_scratch_has_its_own_defaults():
-    config = parse("--batch-size", "96")
-    assert config.from_scratch
-    assert config == TrainConfig(**{**FROM_SCRATCH, "batch_size": 96})
-    with pytest.raises(ValueError, match="--model: expected an encoder to train on lines.txt, got none"):
-        parse("--train-file", "lines.txt")
+    from_scratch = parse("--batch-size", "96")
+    assert from_scratch.from_scratch
+    assert from_scratch == TrainConfig(**{**FROM_SCRATCH, "batch_size": 96})
 
 
 def test_every_loss_option_is_reachable():
@@ -47,12 +76,6 @@ def test_every_loss_option_is_reachable():
         assert getattr(loss, name) == getattr(config, name) != getattr(TrainConfig(), name), name
 
 
-def test_no_clusters_is_simcse():
-    loss = parse("--num-clusters", "0").build_loss(8)
-    assert not loss.hard_negatives
-    assert loss.num_clusters == 0
-
-
 @pytest.mark.parametrize("suffix", ["json", "yaml"])
 def test_config_file_and_flags_over_it(tmp_path, suffix):
     settings = {"batch-size": 64, "learning_rate": 3, "hard-negatives": False, "sts_dir": None}
@@ -60,13 +83,45 @@ def test_config_file_and_flags_over_it(tmp_path, suffix):
     lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in settings.items())
     path.write_text(json.dumps(settings) if suffix == "json" else lines + "\ntemperature: 5e-2\n")
     config = parse("--config", str(path), "--batch-size", "96")
-    assert config.batch_size == 96
-    assert config.learning_rate == 3.0
-    assert config.temperature == 0.05
+    assert (config.batch_size, config.learning_rate, config.temperature) == (96, 3.0, 0.05)
     assert config.hard_negatives is False
     path.write_text(json.dumps({"model": "m", "text_columns": ["a, b", "c"], "positive_label": 1}))
     config = parse("--config", str(path))
     assert (config.text_columns, config.positive_label) == ('"a, b",c', "1")
+
+
+def test_flags_over_file_over_preset(tmp_path, capsys):
+    """And what is shown, read back, is the same run."""
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: bert-base\nbatch_size: 320\nbml_beta: 0.9\n")
+    settings = shown(capsys, "--config", str(file), "--bml-beta", "0.7", "--model", "elsewhere")
+    assert (settings["preset"], settings["model"]) == ("bert-base", "elsewhere")
+    assert (settings["batch_size"], settings["bml_beta"], settings["bml_weight"]) == (320, 0.7, 1e-3)
+    for dump in (yaml.safe_dump, json.dumps):
+        file.write_text(dump(settings))
+        assert shown(capsys, "--config", str(file)) == settings
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_each_column_of_the_table(name, capsys):
+    settings = shown(capsys, "--preset", name)
+    for setting, value in zip(NAMES, TABLE[name], strict=True):
+        assert value is None or settings[setting] == value, setting
+    assert {key: settings[key] for key in COMMON} == COMMON
+    assert settings["output_dir"] == f"runs/{name}"
+    assert HUB_FILES[settings["train_file"]][1] == "wiki1m_for_simcse.txt"
+    config = TrainConfig.from_settings({"preset": name})
+    loss, clusters = config.build_loss(8), settings["num_clusters"]
+    assert settings["patience"] == (3 if clusters else 0)
+    assert (loss.num_clusters, loss.hard_negatives) == (clusters, clusters > 0 and settings["hard_negatives"])
+    assert (config.build_prompt() == Prompt("auto", denoising="trained")) == name.startswith("prompt")
+    assert settings["pooling"] == ("mask" if name.startswith("prompt") else "cls")
+
+
+def test_the_table_is_all_presets_and_a_template_replaces_theirs():
+    assert PRESETS.keys() == TABLE.keys()
+    settings = {"preset": "prompt-bert-base", "template": "[X] [MASK]", "second_template": "[MASK] [X]"}
+    assert TrainConfig.from_settings(settings).build_prompt().templates == ("[X] [MASK]", "[MASK] [X]")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +136,7 @@ def test_config_file_and_flags_over_it(tmp_path, suffix):
         ("temperature: true", "temperature: expected float, got True"),
         ("temperature: null", "temperature: expected float, got None"),
         ("false_negatives: drop", "false_negatives: expected one of bml, exclude, keep, got 'drop'"),
+        ("preset: bert-huge", "preset: expected one of bert-base, bert-large"),
         ("- batch_size", "expected settings by name, got list"),
         ("a: [", "expected YAML or JSON"),
         ("", "expected settings by name, got an empty file"),
@@ -95,8 +151,6 @@ def test_bad_config_file(tmp_path, content, message):
     with pytest.raises(ValueError, match="--config .*" + message.replace("`", ".")) as caught:
         parse("--config", str(path))
     assert "\n" not in str(caught.value)
-    with pytest.raises(FileNotFoundError, match="--config: expected a YAML or JSON file, found none"):
-        parse("--config", str(tmp_path / "absent.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -109,34 +163,48 @@ def test_bad_config_file(tmp_path, content, message):
         ("--learning-rate nan", "learning_rate.*got nan"),
         ("--max-grad-norm -1", "max_grad_norm.*-1"),
         ("--seed -1", "--seed: expected at least 0, got -1"),
+        ("--seed 4294967296", "--seed: expected 0 to 4294967295, got 4294967296"),
         ("--learn-temperature --temperature 0.005", "--temperature to learn: expected .* got 0.005"),
+        ("--learn-temperature --temperature 2", "number at least 0.01 and at most 1, got 2.0"),
+        ("--mini-batch-size 0", "mini_batch_size: expected at least 1"),
+        ("--keep-checkpoints 0", "keep_checkpoints: expected at least 1"),
+        ("--accumulation-steps 0", "accumulation_steps: expected at least 1"),
+        ("--mlm-probability 1", "mlm_probability: expected a finite number above 0 and at most 0.99"),
+        ("--batch-size 16 --num-clusters 32", "num_clusters: expected at most batch_size 16, of which the"),
+        ("--prompt bert --template [X][MASK]", "template: expected none with the prompt 'bert'"),
+        ("--second-template [X][MASK]", "second_template: expected a template for view 1"),
+        ("--denoise frozen", "denoise: expected 'none' without a prompt"),
+        ("--mlm-weight 0.1 --mini-batch-size 8", "mlm_weight: expected 0 with mini_batch_size"),
+        ("--resume --overwrite-output-dir", "--resume: expected no --overwrite-output-dir with it"),
         ("--model ~nosuchuser/x", "--model: expected the home folder of a user that exists, got ~nosuch"),
         *((f"--{name} ''", f"^--{name}: expected a path, got an empty one$") for name in PATHS),
     ],
 )
-def test_settings_out_of_range(flags, message):
+def test_settings_out_of_range_or_not_to_go_together(flags, message):
     with pytest.raises(ValueError, match=message):
-        parse(*shlex.split(flags))
+        parse("--model", "m", *shlex.split(flags))
 
 
-def test_settings_without_effect_are_told():
-    def told(*arguments: str) -> list[str]:
-        return [
-            line.split(" has no effect ")[0] for line in parse("--model", "m", *arguments).without_effect()
-        ]
+def test_files_that_are_missing():
+    with pytest.raises(ValueError, match="--model: expected an encoder to train on lines.txt, got none"):
+        parse("--train-file", "lines.txt")
+    with pytest.raises(FileNotFoundError, match="--config: expected a YAML or JSON file, found none"):
+        parse("--config", "absent.yaml")
 
-    assert told("--train-file", "f", "--sts-dir", "s", "--epochs", "2", "--patience", "0") == []
-    assert told("--epochs", "2", "--max-steps", "9", "--keep-checkpoints", "3") == [
-        "--epochs",
-        "--keep-checkpoints",
-    ]
-    assert told("--train-file", "f", "--eval-steps", "9") == ["--eval-steps"]
-    assert told("--text-columns", "a", "--min-score", "1") == ["--text-columns", "--min-score"]
-    assert told("--num-clusters", "0", "--bml-alpha", "0.3", "--false-negatives", "keep") == [
-        "--false-negatives",
-        "--bml-alpha",
-    ]
-    assert told("--false-negatives", "keep", "--bml-alpha", "0.3") == ["--bml-alpha"]
-    for preset in PRESETS:
-        assert told("--preset", preset) == [], preset
+
+@pytest.mark.parametrize(
+    ("given", "idle"),
+    [
+        ("--train-file f --sts-dir s --epochs 2 --patience 0", ""),
+        ("--epochs 2 --max-steps 9 --keep-checkpoints 3", "--epochs --keep-checkpoints"),
+        ("--train-file f --eval-steps 9", "--eval-steps"),
+        ("--text-columns a --min-score 1", "--text-columns --min-score"),
+        ("--num-clusters 0 --bml-alpha 0.3 --false-negatives keep", "--false-negatives --bml-alpha"),
+        ("--false-negatives keep --bml-alpha 0.3", "--bml-alpha"),
+        *((f"--preset {preset}", "") for preset in PRESETS),
+    ],
+)
+def test_settings_without_effect_are_told(given, idle):
+    told = parse("--model", "m", *given.split()).without_effect()
+    assert [line.split(" has no effect ")[0] for line in told] == idle.split()
     assert list(parse().without_effect()) == []
