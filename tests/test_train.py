@@ -1,10 +1,12 @@
-"""The loop on a tiny encoder: what it writes, when it stops, what it refuses."""
+"""`clusterns train` on a tiny encoder: what it writes, what options change, how it ends, what it refuses."""
 
 from __future__ import annotations
 
+import csv
+import functools
 import io
-import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -17,137 +19,109 @@ from test_docstrings import write_packages
 from tiny import assert_close
 from train_problems import (
     assert_trained_alike,
+    command,
     flags,
     log_of,
     refused,
-    save_tiny_model,
+    run,
+    same_bits,
     sentences,
-    write_dev,
+    summary_of,
+    write_place,
 )
 
+from clusterns import ClusterNSLoss
 from clusterns.cli import main
 from clusterns.encoder import SentenceEncoder
+from clusterns.files import holding
+from clusterns.train import Run
+from clusterns.training import task
+from clusterns.training.checkpoint import Checkpoints
+from clusterns.training.devices import Precision
 from clusterns.training.figure import draw_run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_picture")
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return write_place(tmp_path_factory.mktemp("train"))
 
 
-@pytest.fixture
-def train_file(tmp_path):
-    path = tmp_path / "sentences.txt"
-    path.write_text("\n".join(sentences(300)) + "\n")
-    return path
-
-
-@pytest.fixture
-def sts_dir(tmp_path):
-    return write_dev(tmp_path / "sts")
-
-
-def test_a_run_writes_what_it_says(tiny_model, train_file, sts_dir, tmp_path, capsys, monkeypatch):
+def test_a_run_writes_what_it_says(place, tmp_path, capsys, monkeypatch):
     from sentence_transformers import SentenceTransformer
-    from transformers import AutoModel, AutoTokenizer
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setattr("clusterns.train.draw_run", draw_run)
     output = tmp_path / "run"
-    more = ["--sts-dir", str(sts_dir), "--max-steps", "12", "--eval-steps", "4", "--patience", "0"]
-    assert main(flags(tiny_model, train_file, output, *more)) == 0
-
+    terms = run(place, output, "STS --max-steps 12 --eval-steps 4 --patience 0 --tensorboard")
     records = log_of(output)
-    steps = [record["step"] for record in records if "loss" in record]
-    assert steps == list(range(1, 13))
+    assert [record["step"] for record in terms] == list(range(1, 13))
     assert [record["step"] for record in records if "dev" in record] == [0, 4, 8, 12]
     assert [r["step"] for r in records if r.get("event") == "clustering starts"] == [1]
-    assert "nearest_cosine" not in next(r for r in records if r["step"] == 1 and "loss" in r)
-    assert "nearest_cosine" in next(r for r in records if r["step"] == 2 and "loss" in r)
+    assert ["nearest_cosine" in record for record in terms] == [False] + [True] * 11
     assert records[-1]["dev"].keys() == {"spearman", "alignment", "uniformity"}
 
-    summary = json.loads((output / "training.json").read_text())
+    summary = summary_of(output)
     assert summary["settings"]["num_clusters"] == 4
     best = max(records, key=lambda r: r.get("dev", {}).get("spearman", -100))
-    assert summary["best_step"] == best["step"]
-    assert summary["scores"]["after"] == best["dev"]
+    assert (summary["best_step"], summary["scores"]["after"]) == (best["step"], best["dev"])
     printed = capsys.readouterr().out
     assert "before" in printed
     assert "after" in printed
     assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
-    state = load_file(output / "loss.safetensors")
-    assert state["centroids"].shape == (4, 32)
-    assert sorted(path.name for path in output.glob(".*")) == []
-
-    texts = sentences(10)
-    ours = SentenceEncoder.from_pretrained(output).encode(texts)
-    theirs = SentenceTransformer(str(output), device="cpu").encode(texts, convert_to_tensor=True)
+    assert load_file(output / "loss.safetensors")["centroids"].shape == (4, 32)
+    assert list(output.glob(".*")) == []
+    ours = SentenceEncoder.from_pretrained(output).encode(sentences(10))
+    theirs = SentenceTransformer(str(output), device="cpu").encode(sentences(10), convert_to_tensor=True)
     assert_close(theirs, ours)
-    inputs = AutoTokenizer.from_pretrained(output)(texts, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        hidden = AutoModel.from_pretrained(output).eval()(**inputs).last_hidden_state
-    assert_close(ours, hidden[:, 0])
+
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    cosines = "positive nearest hard_negative mates mean centroids".split()
+    others = "clusters/empty_clusters clusters/cluster_entropy clusters/with_mates dev/spearman"
+    others += " negatives/effective_negatives training/gradient_norm"
+    assert {*(f"cosine/{name}" for name in cosines), *others.split()} < set(events.Tags()["scalars"])
+    entropy = [event.value for event in events.Scalars("clusters/cluster_entropy")]
+    assert entropy == pytest.approx([r["cluster_entropy"] for r in terms if "cluster_entropy" in r])
 
 
-def test_training_learns(tiny_model, train_file, tmp_path):
+def test_the_default_run_in_short(tmp_path, monkeypatch, capsys):
+    """`clusterns train` with no model: documentation, its vocabulary and a new BERT, a few steps."""
+    corpus, packages = task.docstring_corpus, write_packages(tmp_path / "packages")
+    monkeypatch.setattr(task, "docstring_corpus", lambda seed: corpus(roots=[packages], seed=seed, pairs=20))
     output = tmp_path / "run"
-    more = ["--max-steps", "60", "--start-cosine", "0.6", "--learning-rate", "3e-3"]
-    assert main(flags(tiny_model, train_file, output, *more)) == 0
-    terms = [record for record in log_of(output) if "loss" in record]
-    assert sum(r["info_nce"] for r in terms[-5:]) < 0.8 * sum(r["info_nce"] for r in terms[:5])
+    short = "--max-steps 20 --batch-size 32 --num-clusters 8 --eval-steps 20 --start-cosine 0.9".split()
+    assert main(["train", "--output-dir", str(output), "--device", "cpu", *short]) == 0
+    before, after = (record["dev"]["mrr"] for record in log_of(output) if "dev" in record)
+    assert 0 < before < after
+    settings = summary_of(output)["settings"]
+    assert (settings["pooling"], settings["learning_rate"], settings["batch_size"]) == ("mean", 1e-3, 32)
+    printed = capsys.readouterr().out
+    assert "clustering starts with 8 centroids" in printed
+    assert "clusterns train --preset bert-base" in printed
 
 
-def test_same_seed_same_bits(tiny_model, train_file, tmp_path):
-    for name in ("one", "two"):
-        assert main(flags(tiny_model, train_file, tmp_path / name, "--max-steps", "5")) == 0
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert all(torch.equal(value, two[name]) for name, value in one.items())
-    start = load_file(tiny_model / "model.safetensors")
-    assert any(not torch.equal(value, start[name]) for name, value in one.items())
+def test_the_same_bits_again_whoever_tokenises(place, tmp_path):
+    for name, workers in (("none", "0"), ("two", "2")):  # into a second epoch
+        more = f"--max-steps 5 --text-columns sent0 --num-workers {workers}"
+        run(place, tmp_path / name, more, file="triplets.csv")
+    assert same_bits(tmp_path / "none", tmp_path / "two")
+    assert not same_bits(*(folder / "head.safetensors" for folder in (tmp_path / "none", place / "model")))
 
 
-def test_early_stop_keeps_the_best(tiny_model, train_file, sts_dir, tmp_path, monkeypatch):
+def test_early_stop_keeps_the_best(place, tmp_path, monkeypatch):
     """A dev score that only falls ends the run after `patience` evaluations and keeps the first model."""
-    import clusterns.training.task as module
-
     falling = iter(range(100, 0, -1))
-    monkeypatch.setattr(module, "sts_dev", lambda encoder, sts_dir: {"spearman": float(next(falling))})
-    output = tmp_path / "run"
-    more = ["--sts-dir", str(sts_dir), "--max-steps", "50", "--eval-steps", "2", "--patience", "3"]
-    assert main(flags(tiny_model, train_file, output, *more)) == 0
-    assert max(record["step"] for record in log_of(output)) == 6
-    kept, start = (load_file(folder / "model.safetensors") for folder in (output, tiny_model))
-    assert all(torch.equal(value, kept[name]) for name, value in start.items())
+    monkeypatch.setattr(task, "sts_dev", lambda encoder, sts_dir: {"spearman": float(next(falling))})
+    terms = run(place, tmp_path / "run", "STS --max-steps 50 --eval-steps 2 --patience 3")
+    assert terms[-1]["step"] == 6
+    assert same_bits(*(folder / "head.safetensors" for folder in (tmp_path / "run", place / "model")))
 
 
-def test_simcse_baseline_never_clusters(tiny_model, train_file, tmp_path):
-    output = tmp_path / "run"
-    assert main(flags(tiny_model, train_file, output, "--max-steps", "3", "--num-clusters", "0")) == 0
-    assert all("event" not in record for record in log_of(output))
-
-
-def test_without_head(tiny_model, train_file, tmp_path):
-    """There is none then, and the encoder learns something else."""
-    for head in ("train", "none"):
-        assert main(flags(tiny_model, train_file, tmp_path / head, "--max-steps", "3", "--head", head)) == 0
-    start = load_file(tiny_model / "head.safetensors")
-    assert not torch.equal(load_file(tmp_path / "train" / "head.safetensors")["weight"], start["weight"])
-    assert not (tmp_path / "none" / "head.safetensors").exists()
-    one, other = (load_file(tmp_path / head / "model.safetensors") for head in ("train", "none"))
-    assert any(not torch.equal(value, other[name]) for name, value in one.items())
-
-
-def test_bf16_and_epochs(tiny_model, train_file, tmp_path):
-    output = tmp_path / "run"
-    assert main(flags(tiny_model, train_file, output, "--precision", "bf16", "--epochs", "2")) == 0
-    assert max(record["step"] for record in log_of(output)) == 2 * (300 // 32)
-
-
-def test_mini_batches_train_as_the_whole_batch_does(train_file, tmp_path):
+def test_mini_batches_train_as_the_whole_batch_does(place, tmp_path):
     """Without dropout, whose masks depend on the order of the passes: the same run up to rounding."""
-    still = save_tiny_model(tmp_path / "still", dropout=0.0, pooling="mean", std=0.2)
-    longest = {}
+    longest, losses = {}, {}
     forward = SentenceEncoder.forward
 
     def watched(self, inputs, **options):
@@ -157,140 +131,170 @@ def test_mini_batches_train_as_the_whole_batch_does(train_file, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SentenceEncoder, "forward", watched)
-        for name, more in {"whole": [], "parts": ["--mini-batch-size", "5"]}.items():
-            assert main(flags(still, train_file, tmp_path / name, "--max-steps", "6", *more)) == 0
+        for name, more in {"whole": "", "parts": "--mini-batch-size 5"}.items():
+            terms = run(place, tmp_path / name, f"--max-steps 6 {more}", model="still")
+            losses[name] = [record["loss"] for record in terms]
     assert longest == {"whole": 64, "parts": 5}
-    whole, parts = (
-        [record["loss"] for record in log_of(tmp_path / name) if "loss" in record] for name in longest
-    )
-    assert parts == pytest.approx(whole, rel=2e-4)
-    assert len(whole) == 6
-    assert_trained_alike(still, *(tmp_path / name for name in longest))
+    assert losses["parts"] == pytest.approx(losses["whole"], rel=2e-4)
+    assert_trained_alike(place / "still", tmp_path / "whole", tmp_path / "parts")
     one, other = (load_file(tmp_path / name / "loss.safetensors") for name in longest)
     assert one.keys() == other.keys()
     for key, value in one.items():
         assert_close(other[key], value, 1e-3)
-    settings = [json.loads((tmp_path / name / "training.json").read_text())["settings"] for name in longest]
-    assert [each["mini_batch_size"] for each in settings] == [None, 5]
+    assert [summary_of(tmp_path / name)["settings"]["mini_batch_size"] for name in longest] == [None, 5]
 
 
-def test_the_default_run_in_short(tmp_path, monkeypatch, capsys):
-    """`clusterns train` with no model: documentation, its vocabulary and a new BERT, a few steps."""
-    import clusterns.training.task as module
+def test_three_columns_are_pairs_and_hard_negatives(place, tmp_path, monkeypatch):
+    seen = []
+    whole = ClusterNSLoss.forward
 
-    corpus, packages = module.docstring_corpus, write_packages(tmp_path / "packages")
-    monkeypatch.setattr(
-        module, "docstring_corpus", lambda seed: corpus(roots=[packages], seed=seed, pairs=20)
+    def forward(self, anchors, positives, negatives=None):
+        seen.append((anchors, positives, negatives))
+        return whole(self, anchors, positives, negatives)
+
+    monkeypatch.setattr(ClusterNSLoss, "forward", forward)
+    names = {"model": "still", "file": "triplets.csv"}
+    more = "--max-steps 1 --text-columns sent0,sent1,hard_neg"
+    run(place, tmp_path / "triplets", more, **names)
+    with (place / "triplets.csv").open(newline="") as file:
+        columns = list(zip(*list(csv.reader(file))[1:], strict=True))
+    encoder = SentenceEncoder.from_pretrained(place / "still").eval()
+    # The first step's embeddings, through the head: those of 32 rows, each with its own pair and negative.
+    assert [view.shape for view in seen[0]] == [(32, 32)] * 3
+    with torch.no_grad():
+        every = [encoder.project(encoder.encode(column)) for column in columns]
+    for views in zip(*seen[0], strict=True):
+        apart = [(z - table).abs().amax(dim=1) for z, table in zip(views, every, strict=True)]
+        assert (torch.stack(apart) < 1e-4).all(dim=0).sum() == 1
+    run(place, tmp_path / "pairs", "--max-steps 1 --text-columns sent0,sent1", **names)
+    assert seen[1][2] is None
+    assert "effective_negatives" in run(place, tmp_path / "parts", f"{more} --mini-batch-size 7", **names)[0]
+
+
+def test_accumulated_batches_are_averaged(place, tmp_path, monkeypatch):
+    """One step over two batches has the mean of the gradients that each has alone."""
+    gradients = {}
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def watched(parameters, max_norm):
+        gradients.setdefault(name, []).append(torch.cat([p.grad.flatten().clone() for p in parameters]))
+        return clip(parameters, max_norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    # Steps so small that the second batch meets the same weights.
+    for name, more in {"two": "--max-steps 1 --accumulation-steps 2", "one": "--max-steps 2"}.items():
+        run(place, tmp_path / name, f"{more} --learning-rate 1e-12 --num-clusters 0", model="still")
+    first, second = gradients["one"]
+    assert_close(gradients["two"][0], (first + second) / 2, 1e-3)
+    assert (first - second).norm() > 0.1 * first.norm()
+
+
+def test_mlm_leaves_the_contrastive_input_alone(place, tmp_path):
+    """Without dropout the first step's contrastive terms are those of a run without MLM."""
+    without, with_mlm = (
+        run(place, tmp_path / name, f"--max-steps 3 {more}", model="still")
+        for name, more in (("without", ""), ("with", "--mlm-weight 0.1 --mlm-probability 0.3"))
     )
-    output = tmp_path / "run"
-    short = "--max-steps 20 --batch-size 32 --num-clusters 8 --eval-steps 20 --start-cosine 0.9".split()
-    assert main(["train", "--output-dir", str(output), "--device", "cpu", *short]) == 0
-    before, after = (record["dev"]["mrr"] for record in log_of(output) if "dev" in record)
-    assert 0 < before < after
-    settings = json.loads((output / "training.json").read_text())["settings"]
-    assert (settings["pooling"], settings["learning_rate"], settings["batch_size"]) == ("mean", 1e-3, 32)
-    printed = capsys.readouterr().out
-    assert "clustering starts with 8 centroids" in printed
-    assert "clusterns train --preset bert-base" in printed
+    for term in ("info_nce", "bml", "mean_cosine", "positive_cosine"):
+        assert with_mlm[0][term] == pytest.approx(without[0][term], rel=1e-4)
+    assert 4 < with_mlm[0]["mlm"] < 8  # log(500) = 6.2
+    assert with_mlm[0]["loss"] == pytest.approx(without[0]["loss"] + 0.1 * with_mlm[0]["mlm"])
+    assert with_mlm[2]["info_nce"] != without[2]["info_nce"]
+    names = [load_file(tmp_path / name / "model.safetensors").keys() for name in ("without", "with")]
+    assert names[0] == names[1]
 
 
-def test_output_folder_is_guarded(tiny_model, train_file, tmp_path, capsys):
-    from clusterns.files import holding
-
-    output = tmp_path / "run"
-    run = flags(tiny_model, train_file, output, "--max-steps", "1")
-    assert main(run) == 0
-    before = (output / "model.safetensors").read_bytes()
-    assert "holds files; choose another or pass --overwrite-output-dir" in refused(capsys, run)
-    assert (output / "model.safetensors").read_bytes() == before
-    with holding(output / ".lock"):
-        assert "in use by a running training" in refused(capsys, [*run, "--overwrite-output-dir"])
-    assert main([*run, "--overwrite-output-dir"]) == 0
-    assert "expected a folder, got the file" in refused(capsys, flags(tiny_model, train_file, train_file))
-    for place, words in (
-        (tiny_model, f"--output-dir: expected another folder than that of --model {tiny_model}, got"),
-        ("~nosuchuser/x", "--output-dir: expected the home folder of a user that exists, got ~nosuchuser/x"),
-        ("", "--output-dir: expected a path, got an empty one"),
-        (tmp_path / "x" / ("y" * 300), "--output-dir: expected a folder that can be written to, got"),
-    ):
-        message = refused(capsys, flags(tiny_model, train_file, place, "--overwrite-output-dir"))
-        assert words in message
-        assert "Errno" not in message
-    assert not (tmp_path / "x").exists()
-    assert not os.path.exists("~nosuchuser")
-    copy = output / "checkpoints" / "step-00000001" / "best"
-    words = refused(capsys, flags(copy, train_file, output, "--overwrite-output-dir"))
-    assert "--output-dir: expected another folder than that of --model" in words
+def test_learned_temperature(place, tmp_path):
+    records = run(place, tmp_path / "run", "--max-steps 4 --learn-temperature --temperature 0.1")
+    values = [record["temperature"] for record in records]
+    assert all(0.09 < value < 0.11 for value in values)
+    assert len(set(values)) == 4
+    assert float(load_file(tmp_path / "run" / "loss.safetensors")["temperature"]) == pytest.approx(values[-1])
 
 
-def test_bad_files_and_settings(tiny_model, train_file, tmp_path, capsys):
-    empty, blank, binary, few = (tmp_path / f"{name}.txt" for name in ("empty", "blank", "binary", "few"))
-    empty.write_text("")
-    blank.write_text("\n \n\t\n")
-    binary.write_bytes(b"\x00\x01\xff" * 100)
-    few.write_text("one short line\n\nanother short line\n")
-    for path, words in (
-        (tmp_path / "absent.txt", "absent"),
-        (empty, "empty"),
-        (blank, "blank"),
-        (binary, "binary"),
-    ):
-        message = refused(capsys, flags(tiny_model, path, tmp_path / f"run-{words}"))
-        assert path.name in message
-    message = refused(capsys, flags(tiny_model, few, tmp_path / "run-few"))
-    assert f"--batch-size: expected at most the 2 rows of {few}, got 32" in message
-    assert "absent-model" in refused(capsys, flags(tmp_path / "absent-model", train_file, tmp_path / "run-a"))
-    assert "temperature: expected a finite number above 0" in refused(
-        capsys, flags(tiny_model, train_file, tmp_path / "run-t", "--temperature", "0")
-    )
-    assert "mini_batch_size: expected" in refused(
-        capsys, flags(tiny_model, train_file, tmp_path / "run-m", "--mini-batch-size", "0")
-    )
-    assert "num_clusters: expected at least 2 with hard_negatives" in refused(
-        capsys, flags(tiny_model, train_file, tmp_path / "run-k", "--num-clusters", "1")
-    )
-    for more, words in (
-        ("--batch-size 1 --num-clusters 0", "batch_size: expected at least 2, got 1"),
-        ("--batch-size 16 --num-clusters 32", "num_clusters: expected at most batch_size 16, of which the"),
-        ("--seed 4294967296", "--seed: expected 0 to 4294967295, got 4294967296"),
+TEMPLATES = ('about"[X]":[MASK].', "[MASK]says[X].")
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ("--pooling mean-first-last --head always", ("mean-first-last", "always", None, "none")),
+        ("--pooling cls-before-pooler", ("cls-before-pooler", "none", None, "none")),
+        ("--head none", ("mean", "none", None, "none")),
         (
-            "--learn-temperature --temperature 2",
-            "expected a finite number at least 0.01 and at most 1, got 2.0",
+            f"--pooling mask --denoise frozen --template {TEMPLATES[0]} --second-template {TEMPLATES[1]}",
+            ("mask", "train", TEMPLATES, "frozen"),
         ),
-        ("--accumulation-steps 10", "accumulation_steps: expected at most 9, the batches of 32 in 1 epochs"),
-    ):
-        given = flags(tiny_model, train_file, tmp_path / "run-n", *more.split())
-        assert words in refused(capsys, given)
-        assert not (tmp_path / "run-n").exists()
-    assert "--device: expected a device of this machine, got 'toaster'" in refused(
-        capsys, flags(tiny_model, train_file, tmp_path / "run-d", "--device", "toaster")
+    ],
+    ids=["layers", "pooler", "no-head", "prompt"],
+)
+def test_pooling_head_and_prompt_are_those_of_the_saved_model(place, tmp_path, more, expected):
+    assert "temperature" not in run(place, tmp_path / "run", f"--max-steps 2 {more}")[0]
+    encoder = SentenceEncoder.from_pretrained(tmp_path / "run")
+    templates, denoising = (
+        getattr(encoder.prompt, "templates", None),
+        getattr(encoder.prompt, "denoising", "none"),
     )
-    assert "sts-dev.csv" in refused(
-        capsys, flags(tiny_model, train_file, tmp_path / "run-s", "--sts-dir", str(tmp_path))
-    )
+    assert (encoder.pooling, encoder.head_use, templates, denoising) == expected
+    head = tmp_path / "run" / "head.safetensors"
+    assert head.exists() == (expected[1] != "none")
+    assert not head.exists() or not same_bits(head, place / "model" / "head.safetensors")  # it has learned
 
 
-def test_the_plan_is_said(tiny_model, train_file, tmp_path, capsys):
+def test_compiled(place, tmp_path, monkeypatch):
+    """The same run up to rounding, and files without a trace of it. Without code generation, for time."""
+    compiling = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compiling)
+    plain, compiled = (
+        run(place, tmp_path / name, f"--max-steps 3 --num-clusters 0 {flag}", model="still")
+        for name, flag in (("plain", ""), ("compiled", "--compile"))
+    )
+    assert [r["loss"] for r in compiled] == pytest.approx([r["loss"] for r in plain], rel=1e-3)
+    names = [load_file(tmp_path / name / "model.safetensors").keys() for name in ("plain", "compiled")]
+    assert names[0] == names[1]
+    assert all("event" not in record for record in log_of(tmp_path / "plain"))  # SimCSE never clusters
+
+
+def test_half_precision_with_a_scaled_loss(place, tmp_path, monkeypatch):
+    """The path that CUDA takes, on the CPU: the loss is scaled, gradients are not; a checkpoint holds it."""
+    half, output = Precision(torch.device("cpu"), torch.float16), tmp_path / "fp16"
+    plain = run(place, tmp_path / "fp32", "--max-steps 4 --num-clusters 0", model="still")
+    monkeypatch.setattr(Precision, "choose", classmethod(lambda cls, name, device: half))
+    more = "--max-steps 4 --num-clusters 0 --checkpoint-steps 2"
+    records = run(place, output, more, model="still")
+    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in plain], rel=0.05, abs=0.01)
+    assert records[0]["gradient_norm"] == pytest.approx(plain[0]["gradient_norm"], rel=0.05)
+    checkpoints = Checkpoints(output, keep=2)
+    last = checkpoints.last()
+    assert checkpoints.read(last, "log.jsonl").training["scaler"]["scale"] == 65536
+    shutil.rmtree(last)
+    (output / "training.json").write_text("{}")
+    before = (output / "model.safetensors").rename(tmp_path / "before.safetensors")
+    assert run(place, output, f"{more} --resume", model="still")[:2] == records[:2]
+    assert same_bits(before, output / "model.safetensors")
+
+
+def test_the_plan_is_said(place, tmp_path, capsys):
     """Batches are accumulated across epochs: one step in all is a run."""
-    more = "--epochs 2 --accumulation-steps 18 --warmup-steps 5 --no-tensorboard".split()
-    assert main(flags(tiny_model, train_file, tmp_path / "run", *more)) == 0
+    more = "--epochs 2 --accumulation-steps 24 --warmup-steps 5 --precision bf16"
+    assert [record["step"] for record in run(place, tmp_path / "run", more)] == [1]
     said = capsys.readouterr()
     words = (
-        "plan: 9 batches of 32 an epoch, without 12 rows that fill none, 18 of them a step, "
+        "plan: 12 batches of 32 an epoch, without 6 rows that fill none, 24 of them a step, "
         "1 steps by 2 epochs, warm-up of 5, 4 clusters"
     )
     assert words in said.out
     assert "warning: --warmup-steps 5: the learning rate rises to the last of 1 steps" in said.err
-    assert f"{train_file}: txt, a sentence a line; 'text' as sentences; 300 rows, for example" in said.out
-    assert [record["step"] for record in log_of(tmp_path / "run") if "loss" in record] == [1]
+    file = place / "sentences.txt"
+    assert f"{file}: txt, a sentence a line; 'text' as sentences; 390 rows, for example" in said.out
 
 
-def test_rows_left_out_are_said_at_the_start(tiny_model, tmp_path, capsys):
-    texts = sentences(300)
-    pairs = [f"{a},{b if i % 3 else ''},{i % 2}" for i, (a, b) in enumerate(pairwise(texts))]
+def test_rows_left_out_are_said_at_the_start(place, tmp_path, capsys):
+    pairs = [f"{a},{b if i % 3 else ''},{i % 2}" for i, (a, b) in enumerate(pairwise(sentences(300)))]
     (tmp_path / "pairs.csv").write_text("first,second,same\n" + "\n".join(pairs))
-    more = ["--text-columns", "first,second", "--max-steps", "1", "--no-tensorboard"]
-    given = flags(tiny_model, tmp_path / "pairs.csv", tmp_path / "run", *more)
+    given = command(
+        place, tmp_path / "run", "--max-steps 1 --text-columns first,second", file=tmp_path / "pairs.csv"
+    )
     assert "only some by 'same' (0, 1)" in refused(capsys, given)
     assert main([*given, "--positive-label", "1", "--label-column", "same"]) == 0
     said = capsys.readouterr()
@@ -298,85 +302,227 @@ def test_rows_left_out_are_said_at_the_start(tiny_model, tmp_path, capsys):
     assert "50 of 299 rows are left out" in said.err
 
 
-def test_what_a_failed_start_leaves(tiny_model, train_file, sts_dir, tmp_path, capsys, monkeypatch):
-    """Nothing, whether it fails at once, at the first evaluation or in the first step."""
-    from clusterns.train import Run
-
-    def fail(*_, **__):
-        raise ValueError("expected to go on")
-
-    more = ["--sts-dir", str(sts_dir), "--max-steps", "1"]
-    for name in ("load_sts", "sts_dev"):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"clusterns.training.task.{name}", fail)
-            assert "expected to go on" in refused(
-                capsys, flags(tiny_model, train_file, tmp_path / "a" / "b" / "c", *more)
-            )
-        assert not (tmp_path / "a").exists()
-    (tmp_path / "a").mkdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "train_step", fail)
-        assert "expected to go on" in refused(capsys, flags(tiny_model, train_file, tmp_path / "a", *more))
-    assert list((tmp_path / "a").iterdir()) == []
-    assert main(flags(tiny_model, train_file, tmp_path / "a", *more)) == 0
+def test_equal_sentences_and_clustering_that_cannot_start_are_told(place, tmp_path, capsys):
+    (tmp_path / "twice.txt").write_text("\n".join([*sentences(60), *sentences(40)]) + "\n")
+    run(place, tmp_path / "run", "--start-cosine -0.9", file=tmp_path / "twice.txt")
+    equal, *_, never = (record for record in log_of(tmp_path / "run") if "event" in record)
+    assert (equal["event"], never["event"]) == ("equal texts", "clustering never started")
+    printed = capsys.readouterr().out
+    assert equal["rows"] > 0
+    assert f"{equal['rows']} rows waited for a batch without an equal text" in printed
+    assert "raise it above" in printed
 
 
-def test_an_output_folder_on_another_disk(tiny_model, train_file, tmp_path, monkeypatch):
+def test_output_folder_is_guarded(place, tmp_path, capsys):
+    output = tmp_path / "run"
+    given = command(place, output, "--max-steps 1")
+    assert main(given) == 0
+    before = (output / "model.safetensors").read_bytes()
+    assert "holds files; choose another or pass --overwrite-output-dir" in refused(capsys, given)
+    assert (output / "model.safetensors").read_bytes() == before
+    with holding(output / ".lock"):
+        assert "in use by a running training" in refused(capsys, [*given, "--overwrite-output-dir"])
+    assert main([*given, "--overwrite-output-dir"]) == 0
+    model, long = place / "model", tmp_path / "x" / ("y" * 300)
+    best = output / "checkpoints" / "step-00000001" / "best"
+    for start, folder, words in (
+        (model, place / "sentences.txt", "--output-dir: expected a folder, got the file"),
+        (model, model, f"--output-dir: expected another folder than that of --model {model}, got"),
+        (best, output, "--output-dir: expected another folder than that of --model"),
+        (model, "~nosuchuser/x", "--output-dir: expected the home folder of a user that exists, got ~nosuch"),
+        (model, "", "--output-dir: expected a path, got an empty one"),
+        (model, long, f"--output-dir: expected a folder that can be written to, got {long} ("),
+    ):
+        message = refused(capsys, flags(start, place / "sentences.txt", folder, "--overwrite-output-dir"))
+        assert words in message
+        assert "Errno" not in message
+    assert not (tmp_path / "x").exists()
+    assert not os.path.exists("~nosuchuser")
+
+
+def test_an_output_folder_on_another_disk(place, tmp_path, monkeypatch):
     """Behind a link, and named from the home folder."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as disk:
         (tmp_path / "link").symlink_to(disk)
         monkeypatch.setenv("HOME", str(tmp_path))
-        run = flags(tiny_model, train_file, "~/link", "--max-steps", "1", "--no-tensorboard")
-        assert main(run) == 0
+        assert main(command(place, "~/link", "--max-steps 1")) == 0
         assert os.path.isfile(f"{disk}/model.safetensors")
         assert (tmp_path / "link").is_symlink()
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that nobody can write to")
-def test_an_output_folder_that_cannot_be_written(tiny_model, train_file, capsys):
-    message = refused(capsys, flags(tiny_model, train_file, "/proc/run", "--max-steps", "1"))
-    assert "--output-dir: expected a folder that can be written to, got /proc/run (" in message
+def test_what_a_failed_start_leaves(place, tmp_path, capsys, monkeypatch):
+    """Nothing, whether it fails at once, at the first evaluation or in the first step."""
+
+    def fail(*_, **__):
+        raise ValueError("expected to go on")
+
+    for name in ("load_sts", "sts_dev"):
+        with monkeypatch.context() as patch:
+            patch.setattr(task, name, fail)
+            given = command(place, tmp_path / "a" / "b" / "c", "STS --max-steps 1")
+            assert "expected to go on" in refused(capsys, given)
+        assert not (tmp_path / "a").exists()
+    (tmp_path / "a").mkdir()
+    given = command(place, tmp_path / "a", "STS --max-steps 1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_step", fail)
+        assert "expected to go on" in refused(capsys, given)
+    assert list((tmp_path / "a").iterdir()) == []
+    assert main(given) == 0
 
 
-def test_a_learning_rate_far_too_large(tiny_model, train_file, sts_dir, tmp_path, capsys):
-    more = "--learning-rate 1e30 --max-steps 3 --eval-steps 1 --no-tensorboard".split()
-    given = flags(tiny_model, train_file, tmp_path / "run", *more, "--sts-dir", str(sts_dir))
+FILES = {
+    "empty.txt": b"",
+    "blank.txt": b"\n \n\t\n",
+    "binary.txt": b"\x00\x01\xff" * 100,
+    "few.txt": b"a b\n\nc d\n",
+}
+WITHOUT = {"weights": "model.safetensors", "tokenizer": "tokenizer.json"}
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        *(({"file": name}, name) for name in ("absent.txt", "empty.txt", "blank.txt", "binary.txt")),
+        ({"file": "few.txt"}, "--batch-size: expected at most the 2 rows of {few.txt}, got 32"),
+        ({"model": "absent-model"}, "absent-model"),
+        *(({"model": name}, f"model: expected {name} (") for name in WITHOUT),
+        (
+            {"model": "nan"},
+            "step 1: expected a finite loss and gradient, got NaN or infinity; no model was saved",
+        ),
+    ],
+    ids=str,
+)
+def test_files_and_models_that_are_none(place, tmp_path, capsys, names, words):
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    model = names.get("model")
+    if model in WITHOUT:
+        shutil.copytree(place / "model", tmp_path / model)
+        (tmp_path / model / WITHOUT[model]).unlink()
+    elif model == "nan":
+        encoder = SentenceEncoder.from_pretrained(place / "model")
+        torch.nn.init.constant_(next(encoder.transformer.parameters()), torch.nan)
+        encoder.save(tmp_path / model)
+    there = {name: tmp_path / path for name, path in names.items()}
+    message = refused(capsys, command(place, tmp_path / "run", **there))
+    assert words.replace("{few.txt}", str(tmp_path / "few.txt")) in message
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("--temperature 0", "temperature: expected a finite number above 0"),
+        ("--num-clusters 1", "num_clusters: expected at least 2 with hard_negatives"),
+        ("--batch-size 1 --num-clusters 0", "batch_size: expected at least 2, got 1"),
+        ("--accumulation-steps 13", "accumulation_steps: expected at most 12, the batches of 32 in 1 epochs"),
+        ("--device toaster", "--device: expected a device of this machine, got 'toaster'"),
+        ("--sts-dir .", "sts-dev.csv"),
+        ("--precision fp16", "--precision: expected bf16 or fp32 on cpu, got fp16"),
+        ("--backend triton --template [X]", "template: expected one [MASK] or <mask>, got none"),
+        ("--text-columns a,b", "text"),
+        ("--backend triton", "backend: 'triton' cannot run"),
+    ],
+)
+def test_options_that_cannot_be_had(place, tmp_path, capsys, more, words, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("CLUSTERNS_DISABLE_TRITON", "1")
+    assert words in refused(capsys, command(place, tmp_path / "run", more))
+    assert not (tmp_path / "run").exists()
+
+
+def failing_at(monkeypatch, step: int, error: BaseException) -> None:
+    whole = Run.train_step
+
+    def train_step(self, *, watched):
+        if self.step == step:
+            raise error
+        return whole(self, watched=watched)
+
+    monkeypatch.setattr(Run, "train_step", train_step)
+
+
+def test_full_memory_says_what_helps(place, tmp_path, capsys, monkeypatch):
+    failing_at(monkeypatch, 3, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"))
+    message = refused(capsys, command(place, tmp_path / "run"))
+    assert "step 3: out of memory with --batch-size 32; what helps: --mini-batch-size 8" in message
+    assert "--precision bf16" in message
+    message = refused(capsys, command(place, tmp_path / "run", "--overwrite-output-dir --mini-batch-size 6"))
+    assert "what helps: --mini-batch-size 1" in message
+
+
+def test_an_interrupt_says_what_is_left(place, tmp_path, capsys, monkeypatch):
+    failing_at(monkeypatch, 3, KeyboardInterrupt())
+    assert main(command(place, tmp_path / "run")) == 130
+    left = "step 3: no model was saved; --checkpoint-steps with --resume keeps more"
+    assert capsys.readouterr().err.splitlines()[-2:] == ["clusterns: interrupted", left]
+    assert main(command(place, tmp_path / "run", "--overwrite-output-dir --checkpoint-steps 2")) == 130
+    last = tmp_path / "run" / "checkpoints" / "step-00000002"
+    left = f"step 3: no model was saved; the last good checkpoint is {last}; --resume goes on from it"
+    assert capsys.readouterr().err.splitlines()[-1] == left
+
+
+def test_a_loss_that_turns_nan_names_step_and_checkpoint(place, tmp_path, capsys, monkeypatch):
+    """The weights are spoilt in step 5, between two logged steps: the loss of step 6 is no number."""
+    whole = Run.train_step
+
+    def train_step(self, *, watched):
+        terms = whole(self, watched=watched)
+        if self.step == 5:
+            torch.nn.init.constant_(next(self.encoder.transformer.parameters()), torch.nan)
+        return terms
+
+    output = tmp_path / "run"
+    given = command(place, output, "STS --max-steps 20 --eval-steps 4 --checkpoint-steps 4 --log-steps 8")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_step", train_step)
+        message = refused(capsys, given)
+    assert (
+        "step 6: expected a finite loss and gradient, got NaN or infinity; the best model so far" in message
+    )
+    assert f"the last good checkpoint is {output / 'checkpoints' / 'step-00000004'}" in message
+    kept = load_file(output / "model.safetensors")
+    assert all(value.isfinite().all() for value in kept.values())
+    # Without the fault it goes on from there.
+    assert main([*given, "--resume"]) == 0
+    assert summary_of(output)["finished"]
+
+
+def test_a_learning_rate_far_too_large(place, tmp_path, capsys):
+    """The first step makes the weights so large that dev is no number."""
+    given = command(place, tmp_path / "run", "STS --learning-rate 1e30 --max-steps 3 --eval-steps 1")
     message = refused(capsys, given)
     assert "step 1: " in message
     assert message.endswith("lower --learning-rate")
 
 
-def test_loss_that_is_no_number_stops_the_run(tiny_model, train_file, tmp_path, capsys):
-    with_nan = tmp_path / "nan-model"
-    encoder = SentenceEncoder.from_pretrained(tiny_model)
-    with torch.no_grad():
-        next(encoder.transformer.parameters()).fill_(float("nan"))
-    encoder.save(with_nan)
-    message = refused(capsys, flags(with_nan, train_file, tmp_path / "run"))
-    assert "step 1: expected a finite loss and gradient, got NaN or infinity; no model was saved" in message
+@pytest.mark.parametrize("given", ["--help", "train --help", "evaluate --help", "--version"])
+def test_help_and_version(given, monkeypatch):
+    """Also in a locale without Greek letters."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(SystemExit) as ended:
+        main(given.split())
+    assert ended.value.code == 0
+    sys.stdout.flush()
+    assert (b"--bml-weight" in sys.stdout.buffer.getvalue()) == (given == "train --help")
 
 
-def test_help_and_version(capsys):
-    for arguments in (["--help"], ["train", "--help"], ["evaluate", "--help"], ["--version"]):
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        assert ended.value.code == 0
-    assert "--bml-weight" in capsys.readouterr().out
-
-
-def test_bad_command_lines_are_one_line(capsys):
-    """A part of a flag is no flag."""
-    for given, words in (
-        ("train --batch 8", "unrecognized arguments: --batch 8"),
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("train --batch 8", "unrecognized arguments: --batch 8"),  # a part of a flag is no flag
         ("train --batch-size many", "argument --batch-size: invalid int value: 'many'"),
         ("trian", "argument COMMAND: invalid choice: 'trian'"),
         ("report m --out page.html --sentences s.txt", "the following arguments are required: --output"),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            main(given.split())
-        assert ended.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"clusterns: error: {words}")
+    ],
+)
+def test_bad_command_lines_are_one_line(capsys, given, words):
+    with pytest.raises(SystemExit) as ended:
+        main(given.split())
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"clusterns: error: {words}")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
@@ -419,11 +565,3 @@ def test_a_second_interrupt_does_not_disturb_the_clearing(monkeypatch, capsys):
         signal.signal(signal.SIGINT, usual)
     assert cleared
     assert capsys.readouterr().err == "clusterns: interrupted\n"
-
-
-def test_a_locale_without_greek_letters(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    with pytest.raises(SystemExit) as ended:
-        main(["train", "--help"])
-    assert ended.value.code == 0
-    assert b"--bml-weight" in sys.stdout.buffer.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 from pathlib import Path
@@ -56,6 +57,20 @@ def write_dev(root: Path) -> Path:
     return root
 
 
+def write_place(root: Path) -> Path:
+    """A folder with a model, the same without dropout, sentences, triplets and a dev set."""
+    save_tiny_model(root / "model", pooling="mean", std=0.2)
+    save_tiny_model(root / "still", dropout=0.0, pooling="mean", std=0.2)
+    texts = sentences(390)
+    (root / "sentences.txt").write_text("\n".join(texts) + "\n")
+    with (root / "triplets.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["sent0", "sent1", "hard_neg"])
+        rows.writerows(zip(texts[:130], texts[130:260], texts[260:], strict=True))
+    write_dev(root / "sts")
+    return root
+
+
 def flags(model: Path, train_file: Path, output: Path, *more: str) -> list[str]:
     """A command line of `clusterns`; what is in `more` overrides."""
     fixed = "--batch-size 32 --learning-rate 1e-3 --num-clusters 4 --start-cosine 1 --log-steps 1"
@@ -63,9 +78,28 @@ def flags(model: Path, train_file: Path, output: Path, *more: str) -> list[str]:
     return ["train", *paths, *fixed.split(), "--precision", "fp32", "--device", "cpu", *more]
 
 
+def command(
+    place: Path, output: Path, more: str = "", *, model: str = "model", file: str = "sentences.txt"
+) -> list[str]:
+    """A command line for what `write_place` wrote; "STS" in `more` stands for the dev set."""
+    words = more.replace("STS", f"--sts-dir {place / 'sts'}").split()
+    return flags(place / model, place / file, output, "--no-tensorboard", *words)
+
+
+def run(place: Path, output: Path, more: str = "", **names: str) -> list[dict]:
+    """The figures of each step of such a run."""
+    assert main(command(place, output, more, **names)) == 0
+    return [record for record in log_of(output) if "loss" in record]
+
+
 def log_of(output: Path) -> list[dict]:
     """The records of log.jsonl."""
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def summary_of(output: Path) -> dict:
+    """What training.json holds."""
+    return json.loads((output / "training.json").read_text(encoding="utf-8"))
 
 
 def refused(capsys, arguments: list[str]) -> str:
@@ -76,6 +110,32 @@ def refused(capsys, arguments: list[str]) -> str:
     assert message.startswith("clusterns: error: ")
     assert "Traceback" not in "\n".join(lines)
     return message
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    """Whether two .safetensors files, or the models of two folders, hold the same tensors."""
+    paths = [path / "model.safetensors" if path.is_dir() else path for path in (one, other)]
+    ours, theirs = map(load_file, paths)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def assert_ends_alike(one: Path, other: Path) -> None:
+    """Same files, and to the bit the same weights, centroids, log, best model, summary and checkpoints."""
+    names = [
+        sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file()) for root in (one, other)
+    ]
+    assert names[0] == names[1]
+    for name in map(str, names[0]):
+        if name.endswith(".safetensors"):
+            assert same_bits(one / name, other / name), name
+        elif name.endswith("log.jsonl"):
+            logs = [log_of((root / name).parent) for root in (one, other)]
+            assert [{**record, "seconds": 0} for record in logs[0]] == [
+                {**record, "seconds": 0} for record in logs[1]
+            ], name
+    summaries = [summary_of(folder) for folder in (one, other)]
+    for key in ("finished", "scores", "best_step"):
+        assert summaries[0][key] == summaries[1][key]
 
 
 def assert_trained_alike(start: Path, one: Path, other: Path, share: float = 0.005) -> None:
