@@ -6,7 +6,7 @@ bare import name `kernels` belongs to another package, which transformers probes
 
 from setuptools import setup
 
-ROOMS = ["corpus", "evaluation", "models", "training"]
+ROOMS = ["corpus", "evaluation", "models", "objective", "training"]
 
 setup(
     packages=["clusterns", *(f"clusterns.{room}" for room in ROOMS), "clusterns.kernels"],

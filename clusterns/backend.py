@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import fused
-from .checks import check_choice
-from .options import WORKSPACE_BYTES
+from .checks import check_choice, warn
+from .kernels import target
+from .objective.problem import Options
 
 BACKENDS = ("auto", "triton", "torch", "reference")
+_told: set[str] = set()
 
 
 def check_backend(backend: str) -> None:
@@ -31,7 +32,7 @@ def check_backend(backend: str) -> None:
     """
     check_choice("backend", backend, BACKENDS)
     if backend == "triton":
-        _refuse_if(fused.why_not())
+        _refuse_if(why_not())
 
 
 def choose_backend(
@@ -40,14 +41,14 @@ def choose_backend(
     positives: Tensor,
     negatives: Tensor | None = None,
     centroids: Tensor | None = None,
-    workspace_bytes: int = WORKSPACE_BYTES,
+    options: Options = Options(),  # noqa: B008 (a tuple)
     shared: bool = False,
 ) -> str:
     """Turn the user's word into "triton", "triton-chunked", "torch" or "reference" for these tensors.
 
     "auto" is Triton on CUDA and ROCm where it can, and torch elsewhere. A batch whose cosines fit the
     workspace (by default B up to about 8,000) is "triton"; a larger one, or one that ranks share,
-    "triton-chunked".
+    "triton-chunked". A rule for false negatives that is no word is torch's, which is said once.
     Raises as `check_backend`.
     """
     check_choice("backend", backend, BACKENDS)
@@ -55,13 +56,28 @@ def choose_backend(
         return backend
     if backend == "auto" and not anchors.is_cuda:
         return "torch"  # also while the interpreter is on: it is for tests
-    reason = fused.why_not(anchors, positives, negatives, centroids)
+    reason = why_not(anchors, positives, negatives, centroids)
     if backend == "triton":
         _refuse_if(reason)
     elif reason is not None:
         return "torch"
-    fits = fused.cosine_bytes(anchors, negatives, centroids) <= workspace_bytes
+    rule = options.false_negatives
+    if not isinstance(rule, str):
+        name = getattr(rule, "__name__", type(rule).__name__)
+        if name not in _told:
+            _told.add(name)
+            warn(f"false_negatives: the rule {name} is computed in torch; the kernels know only words")
+        return "torch"
+    columns = sum(len(z) for z in (anchors, negatives, centroids) if z is not None)
+    fits = 4 * len(anchors) * columns <= options.workspace_bytes  # the cosines, kept for the backward
     return "triton" if fits and not shared else "triton-chunked"
+
+
+def why_not(*tensors: Tensor | None) -> str | None:
+    """Say why Triton cannot run on the tensors and what to do; None if it can."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    device = present[0].device if present else None
+    return target.why_not(device, *(tensor.dtype for tensor in present))
 
 
 def _refuse_if(reason: str | None) -> None:

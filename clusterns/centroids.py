@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
-from . import fused
 from .checks import check_choice, check_count, check_number
-from .functional import NearestCentroids, assign_unit_rows, seed_centroids
-from .normalization import unit_rows, without_autocast
-
-if TYPE_CHECKING:
-    from .distributed import Ranks
+from .functional import assign, seed_centroids
+from .objective import operators
+from .objective.norms import inverse_norms, without_autocast
+from .objective.problem import Clusters, Update
+from .objective.ranks import Alone
 
 CENTROID_UPDATES = ("sum", "mean", "replace", "adamw")
 
@@ -118,34 +115,48 @@ class OnlineKMeans(nn.Module):
 
     @torch.no_grad()
     def assign(
-        self, points: Tensor, *, update: bool, ranks: Ranks | None = None, on_triton: bool = False
-    ) -> tuple[NearestCentroids, Tensor | None]:
-        """Nearest and runner-up centroid of points (B, D), after an update by them if wanted.
-
-        With them come the cosines (B, K), where these are small enough to keep.
+        self, points: Tensor, *, update: bool, ranks: Alone | None = None, backend: str = "torch"
+    ) -> Clusters:
+        """Clusters of points (B, D), by their nearest and runner-up centroid, after an update if wanted.
 
         The update assigns the points to the old centroids and moves those (method steps 3 and 4). It leaves
         out rows without a direction: zero rows and those with a non-finite value, as mixed precision makes.
-        With `ranks`, points are this rank's share and the update is by those of all ranks.
+        With `ranks`, points are this rank's share and the update is by those of all ranks. On "triton" both
+        are left to the kernels of the objective, which compute the cosines anyway, and only told them here.
         """
         self._follow_precision(points)
-        if on_triton:
-            if update:
-                self._move_together(*fused.cluster_sums(points, self.centroids), ranks)
-            return NearestCentroids(*fused.nearest_centroids(points, self.centroids)), None
-        points = points.detach().to(self.centroids.dtype)
-        a, scale = unit_rows(points, points.dtype)
+        on_triton = backend.startswith("triton")
+        if backend == "triton" and not (update and self.centroid_update == "adamw"):
+            statistic = "mean" if self.centroid_update == "mean" else "sum"
+            moves = Update(statistic, self._share) if update else None
+            return Clusters(centroids=self.centroids, update=moves)
         if update:
-            valid = scale > 0  # false for NaN, and 0 is the inverse of an infinite norm
-            nearest = assign_unit_rows(a, self.centroids)[0].nearest
-            points = points.masked_fill(~valid[:, None], 0.0)
-            self._move_together(*cluster_sums(points, nearest, valid, self.num_clusters), ranks)
-        return assign_unit_rows(a, self.centroids)
+            if on_triton:
+                count, total = operators.cluster_sums(points, self.centroids)
+            else:
+                count, total = self._sums(points)
+            if ranks is not None:
+                count, total = ranks.sum(count), ranks.sum(total)
+            self._move(count, total)
+        if backend == "triton":
+            return Clusters(centroids=self.centroids)
+        if on_triton:
+            found, known = operators.nearest_centroids(points, self.centroids), None
+        else:
+            found, known = assign(points, self.centroids, self.centroids.dtype)
+        nearest, runner_up, nearest_cosine, runner_up_cosine = found
+        return Clusters(nearest, self.centroids, runner_up, nearest_cosine, runner_up_cosine, known)
 
-    def _move_together(self, count: Tensor, total: Tensor, ranks: Ranks | None) -> None:
-        if ranks is not None:
-            count, total = ranks.sum(count), ranks.sum(total)
-        self._move(count, total)
+    def _sums(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Members (K,) of each cluster and their sum (K, D), over the points with a direction."""
+        points = points.detach().to(self.centroids.dtype)
+        nearest = assign(points, self.centroids, points.dtype)[0].nearest
+        valid = inverse_norms(points) > 0  # false for NaN, and 0 is the inverse of an infinite norm
+        return cluster_sums(points.masked_fill(~valid[:, None], 0.0), nearest, valid, self.num_clusters)
+
+    @property
+    def _share(self) -> float:
+        return 1.0 if self.centroid_update == "replace" else self.centroid_momentum
 
     def _move(self, count: Tensor, total: Tensor) -> None:
         """Move the centroids towards clusters of `count` (K,) members that add up to `total` (K, D)."""
@@ -154,8 +165,7 @@ class OnlineKMeans(nn.Module):
         else:
             count = count[:, None]
             stat = total / count.clamp_min(1) if self.centroid_update == "mean" else total
-            share = 1.0 if self.centroid_update == "replace" else self.centroid_momentum
-            moved = torch.where(count > 0, torch.lerp(self.centroids, stat, share), self.centroids)
+            moved = torch.where(count > 0, torch.lerp(self.centroids, stat, self._share), self.centroids)
         self.centroids.copy_(moved)
 
     def _adamw_step(self, count: Tensor, total: Tensor) -> Tensor:

@@ -7,15 +7,14 @@ products follow `torch.get_float32_matmul_precision()`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import fused, reference
+from . import reference
 from .backend import choose_backend
 from .checks import (
-    check_choice,
     check_count,
     check_embeddings,
     check_ids,
@@ -26,14 +25,11 @@ from .checks import (
     check_within,
     under_functorch,
 )
-from .normalization import compute_dtype, unit_rows, without_autocast
-from .options import WORKSPACE_BYTES, Options
-from .sweep import ClusterAwareInfoNCE, Clusters
-
-if TYPE_CHECKING:
-    from .distributed import Ranks
-
-FALSE_NEGATIVES = ("bml", "exclude", "keep")
+from .objective import operators
+from .objective.norms import compute_dtype, unit_rows, without_autocast
+from .objective.problem import WORKSPACE_BYTES, Clusters, Known, Options
+from .objective.ranks import Alone, seeding_chain
+from .rules import CloseMates, Rule, check_rule, rule_of
 
 
 class NearestCentroids(NamedTuple):
@@ -46,13 +42,16 @@ class NearestCentroids(NamedTuple):
 
 
 class ObjectiveTerms(NamedTuple):
-    """Result of `objective`: 0-d tensors, all but `loss` detached."""
+    """Result of `objective`: 0-d tensors, all but `loss` detached; the last three if Triton assigned."""
 
     loss: Tensor
     info_nce: Tensor
     bml: Tensor
     mean_cosine: Tensor
     positive_cosine: Tensor
+    nearest_cosine: Tensor | None = None
+    hard_negative_cosine: Tensor | None = None
+    with_mates: Tensor | None = None
 
 
 def cosine_similarity_matrix(a: Tensor, b: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
@@ -71,7 +70,7 @@ def cosine_similarity_matrix(a: Tensor, b: Tensor, temperature: float | Tensor =
     check_like("b", b, "a", a)
     check_temperature(temperature, "a", a)
     if choose_backend("auto", a, b) == "triton" and not under_functorch():
-        return fused.cosine_similarity_matrix(a, b, temperature)
+        return operators.cosine_similarity_matrix(a, b, temperature)
     dtype = compute_dtype(a, b)
     with without_autocast(a.device):
         scaled = reference.unit(a.to(dtype)) * (1.0 / temperature)
@@ -93,24 +92,24 @@ def nearest_centroids(points: Tensor, centroids: Tensor) -> NearestCentroids:
     """
     check_embeddings("points", points)
     check_like("centroids", centroids, "points", points)
-    if points.is_cuda and fused.why_not(points, centroids) is None:
-        return NearestCentroids(*fused.nearest_centroids(points, centroids))
-    dtype = compute_dtype(points, centroids)
-    return assign_unit_rows(unit_rows(points, dtype)[0], centroids)[0]
+    if choose_backend("auto", points, centroids).startswith("triton"):
+        return NearestCentroids(*operators.nearest_centroids(points, centroids))
+    return assign(points, centroids, compute_dtype(points, centroids))[0]
 
 
-def assign_unit_rows(a: Tensor, centroids: Tensor) -> tuple[NearestCentroids, Tensor | None]:
-    """`nearest_centroids` for points (B, D) that are normalised already, without checks.
+@torch.no_grad()
+def assign(points: Tensor, centroids: Tensor, dtype: torch.dtype) -> tuple[NearestCentroids, Known | None]:
+    """`nearest_centroids` for points (B, D) in plain torch, computed in `dtype`, without checks.
 
-    Also returns all cosines (B, K) where they take at most a quarter of the workspace, so that the loss
-    need not compute them again.
+    Also returns what the loss would compute again, where it is small beside the workspace.
     """
-    rows, clusters = len(a), len(centroids)
+    a, scale = unit_rows(points, dtype)
+    c, _ = unit_rows(centroids, dtype)
+    rows, clusters = len(a), len(c)
     ids = torch.empty((2, rows), dtype=torch.int64, device=a.device)
-    cosines = torch.empty((2, rows), dtype=a.dtype, device=a.device)
-    step = max(1, WORKSPACE_BYTES // (2 * clusters * a.dtype.itemsize))
+    cosines = torch.empty((2, rows), dtype=dtype, device=a.device)
+    step = max(1, WORKSPACE_BYTES // (2 * clusters * dtype.itemsize))
     with without_autocast(a.device):
-        c, _ = unit_rows(centroids, a.dtype)
         for start in range(0, rows, step):
             chunk = slice(start, start + step)
             g = a[chunk] @ c.T
@@ -119,11 +118,12 @@ def assign_unit_rows(a: Tensor, centroids: Tensor) -> tuple[NearestCentroids, Te
                 ids[rank, chunk] = best[:, 0]
                 cosines[rank, chunk] = g.gather(1, best)[:, 0]
                 g.scatter_(1, best, -torch.inf)
-    small = rows * clusters * a.dtype.itemsize <= WORKSPACE_BYTES // 4  # so it was one chunk
-    whole = g.scatter_(1, ids.T, cosines.T) if small else None
+    known = None
+    if a.numel() + rows * clusters <= WORKSPACE_BYTES // (16 * dtype.itemsize) and clusters > 1:  # one chunk
+        known = Known(a, scale, c, g.scatter_(1, ids.T, cosines.T))
     if clusters == 1:
-        whole, ids[1] = None, -1
-    return NearestCentroids(ids[0], ids[1], cosines[0], cosines[1]), whole
+        ids[1] = -1
+    return NearestCentroids(ids[0], ids[1], cosines[0], cosines[1]), known
 
 
 @torch.no_grad()
@@ -163,100 +163,36 @@ def seed_centroids(
         first = int(torch.randint(batch, (1,), generator=generator))
     if not 0 <= first < batch:
         raise ValueError(f"first: expected an index in [0, {batch}), got {first}")
-    dtype = compute_dtype(anchors, positives)
-    with without_autocast(anchors.device):
-        a, _ = unit_rows(anchors, dtype)
-        p, _ = unit_rows(positives, dtype)
-        indices = torch.empty(num_clusters, dtype=torch.int64, device=anchors.device)
-        chosen = torch.zeros(batch, dtype=torch.bool, device=anchors.device)
-        pick = torch.tensor([first], device=anchors.device)
-        for rank in range(num_clusters):
-            indices[rank : rank + 1] = pick
-            chosen.index_fill_(0, pick, True)
-            similarity = torch.mv(p, a.index_select(0, pick)[0]).masked_fill_(chosen, torch.inf)
-            pick = similarity.argmin(dim=0, keepdim=True)
-        return anchors.detach().to(dtype)[indices], indices
+    return seeding_chain(anchors, positives, num_clusters, first, Alone(batch))
 
 
 def objective(
     anchors: Tensor,
     positives: Tensor,
-    *,
-    temperature: float | Tensor = 0.05,
-    negatives: Tensor | None = None,
-    centroids: Tensor | None = None,
-    hard_negative_ids: Tensor | None = None,
-    centroid_cosines: Tensor | None = None,
-    hard_negative_weight: float = 0.0,
-    cluster_ids: Tensor | None = None,
-    false_negatives: str = "keep",
-    bml_weight: float = 1e-4,
-    bml_alpha: float = 0.2,
-    bml_beta: float = 0.5,
-    workspace_bytes: int = WORKSPACE_BYTES,
-    backend: str = "auto",
-    ranks: Ranks | None = None,
+    negatives: Tensor | None,
+    temperature: float | Tensor,
+    clusters: Clusters,
+    options: Options,
+    backend: str,
+    ranks: Alone | None = None,
 ) -> ObjectiveTerms:
-    """Loss and parts of the objective; see `info_nce`, which returns the loss alone, for the arguments.
+    """Loss and parts of the objective for checked input, on a backend as `choose_backend` returns it.
 
-    `centroid_cosines`: (B, K) cosines of anchors and centroids, if the caller has them from an assignment.
     `ranks`: the embeddings and ids are this rank's rows of a batch that several ranks share.
     """
-    _check_objective(anchors, positives, negatives, centroids, hard_negative_ids, cluster_ids)
-    check_temperature(temperature, "anchors", anchors)
-    check_choice("false_negatives", false_negatives, FALSE_NEGATIVES)
-    check_number("hard_negative_weight", hard_negative_weight)
-    check_number("bml_weight", bml_weight, at_least=0)
-    check_number("bml_alpha", bml_alpha)
-    check_number("bml_beta", bml_beta)
-    check_count("workspace_bytes", workspace_bytes, at_least=1)
-    backend = choose_backend(
-        backend, anchors, positives, negatives, centroids, workspace_bytes, shared=ranks is not None
-    )
-    check_transforms(backend)
-    options = Options(hard_negative_weight, false_negatives, bml_weight, bml_alpha, bml_beta, workspace_bytes)
     if backend == "triton":
-        terms = fused.objective(
-            anchors, positives, negatives, temperature, centroids, cluster_ids, hard_negative_ids, options
-        )
-        return ObjectiveTerms(*terms[:5])
-
-    if centroids is not None and (hard_negative_ids is None or cluster_ids is None):
-        with torch.no_grad():
-            dtype = compute_dtype(anchors, positives, negatives)
-            if backend == "triton-chunked":
-                nearest, runner_up, *_ = fused.nearest_centroids(anchors, centroids)
-            elif backend == "reference":
-                nearest, runner_up = reference.nearest_and_runner_up(anchors.to(dtype), centroids.to(dtype))
-            else:
-                assigned, centroid_cosines = assign_unit_rows(unit_rows(anchors, dtype)[0], centroids)
-                nearest, runner_up = assigned[:2]
-        cluster_ids = nearest if cluster_ids is None else cluster_ids
-        if hard_negative_ids is None and len(centroids) > 1:
-            hard_negative_ids = runner_up
-    if hard_negative_ids is not None:
-        hard_negative_ids = hard_negative_ids.long()
-
+        loss, terms = operators.whole_batch(anchors, positives, negatives, temperature, clusters, options)
+        *parts, nearest_cosine, hard_negative_cosine, with_mates, _ = terms.unbind()
+        if clusters.centroids is None:
+            return ObjectiveTerms(loss, *parts)
+        hard = hard_negative_cosine if clusters.hard_negatives else None
+        return ObjectiveTerms(loss, *parts, nearest_cosine, hard, with_mates)
+    if clusters.hard_ids is not None:
+        clusters = clusters._replace(hard_ids=clusters.hard_ids.long())
     if backend == "reference":
-        return _reference_objective(
-            anchors,
-            positives,
-            temperature=temperature,
-            negatives=negatives,
-            centroids=centroids,
-            hard_negative_ids=hard_negative_ids,
-            hard_negative_weight=hard_negative_weight,
-            cluster_ids=cluster_ids,
-            false_negatives=false_negatives,
-            bml_weight=bml_weight,
-            bml_alpha=bml_alpha,
-            bml_beta=bml_beta,
-        )
-    clusters = Clusters(cluster_ids, centroids, hard_negative_ids, centroid_cosines)
+        return _reference_objective(anchors, positives, negatives, temperature, clusters, options)
     inputs = (anchors, positives, negatives, temperature)
-    loss, terms = ClusterAwareInfoNCE.apply(
-        *inputs, clusters, options, backend, ranks, torch.is_grad_enabled()
-    )
+    loss, terms = operators.Sweep.apply(*inputs, clusters, options, backend, ranks, torch.is_grad_enabled())
     return ObjectiveTerms(loss, *terms.unbind())
 
 
@@ -270,7 +206,7 @@ def info_nce(
     hard_negative_ids: Tensor | None = None,
     hard_negative_weight: float = 0.0,
     cluster_ids: Tensor | None = None,
-    false_negatives: str = "keep",
+    false_negatives: str | Rule = "keep",
     bml_weight: float = 1e-4,
     bml_alpha: float = 0.2,
     bml_beta: float = 0.5,
@@ -292,7 +228,8 @@ def info_nce(
         cluster_ids: (B,) int, sentences of one id are false negatives of each other; the nearest centroid if
             None and centroids are given.
         false_negatives: "keep" leaves them in the denominator, "exclude" takes them out, "bml" leaves them
-            and adds `bml_weight` (λ) times the two-sided margin loss with margins α and β.
+            and adds `bml_weight` (λ) times the two-sided margin loss with margins α and β. Or a rule of your
+            own or of `clusterns.rules`, which the torch path serves, also where Triton would.
         bml_weight: λ ≥ 0.
         bml_alpha: α, upper margin: cos(i, j) should stay α below cos(i, i).
         bml_beta: β, lower margin: and not fall further than β below it.
@@ -312,55 +249,95 @@ def info_nce(
     Source: method steps 5 to 8; Deng et al. 2023, section 3.
 
     """
-    if hard_negative_ids is not None and centroids is not None:
+    check_embeddings("anchors", anchors)
+    check_like("positives", positives, "anchors", anchors, same_rows=True)
+    for name, others in (("negatives", negatives), ("centroids", centroids)):
+        if others is not None:
+            check_like(name, others, "anchors", anchors)
+    for name, ids in (("hard_negative_ids", hard_negative_ids), ("cluster_ids", cluster_ids)):
+        if ids is not None:
+            check_ids(name, ids, len(anchors), "anchors", anchors)
+    if hard_negative_ids is not None:
+        if centroids is None:
+            raise ValueError("hard_negative_ids: expected together with centroids, got centroids=None")
         check_within("hard_negative_ids", hard_negative_ids, len(centroids))
-    return objective(
-        anchors,
-        positives,
-        temperature=temperature,
-        negatives=negatives,
-        centroids=centroids,
-        hard_negative_ids=hard_negative_ids,
-        hard_negative_weight=hard_negative_weight,
-        cluster_ids=cluster_ids,
-        false_negatives=false_negatives,
-        bml_weight=bml_weight,
-        bml_alpha=bml_alpha,
-        bml_beta=bml_beta,
-        workspace_bytes=workspace_bytes,
-        backend=backend,
-    ).loss
+    check_temperature(temperature, "anchors", anchors)
+    options = Options(hard_negative_weight, false_negatives, bml_weight, bml_alpha, bml_beta, workspace_bytes)
+    check_options(options)
+    backend = choose_backend(backend, anchors, positives, negatives, centroids, options)
+    check_transforms(backend)
+    clusters = Clusters(cluster_ids, centroids, hard_negative_ids)
+    if centroids is not None and backend != "triton":
+        dtype = compute_dtype(anchors, positives, negatives)
+        clusters = _complete(clusters, centroids, anchors, options, backend, dtype)
+    return objective(anchors, positives, negatives, temperature, clusters, options, backend).loss
 
 
-def _check_objective(
+def check_options(options: Options) -> None:
+    """Require settings of the objective that make sense."""
+    check_number("hard_negative_weight", options.hard_negative_weight)
+    check_rule("false_negatives", options.false_negatives)
+    check_number("bml_weight", options.bml_weight, at_least=0)
+    check_number("bml_alpha", options.bml_alpha)
+    check_number("bml_beta", options.bml_beta)
+    check_count("workspace_bytes", options.workspace_bytes, at_least=1)
+
+
+@torch.no_grad()
+def _complete(
+    clusters: Clusters,
+    centroids: Tensor,
+    anchors: Tensor,
+    options: Options,
+    backend: str,
+    dtype: torch.dtype,
+) -> Clusters:
+    """Clusters with what is missing of them from an assignment to the centroids."""
+    known, rule = None, rule_of(options.false_negatives, True)
+    if clusters.ids is None or clusters.hard_ids is None:
+        if backend == "triton-chunked":
+            found = NearestCentroids(*operators.nearest_centroids(anchors, centroids))
+        elif backend == "reference":
+            nearest, runner_up = reference.nearest_and_runner_up(anchors.to(dtype), centroids.to(dtype))
+            found = NearestCentroids(nearest, runner_up, *assign(anchors, centroids, dtype)[0][2:])
+        else:
+            found, known = assign(anchors, centroids, dtype)
+        if clusters.hard_ids is None and len(centroids) > 1:
+            clusters = clusters._replace(hard_ids=found.runner_up)
+        if clusters.ids is None:
+            return clusters._replace(ids=found.nearest, nearest_cosine=found.nearest_cosine, known=known)
+    clusters = clusters._replace(known=known)
+    if isinstance(rule, CloseMates) and clusters.ids is not None:
+        check_within("cluster_ids", clusters.ids, len(centroids))
+        own = unit_rows(centroids, dtype)[0][clusters.ids]
+        clusters = clusters._replace(nearest_cosine=(unit_rows(anchors, dtype)[0] * own).sum(dim=1))
+    return clusters
+
+
+def _reference_objective(
     anchors: Tensor,
     positives: Tensor,
     negatives: Tensor | None,
-    centroids: Tensor | None,
-    hard_negative_ids: Tensor | None,
-    cluster_ids: Tensor | None,
-) -> None:
-    check_embeddings("anchors", anchors)
-    check_like("positives", positives, "anchors", anchors, same_rows=True)
-    if negatives is not None:
-        check_like("negatives", negatives, "anchors", anchors)
-    if centroids is not None:
-        check_like("centroids", centroids, "anchors", anchors)
-    if hard_negative_ids is not None:
-        check_ids("hard_negative_ids", hard_negative_ids, len(anchors), "anchors", anchors)
-        if centroids is None:
-            raise ValueError("hard_negative_ids: expected together with centroids, got centroids=None")
-    if cluster_ids is not None:
-        check_ids("cluster_ids", cluster_ids, len(anchors), "anchors", anchors)
-
-
-def _reference_objective(anchors: Tensor, positives: Tensor, **arguments) -> ObjectiveTerms:
-    dtype = compute_dtype(anchors, positives, arguments["negatives"])
-    for name in ("negatives", "centroids"):
-        if arguments[name] is not None:
-            arguments[name] = arguments[name].to(dtype)
+    temperature: float | Tensor,
+    clusters: Clusters,
+    options: Options,
+) -> ObjectiveTerms:
+    dtype = compute_dtype(anchors, positives, negatives)
     z1, z2 = anchors.to(dtype), positives.to(dtype)
+    others, centroids = (None if z is None else z.to(dtype) for z in (negatives, clusters.centroids))
+    numbers = options._asdict()
+    del numbers["workspace_bytes"]
     with without_autocast(anchors.device):
-        terms = reference.objective(z1, z2, **arguments)
+        terms = reference.objective(
+            z1,
+            z2,
+            temperature=temperature,
+            negatives=others,
+            centroids=centroids,
+            hard_negative_ids=clusters.hard_ids,
+            cluster_ids=clusters.ids,
+            nearest_cosine=clusters.nearest_cosine,
+            **numbers,
+        )
         cosines = reference.cosine_similarity_matrix(z1, z2).detach()
     return ObjectiveTerms(*terms, cosines.mean(), cosines.diagonal().mean())

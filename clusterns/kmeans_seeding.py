@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .kmeans_steps import Rows
-from .normalization import without_autocast
+from .objective.norms import without_autocast
 
 # Rows whose distances to the candidates are computed at a time.
 _BLOCK_ROWS = 2**14

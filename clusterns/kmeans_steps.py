@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from . import fused
+from .backend import why_not
 from .functional import nearest_centroids
-from .normalization import inverse_norms, without_autocast
-from .options import WORKSPACE_BYTES
+from .objective.norms import inverse_norms, without_autocast
+from .objective.problem import WORKSPACE_BYTES
 
 # Cosines of a block on the CPU: enough for a fast product, few enough that the maximum finds them in cache.
 _BLOCK_BYTES = 16 * 2**20
@@ -184,7 +184,7 @@ def assign(rows: Rows, centers: Tensor, labels: Tensor | None = None) -> Assigne
 
 def uses_kernel(points: Tensor, centers: Tensor) -> bool:
     """Whether the Triton assignment kernel takes these."""
-    return points.is_cuda and fused.why_not(points, centers) is None
+    return points.is_cuda and why_not(points, centers) is None
 
 
 def _block_rows(clusters: int, rows: Rows) -> int:

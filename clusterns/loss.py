@@ -7,12 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from . import fused
 from .backend import check_backend, choose_backend
 from .centroids import OnlineKMeans
 from .checks import (
     check_choice,
-    check_count,
     check_embeddings,
     check_like,
     check_number,
@@ -21,9 +19,10 @@ from .checks import (
     under_functorch,
     warn,
 )
-from .distributed import GATHERS, Ranks, seed_together
-from .functional import FALSE_NEGATIVES, ObjectiveTerms, objective
-from .options import WORKSPACE_BYTES, Options
+from .functional import check_options, objective
+from .objective.problem import WORKSPACE_BYTES, Clusters, Options
+from .objective.ranks import GATHERS, Ranks, meet, seeding_chain
+from .rules import Rule
 
 _NOT_STARTED = (
     "fullgraph: expected clustering_active, or eval mode, for a whole graph, as until then each step reads "
@@ -56,7 +55,8 @@ class ClusterNSLoss(OnlineKMeans):
         centroid_update: "sum", "mean", "replace" or "adamw", see `OnlineKMeans`.
         hard_negatives: use the runner-up centroids as hard negatives (needs K ≥ 2).
         hard_negative_weight: w, added to the logit of a sentence's own hard negative.
-        false_negatives: "bml" (margin loss), "exclude" (out of the denominator) or "keep".
+        false_negatives: "bml" (margin loss), "exclude" (out of the denominator) or "keep"; or a rule, a
+            function that says which pairs are false negatives and what becomes of them (`clusterns.rules`).
         bml_weight, bml_alpha, bml_beta: λ, α, β of the margin loss.
         backend: "auto" (Triton on a GPU, torch elsewhere), "triton", "torch" or "reference".
         workspace_bytes: memory for logits and their temporaries, whatever the batch size.
@@ -89,7 +89,7 @@ class ClusterNSLoss(OnlineKMeans):
         centroid_update: str = "sum",
         hard_negatives: bool = True,
         hard_negative_weight: float = 0.0,
-        false_negatives: str = "bml",
+        false_negatives: str | Rule = "bml",
         bml_weight: float = 1e-4,
         bml_alpha: float = 0.2,
         bml_beta: float = 0.5,
@@ -109,18 +109,15 @@ class ClusterNSLoss(OnlineKMeans):
         )
         check_temperature(temperature)
         check_number("start_cosine", start_cosine, at_least=-1, at_most=1)
-        check_number("hard_negative_weight", hard_negative_weight)
-        check_choice("false_negatives", false_negatives, FALSE_NEGATIVES)
-        check_number("bml_weight", bml_weight, at_least=0)
-        check_number("bml_alpha", bml_alpha)
-        check_number("bml_beta", bml_beta)
+        check_options(
+            Options(hard_negative_weight, false_negatives, bml_weight, bml_alpha, bml_beta, workspace_bytes)
+        )
         check_backend(backend)
         check_choice("gather", gather, GATHERS)
         if process_group is not None and backend == "reference":
             raise ValueError(
                 "backend: expected 'auto', 'triton' or 'torch' with a process_group, got 'reference'"
             )
-        check_count("workspace_bytes", workspace_bytes, at_least=1)
         if hard_negatives and num_clusters < 2:
             raise ValueError(
                 "num_clusters: expected at least 2 with hard_negatives=True (a runner-up centroid), "
@@ -166,23 +163,31 @@ class ClusterNSLoss(OnlineKMeans):
             ranks = self._meet(self.process_group, anchors, positives, negatives)
         clustered = self.clustering_active
         inputs = (anchors, positives, negatives)
-        backend = choose_backend(
-            self.backend,
-            *inputs,
-            self.centroids if clustered else None,
+        options = Options(
+            self.hard_negative_weight,
+            self.false_negatives,
+            self.bml_weight,
+            self.bml_alpha,
+            self.bml_beta,
             self.workspace_bytes,
-            shared=ranks is not None,
+        )
+        backend = choose_backend(
+            self.backend, *inputs, self.centroids if clustered else None, options, shared=ranks is not None
         )
         check_transforms(backend)
         if self.training and self.num_clusters and under_functorch():
             raise RuntimeError(
                 "training: expected eval mode within torch.func, where centroids cannot move; call .eval()"
             )
-        if backend == "triton":
-            terms, cosines = self._fused_step(*inputs, self.centroids if clustered else None)
-        else:
-            terms, cosines = self._step(*inputs, clustered, backend, ranks)
-        self.last = {name: term.detach() for name, term in terms._asdict().items()} | cosines
+        clusters, cosines = Clusters(), {}
+        if clustered:
+            clusters = self.assign(anchors, update=self.training, ranks=ranks, backend=backend)
+            cosines = self._describe(clusters, ranks)
+            if not self.hard_negatives:
+                clusters = clusters._replace(hard_negatives=False, hard_ids=None)
+        terms = objective(*inputs, self.temperature, clusters, options, backend, ranks)
+        found = {name: term.detach() for name, term in terms._asdict().items() if term is not None}
+        self.last = found | cosines
         after_step = self._after_step
         if torch.compiler.is_compiling():
             if not (self.training and self.num_clusters and not clustered):
@@ -210,91 +215,7 @@ class ClusterNSLoss(OnlineKMeans):
         # Bad anchors may be no tensor, or on the wrong device: the others would wait in vain.
         of_loss = refused is not None and (self.num_clusters > 0 or not isinstance(anchors, Tensor))
         device = self.centroids.device if of_loss else anchors.device
-        return Ranks(group, self.gather, anchors, positives, negatives, self.temperature, refused, device)
-
-    def _step(
-        self,
-        anchors: Tensor,
-        positives: Tensor,
-        negatives: Tensor | None,
-        clustered: bool,
-        backend: str,
-        ranks: Ranks | None,
-    ) -> tuple[ObjectiveTerms, dict[str, Tensor]]:
-        clusters: dict = {}
-        cosines: dict[str, Tensor] = {}
-        if clustered:
-            on_triton = backend == "triton-chunked"
-            assigned, centroid_cosines = self.assign(
-                anchors, update=self.training, ranks=ranks, on_triton=on_triton
-            )
-            clusters["cluster_ids"] = assigned.nearest
-            sums = [assigned.nearest_cosine.sum(), self._number_with_mates(assigned.nearest, ranks)]
-            names = ["nearest_cosine", "with_mates"]
-            if self.hard_negatives:
-                clusters.update(centroids=self.centroids, hard_negative_ids=assigned.runner_up)
-                clusters.update(centroid_cosines=centroid_cosines)
-                names.append("hard_negative_cosine")
-                sums.append(assigned.runner_up_cosine.sum())
-            total, batch = torch.stack(sums), len(anchors)
-            if ranks is not None:
-                total, batch = ranks.sum(total), ranks.batch
-            cosines = dict(zip(names, (total / batch).unbind(), strict=True))
-        terms = objective(
-            anchors,
-            positives,
-            temperature=self.temperature,
-            negatives=negatives,
-            hard_negative_weight=self.hard_negative_weight,
-            false_negatives=self.false_negatives,
-            bml_weight=self.bml_weight,
-            bml_alpha=self.bml_alpha,
-            bml_beta=self.bml_beta,
-            workspace_bytes=self.workspace_bytes,
-            backend=self.backend,
-            ranks=ranks,
-            **clusters,
-        )
-        return terms, cosines
-
-    def _fused_step(
-        self, anchors: Tensor, positives: Tensor, negatives: Tensor | None, centroids: Tensor | None
-    ) -> tuple[ObjectiveTerms, dict[str, Tensor]]:
-        """Assignment, update, re-assignment and loss in four launches (more for "adamw")."""
-        update = None
-        if centroids is not None and self.training:
-            if self.centroid_update == "adamw":
-                self._move(*fused.cluster_sums(anchors, centroids))
-            else:
-                statistic = "mean" if self.centroid_update == "mean" else "sum"
-                share = 1.0 if self.centroid_update == "replace" else self.centroid_momentum
-                update = fused.Update(statistic, share)
-        options = Options(
-            self.hard_negative_weight,
-            self.false_negatives,
-            self.bml_weight,
-            self.bml_alpha,
-            self.bml_beta,
-            self.workspace_bytes,
-        )
-        terms = fused.objective(
-            anchors,
-            positives,
-            negatives,
-            self.temperature,
-            centroids,
-            None,
-            None,
-            options,
-            hard_negatives=self.hard_negatives,
-            update=update,
-        )
-        cosines: dict[str, Tensor] = {}
-        if centroids is not None:
-            cosines.update(nearest_cosine=terms.nearest_cosine, with_mates=terms.with_mates)
-            if self.hard_negatives:
-                cosines["hard_negative_cosine"] = terms.hard_negative_cosine
-        return ObjectiveTerms(*terms[:5]), cosines
+        return meet(group, self.gather, anchors, positives, negatives, self.temperature, refused, device)
 
     def _check(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None) -> None:
         if isinstance(anchors, (list, tuple)) and anchors and isinstance(anchors[0], Mapping):
@@ -395,20 +316,30 @@ class ClusterNSLoss(OnlineKMeans):
                 f"num_clusters={self.num_clusters}; use a larger batch or fewer clusters",
             )
             return
-        anchors, positives = anchors.detach(), positives.detach()
         if ranks is None:
             self.seed(anchors, positives)
         else:
-            self.start_from(seed_together(anchors, positives, self.num_clusters, ranks))
+            first = int(torch.randint(batch, (1,)))
+            self.start_from(seeding_chain(anchors, positives, self.num_clusters, first, ranks)[0])
 
-    def _number_with_mates(self, nearest: Tensor, ranks: Ranks | None) -> Tensor:
-        """How many of these sentences share their cluster with another one of the whole batch; 0-d."""
+    def _describe(self, clusters: Clusters, ranks: Ranks | None) -> dict[str, Tensor]:
+        """Means over the batch that `last` has of its clusters, 0-d; the kernels compute their own."""
+        nearest, cosine, hard = clusters.ids, clusters.nearest_cosine, clusters.runner_up_cosine
+        if nearest is None or cosine is None or hard is None:
+            return {}
         counts = torch.zeros_like(self.centroids[:, 0]).scatter_add_(
             0, nearest, torch.ones_like(nearest, dtype=self.centroids.dtype)
         )
         if ranks is not None:
             counts = ranks.sum(counts)
-        return (counts[nearest] > 1).to(counts.dtype).sum()
+        with_mates = (counts[nearest] > 1).to(counts.dtype)
+        sums = {"nearest_cosine": cosine, "with_mates": with_mates}
+        if self.hard_negatives:
+            sums["hard_negative_cosine"] = hard
+        total, batch = torch.stack([each.sum() for each in sums.values()]), len(nearest)
+        if ranks is not None:
+            total, batch = ranks.sum(total), ranks.batch
+        return dict(zip(sums, (total / batch).unbind(), strict=True))
 
     def extra_repr(self) -> str:
         """Settings shown by `print(loss)`."""

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rules import Decision, Pairs, Rule, rule_of
+
 # A vector shorter than this has no direction: its cosine with everything is 0, and it gets no gradient.
 SHORTEST_NORM = 1e-8
 
@@ -78,10 +80,30 @@ def update_centroids(C: Tensor, z1: Tensor, near: Tensor, momentum: float, stati
     return torch.where(count > 0, (1 - momentum) * C + momentum * stat, C)
 
 
-def false_negative_mask(near: Tensor) -> Tensor:
-    """M_ij: i and j lie in one cluster and are not the same sentence, (B, B) bool (section 3.2)."""
-    same_cluster = near[:, None] == near[None, :]
-    return same_cluster & ~torch.eye(len(near), dtype=torch.bool, device=near.device)
+def false_negatives_of(
+    rule: Rule, S: Tensor, near: Tensor | None, centroid: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which pairs (B, B) bool are out of the denominator, and M, those that the margin loss holds.
+
+    The paper's rule (section 3.2): i and j lie in one cluster. centroid: cos(i, own centroid), (B,). No pair
+    is one of a sentence with itself.
+    """
+    places = torch.arange(len(S), device=S.device)
+    decision: Decision = rule(
+        Pairs(
+            logits=S.detach(),
+            positive_logits=S.detach().diagonal()[:, None],
+            temperature=1.0,
+            row_ids=None if near is None else near[:, None],
+            column_ids=None if near is None else near[None, :],
+            centroid=None if centroid is None else centroid[:, None],
+            rows=places[:, None],
+            columns=places[None, :],
+        )
+    )
+    others = places[:, None] != places[None, :]
+    out, held = (None if mask is None else mask & others for mask in decision)
+    return out, held
 
 
 def info_nce(
@@ -127,7 +149,8 @@ def objective(
     hard_negative_ids: Tensor | None = None,
     hard_negative_weight: float = 0.0,
     cluster_ids: Tensor | None = None,
-    false_negatives: str = "keep",
+    nearest_cosine: Tensor | None = None,
+    false_negatives: str | Rule = "keep",
     bml_weight: float = 1e-4,
     bml_alpha: float = 0.2,
     bml_beta: float = 0.5,
@@ -138,17 +161,18 @@ def objective(
     if centroids is not None and hard_negative_ids is not None:
         hard = cosine_similarity_matrix(z1, centroids.detach()[hard_negative_ids])
     explicit = cosine_similarity_matrix(z1, negatives) if negatives is not None else None
-    M = false_negative_mask(cluster_ids) if cluster_ids is not None else None
+    rule = rule_of(false_negatives, cluster_ids is not None)
+    excluded, M = (None, None) if rule is None else false_negatives_of(rule, S, cluster_ids, nearest_cosine)
     nce = info_nce(
         S,
         temperature,
         hard=hard,
         hard_negative_weight=hard_negative_weight,
         negatives=explicit,
-        excluded=M if false_negatives == "exclude" else None,
+        excluded=excluded,
     )
     bml = S.new_zeros(())
-    if M is not None and false_negatives == "bml":
+    if M is not None:
         bml = bidirectional_margin_loss(S, M, bml_alpha, bml_beta)
     # One detached tensor: with BML = 0 a compiler takes loss and InfoNCE for one buffer, and cuts both.
     return Terms(nce + bml_weight * bml, *torch.stack([nce, bml]).detach().unbind())

@@ -27,7 +27,7 @@ from torch import Tensor
 from .checks import check_choice, check_count, check_embeddings, check_number, in_short
 from .kmeans_seeding import k_means_plus_plus, random_rows
 from .kmeans_steps import Assigned, Clusters, Rows, assign, lloyd, mini_batches
-from .normalization import compute_dtype, unit_rows, without_autocast
+from .objective.norms import compute_dtype, unit_rows, without_autocast
 
 _INITS = ("k-means++", "random")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .launch import Tiles, cdiv, launch, padded, product_constants
+from .launch import Tiles, cdiv, launch, padded
 from .margins import margins_kernel
 from .through_norm import through_norm_kernel
 from .weights import MAXIMA, TOTALS, WEIGHTS, weights_kernel
@@ -45,43 +45,31 @@ def weigh(
     the base-2 logit subtracted from each row.
     """
     rows, columns = x.shape[0], y.shape[0]
-    tiles = _weight_tiles(x, y)
+    row_ids, column_ids = cluster_ids or (None, None)
     launch(
         weights_kernel,
         lambda block: (cdiv(rows, block["BLOCK_M"]) * cdiv(columns, block["BLOCK_N"]),),
-        {
-            "x_ptr": x,
-            "y_ptr": y,
-            "x_inverse_ptr": x_inverse,
-            "y_inverse_ptr": y_inverse,
-            "own_ptr": own,
-            "row_ids_ptr": cluster_ids[0] if cluster_ids else None,
-            "column_ids_ptr": cluster_ids[1] if cluster_ids else None,
-            "uses_ptr": uses,
-            "hard_ids_ptr": hard_ids,
-            "reference_ptr": reference,
-            "weights_ptr": weights,
-            "partial_ptr": partial,
-            "temperature": temperature,
-            "hard_negative_weight": float(hard_negative_weight),
-            "num_rows": rows,
-            "num_columns": columns,
-            "dim": x.shape[1],
-            "x_stride": x.stride(0),
-            "y_stride": y.stride(0),
-            "weight_blocks": padded(columns) // 16,
-        },
-        {
-            "MODE": MODES[mode],
-            "HAS_OWN": own is not None,
-            "EXCLUDE": cluster_ids is not None,
-            "HARD": uses is not None,
-            "HAS_REFERENCE": reference is not None,
-            "TEMPERATURE_POINTER": isinstance(temperature, Tensor),
-            "FLOAT32": x.dtype != y.dtype,
-            **product_constants(x),
-        },
-        tiles,
+        _weight_tiles(x, y),
+        x=x,
+        y=y,
+        x_inverse=x_inverse,
+        y_inverse=y_inverse,
+        own=own,
+        row_ids=row_ids,
+        column_ids=column_ids,
+        uses=uses,
+        hard_ids=hard_ids,
+        reference=reference,
+        weights=weights,
+        partial=partial,
+        temperature=temperature,
+        hard_negative_weight=float(hard_negative_weight),
+        num_rows=rows,
+        num_columns=columns,
+        dim=x.shape[1],
+        weight_blocks=padded(columns) // 16,
+        MODE=MODES[mode],
+        FLOAT32=x.dtype != y.dtype,
     )
 
 
@@ -109,41 +97,30 @@ def add_margins(
     """
     rows, dim = borders[0].shape[0], x.shape[1]
     slope_sum, margin = values or (None, None)
-    tiles = _margin_tiles(x)
     launch(
         margins_kernel,
         lambda block: (cdiv(rows, block["BLOCK_M"]), cdiv(dim, block["BLOCK_OUT"]) if out is not None else 1),
-        {
-            "x_ptr": x,
-            "y_ptr": y,
-            "x_inverse_ptr": x_inverse,
-            "y_inverse_ptr": y_inverse,
-            "x_order_ptr": x_order,
-            "y_order_ptr": y_order,
-            "low_ptr": borders[0],
-            "high_ptr": borders[1],
-            "own_ptr": own,
-            "positive_ptr": positive,
-            "out_ptr": out,
-            "slope_sum_ptr": slope_sum,
-            "margin_ptr": margin,
-            "alpha": float(margins[0]),
-            "beta": float(margins[1]),
-            "out_scale": float(out_scale),
-            "num_rows": rows,
-            "num_columns": y_order.shape[0],
-            "dim": dim,
-            "x_stride": x.stride(0),
-            "y_stride": y.stride(0),
-        },
-        {
-            "HAS_X_ORDER": x_order is not None,
-            "TRANSPOSED": transposed,
-            "VALUES": values is not None,
-            "GRADIENT": out is not None,
-            **product_constants(x),
-        },
-        tiles,
+        _margin_tiles(x),
+        x=x,
+        y=y,
+        x_inverse=x_inverse,
+        y_inverse=y_inverse,
+        x_order=x_order,
+        y_order=y_order,
+        low=borders[0],
+        high=borders[1],
+        own=own,
+        positive=positive,
+        out=out,
+        slope_sum=slope_sum,
+        margin=margin,
+        alpha=float(margins[0]),
+        beta=float(margins[1]),
+        out_scale=float(out_scale),
+        num_rows=rows,
+        num_columns=y_order.shape[0],
+        dim=dim,
+        TRANSPOSED=transposed,
     )
 
 
@@ -160,21 +137,19 @@ def through_norm(
 
     With `scaled` the latter is over ‖z‖ already.
     """
+    rows, dim = z.shape
     launch(
         through_norm_kernel,
-        lambda block: (cdiv(z.shape[0], block["BLOCK_M"]),),
-        {
-            "gradient_ptr": gradient,
-            "z_ptr": z,
-            "inverse_ptr": inverse,
-            "index_ptr": index,
-            "out_ptr": out,
-            "num_rows": z.shape[0],
-            "dim": z.shape[1],
-            "z_stride": z.stride(0),
-        },
-        {"HAS_INDEX": index is not None, "SCALED": scaled},
+        lambda block: (cdiv(rows, block["BLOCK_M"]),),
         Tiles({"BLOCK_M": 4, "BLOCK_D": 256}),
+        gradient=gradient,
+        z=z,
+        inverse=inverse,
+        index=index,
+        out=out,
+        num_rows=rows,
+        dim=dim,
+        SCALED=scaled,
     )
 
 

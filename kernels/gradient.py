@@ -109,11 +109,11 @@ def gradient_kernel(
     centroids_stride,
     cosine_blocks,
     centroid_blocks,
-    NEED_X: tl.constexpr,
+    HAS_X_GRADIENT: tl.constexpr,
     NEED_Y: tl.constexpr,
-    NEED_NEGATIVES: tl.constexpr,
+    HAS_NEGATIVES_GRADIENT: tl.constexpr,
     HAS_NEGATIVES: tl.constexpr,
-    HAS_HARD: tl.constexpr,
+    HAS_HARD_IDS: tl.constexpr,
     FLOAT16: tl.constexpr,
     FALSE_NEGATIVES: tl.constexpr,
     TEMPERATURE_POINTER: tl.constexpr,
@@ -144,7 +144,7 @@ def gradient_kernel(
 
     row_tiles = tl.cdiv(num_rows, BLOCK_M)
     x_tiles = 0
-    if NEED_X:
+    if HAS_X_GRADIENT:
         x_tiles = row_tiles
         if tile < x_tiles:
             largest = 1.0
@@ -204,7 +204,7 @@ def gradient_kernel(
                     y = tl.load(negatives_ptr + at, mask=mask[:, None] & d_mask, other=0.0)
                     product = multiply_add(weight.to(y.dtype), y, product, PRECISION, UPCAST)
             product = product * largest
-            if HAS_HARD:
+            if HAS_HARD_IDS:
                 own_hard = tl.load(hard_ids_ptr + safe_rows).to(tl.int32)[:, None]
                 starts = centroid_cosines_ptr + safe_rows.to(tl.int64)[:, None] * (
                     centroid_blocks.to(tl.int64) * 16
@@ -228,12 +228,12 @@ def gradient_kernel(
                 product, x_ptr, x_stride, x_gradient_ptr, rows, d, num_rows, dim, inverse, along, factor
             )
 
-    if NEED_Y or NEED_NEGATIVES:
+    if NEED_Y or HAS_NEGATIVES_GRADIENT:
         if tile >= x_tiles:
             tile -= x_tiles
             # Positives, then explicit negatives: `first` is where this set starts in the cosines' columns.
             source, stride, out, count, first = y_ptr, y_stride, y_gradient_ptr, num_rows, 0
-            if NEED_NEGATIVES:
+            if HAS_NEGATIVES_GRADIENT:
                 y_tiles = 0
                 if NEED_Y:
                     y_tiles = row_tiles

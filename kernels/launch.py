@@ -1,21 +1,17 @@
-"""How a kernel is launched: tile shapes, precision of products, sweeps, a recorder to compile ahead."""
+"""How a kernel is launched: its parameters, a cache of compiled kernels, a recorder to compile ahead."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from .target import interpreting, target_of
+from .target import target_of
 
-# Operations of one product from which trying several tile shapes pays; below, nothing is ever tried.
-SWEEP_OPERATIONS = 2 * 2048 * 2048 * 768
 # Rows from which the large tiles are used.
 LARGE_BATCH = 1024
 
@@ -73,145 +69,94 @@ def cdiv(count: int, block: int) -> int:
     return -(-count // block)
 
 
-def operations(x: Tensor, columns: int) -> int:
-    """Operations of one product of x (B, D), as far as they count for a sweep: in half precision."""
-    return 2 * x.shape[0] * columns * x.shape[1] if x.dtype.itemsize == 2 else 0
-
-
-def product_constants(x: Tensor) -> dict[str, Any]:
-    """How products are taken: constants of every kernel with one."""
-    target = target_of(x.device)
-    return {
-        "PRECISION": target.precision(),
-        "UPCAST": target.backend == "interpreter" and x.dtype.itemsize == 2,
-    }
-
-
-# Tile shapes to try for large work in half precision, per kernel, in addition to the chosen ones: those that
-# compile without spills, which bench/audit.py checks. The block that a sum runs over stays, so that results
-# differ at most in the last bits between them.
-CANDIDATES = {
-    "cosine_kernel": [
-        Tiles({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
-        for m, n, warps, stages in ((128, 128, 8, 4), (128, 64, 4, 3), (64, 128, 4, 4))
-    ],
-    "gradient_kernel": [
-        Tiles({"BLOCK_M": 64, "BLOCK_D": d}, num_warps=8, num_stages=stages)
-        for d, stages in ((256, 2), (64, 3))
-    ],
-}
-# What the best shape depends on. Never the batch.
-SWEEP_KEYS = {
-    "cosine_kernel": ["dim", "HAS_NEGATIVES", "HAS_CENTROIDS", "PRECISION"],
-    "gradient_kernel": [
-        "dim",
-        "NEED_X",
-        "NEED_Y",
-        "NEED_NEGATIVES",
-        "HAS_HARD",
-        "FALSE_NEGATIVES",
-        "PRECISION",
-    ],
-}
-_tuned: dict[tuple, Any] = {}
-
-
-def _may_sweep() -> bool:
-    """Whether another choice of tiles, which may change the last bit, is allowed.
-
-    Not with several ranks: each would choose for itself, and centroids that all of them keep would part.
-    """
-    return (
-        os.environ.get("CLUSTERNS_AUTOTUNE", "1") != "0"
-        and not torch.are_deterministic_algorithms_enabled()
-        and not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    )
-
-
-def _with_sweep(kernel: Any, tiles: Tiles, backend: str, device: int) -> Any:
-    """Autotuned twin of a kernel for one device, its results kept on disk in Triton's cache."""
-    name = kernel.__name__
-    key = (name, tuple(tiles.blocks.items()), device)
-    if key not in _tuned:
-        configs = [
-            triton.Config(dict(each.blocks), **each.options(backend))
-            for each in (tiles, *(with_candidate(tiles, candidate) for candidate in CANDIDATES[name]))
-        ]
-        _tuned[key] = triton.autotune(configs=configs, key=SWEEP_KEYS[name], cache_results=True)(kernel)
-    return _tuned[key]
-
-
-def with_candidate(tiles: Tiles, candidate: Tiles) -> Tiles:
-    """A tile shape of a sweep: the candidate's blocks in place of the chosen ones."""
-    return Tiles({**tiles.blocks, **candidate.blocks}, candidate.num_warps, candidate.num_stages)
-
-
 def launch(
-    kernel: Any,
-    grid: Callable[[Mapping[str, int]], tuple[int, ...]],
-    arguments: dict[str, Any],
-    constants: dict[str, Any],
-    tiles: Tiles,
-    work: int = 0,
+    kernel: Any, grid: Callable[[Mapping[str, int]], tuple[int, ...]], tiles: Tiles, **given: Any
 ) -> None:
-    """Run a kernel on the device of its tensors; from `SWEEP_OPERATIONS` on with the fastest tile shape.
+    """Run a kernel on the device of its tensors; `grid` gives the number of programs for a tile shape.
 
-    `grid` gives the number of programs for a tile shape. arguments, constants and blocks stand in the order
-    of the kernel's parameters. `work`, its operations, of 0 never sweeps: a launch that must not be repeated.
+    Its parameters are filled by name: `z_ptr` with the tensor z, `z_stride` with the stride of its rows,
+    `HAS_Z` with whether it was given; PRECISION, UPCAST, WAIT_FOR_STORES and TEMPERATURE_POINTER with what
+    the device, the first tensor and the temperature call for; every other with the value given, else 0.
     """
-    if _recorded is not None:
-        _check(kernel, arguments, constants, tiles)
-        _recorded.append(Launch(kernel, grid(tiles.blocks), arguments, constants, tiles))
-        return
-    device = next(iter(arguments.values())).device  # the first argument is a tensor, all are on its device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    first = next(iter(given.values()))
+    device = first.device
+    if _recorded is None and device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, grid, arguments, constants, tiles, work)
+            launch(kernel, grid, tiles, **given)
         return
-    if interpreting():
-        kernel[grid(tiles.blocks)](**arguments, **constants, **tiles.blocks)
+    target = target_of(device)
+    given["PRECISION"], given["WAIT_FOR_STORES"] = target.precision(), target.waits_for_stores
+    given["UPCAST"] = target.backend == "interpreter" and first.dtype.itemsize == 2
+    given["TEMPERATURE_POINTER"] = isinstance(given.get("temperature"), Tensor)
+    parameters = _parameters.get(kernel)
+    if parameters is None:
+        names = [name for name in kernel.arg_names if name not in tiles.blocks]
+        parameters = _parameters[kernel] = [_parameter(name) for name in names]
+    arguments: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    for name, kind, source in parameters:
+        value = given[name] if name in given else given.get(source)
+        if kind == "stride":
+            value = value.stride(0) if value is not None else 0
+        elif kind == "has" and name not in given:
+            value = value is not None
+        elif kind == "number" and value is None:
+            value = 0
+        (constants if name.isupper() else arguments)[name] = value
+    programs = grid(tiles.blocks)
+    if _recorded is not None:
+        _check(kernel, arguments, constants, tiles, given)
+        _recorded.append(Launch(kernel, programs, arguments, constants, tiles))
         return
-    sweep = work >= SWEEP_OPERATIONS and _may_sweep()
-    key = (
-        kernel,
-        device.index,
-        sweep,
-        tiles.num_warps,
-        tiles.num_stages,
-        *tiles.blocks.values(),
-        *constants.values(),
-        *_specialization(kernel, arguments),
-    )
-    known = _compiled.get(key)
-    if known is None and sweep and torch.cuda.is_current_stream_capturing():
-        launch(kernel, grid, arguments, constants, tiles)  # nothing can be timed now
+    if target.backend == "interpreter":
+        kernel[programs](**arguments, **constants, **tiles.blocks)
         return
-    if known is not None:
-        compiled, blocks = known
-        programs = grid(blocks)
-        compiled[(*programs, 1, 1)[:3]](*arguments.values(), *constants.values(), *blocks.values())
+    blocks, constant = tiles.blocks.values(), constants.values()
+    resources = (tiles.num_warps, tiles.num_stages)
+    key = (kernel, device.index, *resources, *blocks, *constant, *_specialization(kernel, arguments))
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[(*programs, 1, 1)[:3]](*arguments.values(), *constant, *blocks)
         return
-    _check(kernel, arguments, constants, tiles)
-    backend, blocks = target_of(device).backend, dict(tiles.blocks)
-    if sweep:
-        tuned = _with_sweep(kernel, tiles, backend, device.index)
-        compiled = tuned[grid](**arguments, **constants)
-        blocks = {name: tuned.best_config.kwargs[name] for name in blocks}
-    else:
-        compiled = kernel[grid(blocks)](**arguments, **constants, **blocks, **tiles.options(backend))
-    _compiled[key] = compiled, blocks
+    _check(kernel, arguments, constants, tiles, given)
+    options = tiles.options(target.backend)
+    _compiled[key] = kernel[programs](**arguments, **constants, **tiles.blocks, **options)
 
 
-# Compiled kernels with their tile shapes, by all that they were compiled for. Triton keeps such a cache too,
-# but looking into it takes longer than everything the GPU does for a small batch.
-_compiled: dict[tuple, tuple[Any, dict[str, int]]] = {}
+def _parameter(name: str) -> tuple[str, str, str]:
+    """A parameter's name, how it is filled, and from which of the values given."""
+    for kind, ending in (("tensor", "_ptr"), ("stride", "_stride")):
+        if name.endswith(ending):
+            return name, kind, name.removesuffix(ending)
+    if name.startswith("HAS_"):
+        return name, "has", name.removeprefix("HAS_").lower()
+    return name, "number", name
+
+
+_AUTOMATIC = {"PRECISION", "WAIT_FOR_STORES", "UPCAST", "TEMPERATURE_POINTER"}
+_parameters: dict[Any, list[tuple[str, str, str]]] = {}
+# Compiled kernels, by all that they were compiled for. Triton keeps such a cache too, but looking into it
+# takes longer than everything the GPU does for a small batch.
+_compiled: dict[tuple, Any] = {}
 _unspecialized: dict[Any, frozenset[str]] = {}
 
 
-def _check(kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], tiles: Tiles) -> None:
-    """What a launch by position relies on; looked at whenever a launch is new."""
+def _check(
+    kernel: Any,
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+    tiles: Tiles,
+    given: dict[str, Any],
+) -> None:
+    """What a launch by name and position relies on; looked at whenever a launch is new."""
     names = [*arguments, *constants, *tiles.blocks]
-    assert names == list(kernel.arg_names), f"{kernel.__name__}: arguments out of order"
+    assert names == list(kernel.arg_names), f"{kernel.__name__}: parameters out of order"
+    unused = (
+        given.keys()
+        - _AUTOMATIC
+        - {word for name, _, source in _parameters[kernel] for word in (name, source)}
+    )
+    assert not unused, f"{kernel.__name__}: no parameters for {unused}"
     devices = {value.device for value in arguments.values() if isinstance(value, Tensor)}
     assert len(devices) == 1, f"{kernel.__name__}: arguments on {devices}"
 

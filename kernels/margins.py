@@ -46,8 +46,8 @@ def margins_kernel(
     y_stride,
     HAS_X_ORDER: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    VALUES: tl.constexpr,
-    GRADIENT: tl.constexpr,
+    HAS_MARGIN: tl.constexpr,
+    HAS_OUT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -55,7 +55,7 @@ def margins_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """Grid: (row tiles, blocks of D), one block of D without GRADIENT."""
+    """Grid: (row tiles, blocks of D), one block of D without HAS_OUT."""
     places = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = places < num_rows
     safe_places = tl.minimum(places, num_rows - 1)
@@ -89,20 +89,20 @@ def margins_kernel(
         delta = products * x_inverse[:, None] * y_inverse[None, :] - positive  # (M, N)
         mates = (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None]) & (at[None, :] != own[:, None])
         slope = tl.where(mates, margin_slope(delta, alpha, beta), 0.0)
-        if VALUES:
+        if HAS_MARGIN:
             margin = tl.maximum(delta + alpha, 0.0) + tl.maximum(-delta - beta, 0.0) - at_zero
             margin_sum += tl.sum(tl.where(mates, margin, 0.0), axis=1)
             slope_sum += tl.sum(slope, axis=1)
-        if GRADIENT:
+        if HAS_OUT:
             y_at = y_ptr + columns[:, None] * y_stride + d[None, :]
             y = tl.load(y_at, mask=(d < dim)[None, :], other=0.0)  # (N, D)
             pull = (slope * y_inverse[None, :]).to(y.dtype)
             accumulator = multiply_add(pull, y, accumulator, PRECISION, UPCAST)
-    if VALUES:
+    if HAS_MARGIN:
         if tl.program_id(1) == 0:
             tl.store(slope_sum_ptr + places, slope_sum, mask=row_mask)
             tl.store(margin_ptr + places, margin_sum, mask=row_mask)
-    if GRADIENT:
+    if HAS_OUT:
         both = row_mask[:, None] & (d < dim)[None, :]
         out = out_ptr + rows[:, None] * dim + d[None, :]
         if TRANSPOSED:

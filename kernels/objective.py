@@ -93,9 +93,9 @@ def objective_kernel(
     cluster_ids_ptr,  # (B,) int: equal ids are false negatives of each other
     hard_ids_ptr,  # (B,) int: whose centroid is sentence j's hard negative
     counters_ptr,  # int32, see `counters`; the arrivals are zero before and after
-    nearest_ptr,  # (B,) int64, with ASSIGNED
-    nearest_cosine_ptr,  # (B,), with ASSIGNED
-    runner_up_cosine_ptr,  # (B,), with ASSIGNED
+    nearest_ptr,  # (B,) int64, with HAS_NEAREST
+    nearest_cosine_ptr,  # (B,), with HAS_NEAREST
+    runner_up_cosine_ptr,  # (B,), with HAS_NEAREST
     row_state_ptr,  # out (4, B), see ROW_STATE
     row_terms_ptr,  # scratch (8, B)
     loss_ptr,  # out, 0-dim
@@ -111,8 +111,8 @@ def objective_kernel(
     cosine_blocks,
     centroid_blocks,
     HAS_NEGATIVES: tl.constexpr,
-    HAS_HARD: tl.constexpr,
-    ASSIGNED: tl.constexpr,
+    HAS_HARD_IDS: tl.constexpr,
+    HAS_NEAREST: tl.constexpr,
     FALSE_NEGATIVES: tl.constexpr,
     TEMPERATURE_POINTER: tl.constexpr,
     WAIT_FOR_STORES: tl.constexpr,
@@ -132,7 +132,7 @@ def objective_kernel(
     safe_rows = tl.minimum(rows, num_rows - 1)
     starts = cosines_ptr + safe_rows.to(tl.int64)[:, None] * (cosine_blocks.to(tl.int64) * 16)  # (M, 1)
     hard_starts = centroid_cosines_ptr
-    if HAS_HARD:
+    if HAS_HARD_IDS:
         hard_starts += safe_rows.to(tl.int64)[:, None] * (centroid_blocks.to(tl.int64) * 16)
         own_hard = tl.load(hard_ids_ptr + safe_rows).to(tl.int32)[:, None]
     if FALSE_NEGATIVES != KEEP:
@@ -155,7 +155,7 @@ def objective_kernel(
             columns = (start + tl.arange(0, BLOCK_N))[None, :]
             cosine = load_row(negative_starts, columns, num_negatives)
             largest = tl.maximum(largest, tl.where(columns < num_negatives, cosine * scale, LOWEST))
-    if HAS_HARD:
+    if HAS_HARD_IDS:
         for start in range(0, num_centroids, BLOCK_N):
             ids = (start + tl.arange(0, BLOCK_N))[None, :]
             cosine, logit = hard_logits(
@@ -198,7 +198,7 @@ def objective_kernel(
             weight = tl.where(columns < num_negatives, tl.exp2(cosine * scale - reference), 0.0)
             total += weight
             pull += weight * (cosine - positive)
-    if HAS_HARD:
+    if HAS_HARD_IDS:
         for start in range(0, num_centroids, BLOCK_N):
             ids = (start + tl.arange(0, BLOCK_N))[None, :]
             cosine, logit = hard_logits(
@@ -231,7 +231,7 @@ def objective_kernel(
     tl.store(at + num_rows, tl.sum(margin_sum, axis=1), mask=row_mask)
     tl.store(at + 2 * num_rows, tl.sum(cosine_sum, axis=1), mask=row_mask)
     tl.store(at + 3 * num_rows, positive, mask=row_mask)
-    if ASSIGNED:
+    if HAS_NEAREST:
         tl.store(at + 4 * num_rows, tl.load(nearest_cosine_ptr + safe_rows), mask=row_mask)
         tl.store(at + 5 * num_rows, tl.load(runner_up_cosine_ptr + safe_rows), mask=row_mask)
         mates = tl.load(sizes_ptr + tl.load(nearest_ptr + safe_rows)) > 1
@@ -242,7 +242,7 @@ def objective_kernel(
         tl.store(arrivals_ptr, 0)
         term = tl.arange(0, 8)
         written = (term < 8)[:, None]
-        if not ASSIGNED:
+        if not HAS_NEAREST:
             written = ((term < 4) | (term == 7))[:, None]
         sums = tl.zeros((8, BLOCK_N), tl.float32)
         for start in range(0, num_rows, BLOCK_N):

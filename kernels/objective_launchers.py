@@ -12,39 +12,32 @@ import torch
 from torch import Tensor
 
 from .gradient import gradient_kernel
-from .launch import LARGE_BATCH, Tiles, cdiv, launch, new_float32, operations, product_constants
+from .launch import LARGE_BATCH, Tiles, cdiv, launch, new_float32
 from .objective import objective_kernel
-from .target import target_of
 from .tiles import BML, EXCLUDE, KEEP
 
 FALSE_NEGATIVES = {"keep": KEEP.value, "exclude": EXCLUDE.value, "bml": BML.value}
 
 
 class Numbers(NamedTuple):
-    """Numbers of the objective: τ (or a 0-dim tensor), w, λ, α, β, and "keep", "exclude" or "bml"."""
+    """Numbers of the objective: τ (or a 0-dim tensor), w, "keep", "exclude" or "bml", λ, α, β."""
 
     temperature: float | Tensor
     hard_negative_weight: float
+    false_negatives: str
     bml_weight: float
     bml_alpha: float
     bml_beta: float
-    false_negatives: str
 
     def arguments(self) -> dict[str, Any]:
-        """Kernel arguments."""
+        """What both kernels take."""
         return {
             "temperature": self.temperature,
             "hard_negative_weight": float(self.hard_negative_weight),
             "bml_weight": float(self.bml_weight),
             "alpha": float(self.bml_alpha),
             "beta": float(self.bml_beta),
-        }
-
-    def constants(self) -> dict[str, Any]:
-        """Kernel constants."""
-        return {
             "FALSE_NEGATIVES": FALSE_NEGATIVES[self.false_negatives],
-            "TEMPERATURE_POINTER": isinstance(self.temperature, Tensor),
         }
 
 
@@ -69,41 +62,31 @@ def evaluate(
     terms (8,) named by `objective.TERMS`, and (4, B) that `differentiate` needs.
     """
     rows = cosines.shape[0]
-    has_hard = centroid_cosines is not None
-    tiles = Tiles({"BLOCK_M": 4, "BLOCK_N": 256}, num_warps=8, num_stages=1)
     loss, terms = new_float32(cosines), new_float32(cosines, 8)
     row_state = new_float32(cosines, 4, rows)
     launch(
         objective_kernel,
         lambda block: (cdiv(rows, block["BLOCK_M"]),),
-        {
-            "cosines_ptr": cosines,
-            "centroid_cosines_ptr": centroid_cosines,
-            "cluster_ids_ptr": cluster_ids,
-            "hard_ids_ptr": hard_ids,
-            "counters_ptr": counters,
-            "nearest_ptr": nearest,
-            "nearest_cosine_ptr": nearest_cosine,
-            "runner_up_cosine_ptr": runner_up_cosine,
-            "row_state_ptr": row_state,
-            "row_terms_ptr": new_float32(cosines, 8, rows),
-            "loss_ptr": loss,
-            "terms_ptr": terms,
-            **numbers.arguments(),
-            "num_rows": rows,
-            "num_negatives": num_negatives,
-            "num_centroids": num_centroids,
-            "cosine_blocks": cosines.shape[1] // 16,
-            "centroid_blocks": centroid_cosines.shape[1] // 16 if centroid_cosines is not None else 0,
-        },
-        {
-            "HAS_NEGATIVES": num_negatives > 0,
-            "HAS_HARD": has_hard,
-            "ASSIGNED": nearest is not None,
-            **numbers.constants(),
-            "WAIT_FOR_STORES": target_of(cosines.device).waits_for_stores,
-        },
-        tiles,
+        Tiles({"BLOCK_M": 4, "BLOCK_N": 256}, num_warps=8, num_stages=1),
+        cosines=cosines,
+        centroid_cosines=centroid_cosines,
+        cluster_ids=cluster_ids,
+        hard_ids=hard_ids,
+        counters=counters,
+        nearest=nearest,
+        nearest_cosine=nearest_cosine,
+        runner_up_cosine=runner_up_cosine,
+        row_state=row_state,
+        row_terms=new_float32(cosines, 8, rows),
+        loss=loss,
+        terms=terms,
+        **numbers.arguments(),
+        num_rows=rows,
+        num_negatives=num_negatives,
+        num_centroids=num_centroids,
+        cosine_blocks=cosines.shape[1] // 16,
+        centroid_blocks=centroid_cosines.shape[1] // 16 if centroid_cosines is not None else 0,
+        HAS_NEGATIVES=num_negatives > 0,
     )
     return loss, terms, row_state
 
@@ -132,72 +115,53 @@ def differentiate(
 
     The other arguments are what `compare`, `assign` and `evaluate` returned. Contiguous, in x's dtype.
     """
-    dim = x.shape[1]
-    inputs = (x, y, negatives)
+    dim, inputs = x.shape[1], (x, y, negatives)
     gradients = [
         torch.empty_like(z, memory_format=torch.contiguous_format) if need and z is not None else None
         for need, z in zip(needs, inputs, strict=True)
     ]
-    counts = [
-        z.shape[0] if z is not None and out is not None else 0
-        for z, out in zip(inputs, gradients, strict=True)
-    ]
-    if not any(counts):
+    counts = [out.shape[0] for out in gradients if out is not None]
+    if not counts:
         return None, None, None
-    has_hard = centroid_cosines is not None and needs[0]
-    tiles = _gradient_tiles(x, x.shape[0])
+    if not needs[0]:  # the centroids pull on the anchors alone
+        hard_ids = centroid_cosines = None
     launch(
         gradient_kernel,
         lambda block: (sum(cdiv(count, block["BLOCK_M"]) for count in counts) * cdiv(dim, block["BLOCK_D"]),),
-        {
-            "x_ptr": x,
-            "y_ptr": y,
-            "negatives_ptr": negatives,
-            "centroids_ptr": centroids if has_hard else None,
-            "x_gradient_ptr": gradients[0],
-            "y_gradient_ptr": gradients[1] if gradients[1] is not None else gradients[2],
-            "negatives_gradient_ptr": gradients[2],
-            "cosines_ptr": cosines,
-            "centroid_cosines_ptr": centroid_cosines if has_hard else None,
-            "x_inverse_ptr": x_inverse,
-            "y_inverse_ptr": y_inverse,
-            "centroid_inverse_ptr": centroid_inverse if has_hard else None,
-            "row_state_ptr": row_state,
-            "cluster_ids_ptr": cluster_ids,
-            "hard_ids_ptr": hard_ids if has_hard else None,
-            "counters_ptr": counters,
-            "upstream_ptr": upstream,
-            **numbers.arguments(),
-            "num_rows": x.shape[0],
-            "num_negatives": negatives.shape[0] if negatives is not None else 0,
-            "num_centroids": num_centroids,
-            "dim": dim,
-            "x_stride": x.stride(0),
-            "y_stride": y.stride(0),
-            "negatives_stride": negatives.stride(0) if negatives is not None else 0,
-            "centroids_stride": centroids.stride(0) if centroids is not None else 0,
-            "cosine_blocks": cosines.shape[1] // 16,
-            "centroid_blocks": centroid_cosines.shape[1] // 16 if centroid_cosines is not None else 0,
-        },
-        {
-            "NEED_X": gradients[0] is not None,
-            "NEED_Y": gradients[1] is not None,
-            "NEED_NEGATIVES": gradients[2] is not None,
-            "HAS_NEGATIVES": negatives is not None,
-            "HAS_HARD": has_hard,
-            "FLOAT16": x.dtype == torch.float16,
-            **numbers.constants(),
-            **product_constants(x),
-        },
-        tiles,
-        work=operations(x, cosines.shape[1]),
+        _gradient_tiles(x),
+        x=x,
+        y=y,
+        negatives=negatives,
+        centroids=centroids if hard_ids is not None else None,
+        x_gradient=gradients[0],
+        y_gradient=gradients[1] if gradients[1] is not None else gradients[2],
+        negatives_gradient=gradients[2],
+        cosines=cosines,
+        centroid_cosines=centroid_cosines,
+        x_inverse=x_inverse,
+        y_inverse=y_inverse,
+        centroid_inverse=centroid_inverse if hard_ids is not None else None,
+        row_state=row_state,
+        cluster_ids=cluster_ids,
+        hard_ids=hard_ids,
+        counters=counters,
+        upstream=upstream,
+        **numbers.arguments(),
+        num_rows=x.shape[0],
+        num_negatives=negatives.shape[0] if negatives is not None else 0,
+        num_centroids=num_centroids,
+        dim=dim,
+        cosine_blocks=cosines.shape[1] // 16,
+        centroid_blocks=centroid_cosines.shape[1] // 16 if centroid_cosines is not None else 0,
+        NEED_Y=gradients[1] is not None,
+        FLOAT16=x.dtype == torch.float16,
     )
     return gradients[0], gradients[1], gradients[2]
 
 
-def _gradient_tiles(x: Tensor, rows: int) -> Tiles:
+def _gradient_tiles(x: Tensor) -> Tiles:
     if x.dtype.itemsize == 2:
-        if rows < LARGE_BATCH:
+        if x.shape[0] < LARGE_BATCH:
             return Tiles({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64}, num_warps=8)
         return Tiles({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 128}, num_warps=8, num_stages=2)
     return Tiles({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64}, num_warps=8)

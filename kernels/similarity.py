@@ -3,7 +3,7 @@
 One program makes one (M, N) tile of cos(x_i, ·). Its columns come from up to three sources, side by side in
 the grid, so that a small batch still fills the chip:
 
-    centroids   two best of the tile; with FINISH the last tile of a row block merges them
+    centroids   two best of the tile; with HAS_NEAREST the last tile of a row block merges them
     y           in-batch positives           → cosines (B, padded(C) + N)
     negatives   explicit hard negatives      → the same rows, from column padded(C)
 """
@@ -78,7 +78,7 @@ def cosine_kernel(
     runner_up_ptr,  # out (B,) int64, −1 if K = 1
     nearest_cosine_ptr,  # out (B,)
     runner_up_cosine_ptr,  # out (B,)
-    counters_ptr,  # int32, see `counters`: counted here with FINISH, set to zero with CLEAR
+    counters_ptr,  # int32, see `counters`: counted here with HAS_NEAREST, set to zero with CLEAR
     temperature,  # τ, a number or a pointer
     num_rows,
     num_columns,
@@ -92,11 +92,11 @@ def cosine_kernel(
     centroids_stride,
     cosine_blocks,
     centroid_blocks,
-    HAS_COLUMNS: tl.constexpr,
+    HAS_Y: tl.constexpr,
     HAS_NEGATIVES: tl.constexpr,
     HAS_CENTROIDS: tl.constexpr,
-    STORE_CENTROID_COSINES: tl.constexpr,
-    FINISH: tl.constexpr,
+    HAS_CENTROID_COSINES: tl.constexpr,
+    HAS_NEAREST: tl.constexpr,
     COUNT_USES: tl.constexpr,
     CLEAR: tl.constexpr,
     TEMPERATURE_POINTER: tl.constexpr,
@@ -113,7 +113,7 @@ def cosine_kernel(
     num_tiles = 0
     if HAS_CENTROIDS:
         num_tiles += tl.cdiv(num_centroids, BLOCK_K)
-    if HAS_COLUMNS:
+    if HAS_Y:
         num_tiles += tl.cdiv(num_columns, BLOCK_N)
     if HAS_NEGATIVES:
         num_tiles += tl.cdiv(num_negatives, BLOCK_N)
@@ -149,19 +149,19 @@ def cosine_kernel(
             at = tile.to(tl.int64) * num_rows + rows
             tl.store(partial_cosine_ptr + at, cosine_1, mask=row_mask)
             tl.store(partial_id_ptr + at, id_1, mask=row_mask)
-            if FINISH:
+            if HAS_NEAREST:
                 at += centroid_tiles.to(tl.int64) * num_rows
                 tl.store(partial_cosine_ptr + at, cosine_2, mask=row_mask)
                 tl.store(partial_id_ptr + at, id_2, mask=row_mask)
-            if not HAS_COLUMNS:
+            if not HAS_Y:
                 tl.store(x_inverse_ptr + rows, x_inverse, mask=row_mask & (tile == 0))
             if row_tile == 0:
                 tl.store(centroid_inverse_ptr + ids, centroid_inverse, mask=ids < num_centroids)
-            if STORE_CENTROID_COSINES:
+            if HAS_CENTROID_COSINES:
                 starts = centroid_cosines_ptr + rows.to(tl.int64) * (centroid_blocks.to(tl.int64) * 16)
                 both = row_mask[:, None] & (ids < padded(num_centroids))[None, :]  # as `load_row`
                 tl.store(starts[:, None] + ids[None, :], cosines, mask=both)
-            if FINISH:
+            if HAS_NEAREST:
                 sizes_ptr, uses_ptr, _, arrivals_ptr = counters(counters_ptr, num_centroids)
                 if is_last_to_arrive(arrivals_ptr + row_tile, centroid_tiles, WAIT_FOR_STORES):
                     cosine_1, id_1, cosine_2, id_2 = _merge_two_best(
@@ -177,7 +177,7 @@ def cosine_kernel(
                     tl.store(runner_up_ptr + rows, id_2.to(tl.int64), mask=row_mask)
                     tl.store(runner_up_cosine_ptr + rows, cosine_2, mask=row_mask)
 
-    if HAS_COLUMNS:
+    if HAS_Y:
         if tile >= centroid_tiles:
             tile -= centroid_tiles
             columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)

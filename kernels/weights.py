@@ -84,8 +84,8 @@ def weights_kernel(
     weight_blocks,
     MODE: tl.constexpr,
     HAS_OWN: tl.constexpr,
-    EXCLUDE: tl.constexpr,
-    HARD: tl.constexpr,
+    HAS_ROW_IDS: tl.constexpr,
+    HAS_USES: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     TEMPERATURE_POINTER: tl.constexpr,
     FLOAT32: tl.constexpr,
@@ -131,10 +131,10 @@ def weights_kernel(
         others = (columns < num_columns)[None, :]
         if HAS_OWN:
             others = others & (columns[None, :] != tl.load(own_ptr + safe_rows)[:, None])
-        if EXCLUDE:
+        if HAS_ROW_IDS:
             mine = tl.load(row_ids_ptr + safe_rows)[:, None]
             others = others & (tl.load(column_ids_ptr + safe_columns)[None, :] != mine)
-        if HARD:
+        if HAS_USES:
             own_hard = tl.load(hard_ids_ptr + safe_rows)[:, None]
             uses = tl.load(uses_ptr + safe_columns)[None, :]
             weight = read_scalar(hard_negative_weight, False)

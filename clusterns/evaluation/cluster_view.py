@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..functional import nearest_centroids
-from ..normalization import unit_rows
+from ..objective.norms import unit_rows
 from .geometry import mean_cosine
 
 # Pairs drawn for each histogram.

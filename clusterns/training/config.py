@@ -17,11 +17,11 @@ from ..backend import BACKENDS, check_backend
 from ..cached import CachedClusterNSLoss
 from ..centroids import CENTROID_UPDATES
 from ..checks import check_choice, check_count, check_number, check_seed
-from ..distributed import GATHERS
 from ..files import expanded
-from ..functional import FALSE_NEGATIVES
 from ..loss import ClusterNSLoss
 from ..models.pooling import HEADS, POOLINGS
+from ..objective.ranks import GATHERS
+from ..rules import WORDS
 from .presets import PRESETS
 
 
@@ -190,7 +190,7 @@ class TrainConfig:
     centroid_update: str = setting("sum", "what moves a centroid", CENTROID_UPDATES)
     hard_negatives: bool = setting(True, "runner-up centroids as hard negatives")
     hard_negative_weight: float = setting(0.0, "added to the logit of a sentence's own hard negative")
-    false_negatives: str = setting("bml", "treatment of cluster-mates", FALSE_NEGATIVES)
+    false_negatives: str = setting("bml", "treatment of cluster-mates", WORDS)
     bml_weight: float = setting(1e-4, "λ")
     bml_alpha: float = setting(0.2, "α, upper margin")
     bml_beta: float = setting(0.5, "β, lower margin")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..functional import nearest_centroids
 from ..loss import ClusterNSLoss
-from ..normalization import unit_rows, without_autocast
+from ..objective.norms import unit_rows, without_autocast
 
 # Anchors whose softmax is looked at; all of their negatives are.
 SAMPLED_ANCHORS = 256

@@ -1,0 +1,13 @@
+"""The objective for given clusters, without a B×B tensor: one sweep over chunks of rows.
+
+In the order of reading, which is that of the imports; `clusterns.reference` and `clusterns.rules` come first:
+
+    norms.py            dtypes, unit rows, the way back through the normalisation
+    problem.py          what a batch is made of; the identities that need no product
+    torch_products.py   the three products in plain torch, on any device
+    triton_products.py  the same in Triton, for batches whose cosines do not fit the workspace
+    ranks.py            whose columns the rows meet: one process's own, all ranks', or those that go around
+    sweep.py            the loop over blocks of columns and chunks of rows
+    whole.py            in Triton, for batches whose cosines fit: four launches forward, one backward
+    operators.py        sweep and launchers as operators of torch, which `torch.compile` takes whole
+"""

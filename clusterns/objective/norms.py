@@ -1,0 +1,59 @@
+"""Unit rows, and the precision that everything is computed in."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from ..reference import SHORTEST_NORM
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 as soon as one input is float64, else float32 (half precision is accumulated in float32)."""
+    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def common_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that all share, else float32: what Triton's products take."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """How gradients wait for the backward: float16 would underflow before it is scaled."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Keep float32 products float32 inside; devices that have no autocast need nothing."""
+    # The names first: torch 2.11 does not compile the question.
+    if device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, whose neighbouring columns are neighbours in memory."""
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def inverse_norms(z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """1/‖z_i‖, (rows,); 0 for a row without direction (‖z_i‖ ≤ 1e-8). Non-finite rows give NaN or 0."""
+    norm = torch.linalg.vector_norm(z, dim=1, dtype=dtype)
+    return norm.reciprocal().masked_fill_(norm <= SHORTEST_NORM, 0.0)
+
+
+def unit_rows(z: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """z/‖z‖ in `dtype`, (rows, D), and 1/‖z‖, (rows,)."""
+    z = z.detach().to(dtype)
+    scale = inverse_norms(z)
+    return torch.mul(z, scale[:, None], out=out), scale
+
+
+def through_norm(gradient: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
+    """dz = (du − u (u·du)) / ‖z‖ with scale = 1/‖z‖, in place on du `gradient` (rows, D)."""
+    along = (unit * gradient).sum(dim=1, keepdim=True)
+    return gradient.addcmul_(unit, along, value=-1).mul_(scale[:, None])

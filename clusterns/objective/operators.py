@@ -1,0 +1,397 @@
+"""What autograd and `torch.compile` see: differentiable functions, over operators in `torch.ops.clusterns`.
+
+An operator has a schema, one implementation for every device (the launchers know where they run), and a fake
+one that gives shapes alone. A compiler takes it whole; outside of one its implementation is called at once.
+Optional results that were not asked for are empty tensors. The launchers are imported when first needed:
+without a GPU nobody waits for Triton.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_differentiated_once
+from .norms import common_dtype, compute_dtype, kept_dtype, through_norm, unit_stride, without_autocast
+from .problem import Clusters, Options
+from .sweep import sweep
+
+if TYPE_CHECKING:
+    from .ranks import Alone
+
+# The launchers rely on a unit column stride.
+_EXACT_STRIDES = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
+_library = torch.library.Library("clusterns", "DEF")
+
+
+def _operator(schema: str, fake: Any):
+    """Make an operator of the decorated function, with that schema and fake implementation."""
+
+    def decorate(function):
+        name = schema.split("(")[0]
+        _library.define(schema, tags=(_EXACT_STRIDES,))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"clusterns::{name}", fake)
+        operator = getattr(torch.ops.clusterns, name)
+
+        def call(*arguments):
+            return (operator if torch.compiler.is_compiling() else function)(*arguments)
+
+        return call
+
+    return decorate
+
+
+def _split(temperature: float | Tensor) -> tuple[float, Tensor | None]:
+    """τ as schemas take it."""
+    return (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
+
+
+def _joined(temperature: float, tensor: Tensor | None) -> float | Tensor:
+    return temperature if tensor is None else tensor
+
+
+def _padded(count):
+    return (count + 15) // 16 * 16
+
+
+def _empty(like: Tensor, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    return like.new_empty(shape, dtype=dtype)
+
+
+_TAU = "float temperature, Tensor? temperature_tensor"
+_NUMBERS = "float weight, str false_negatives, float bml_weight, float bml_alpha, float bml_beta"
+
+
+# --- the sweep, in torch or on Triton ----------------------------------------------------------------------
+
+
+def _fake_sweep(anchors, positives, negatives, temperature, tensor, ids, centroids, hard_ids, *rest):
+    *_, needs, backend = rest
+    inputs = (anchors, positives, negatives)
+    dtype = torch.float32 if backend == "triton-chunked" else compute_dtype(*inputs)
+    kept = kept_dtype(common_dtype(*inputs)) if backend == "triton-chunked" else dtype
+    shapes = [(z.shape if need else (0, 0), kept) for z, need in zip(inputs, needs, strict=False)]
+    shapes.append(((), dtype) if needs[3] else ((0, 0), dtype))
+    gradients = [_empty(anchors, *shape, dtype=kind) for shape, kind in shapes]
+    return (_empty(anchors, dtype=dtype), _empty(anchors, 4, dtype=dtype), *gradients)
+
+
+@_operator(
+    f"sweep(Tensor anchors, Tensor positives, Tensor? negatives, {_TAU}, Tensor? ids, Tensor? centroids, "
+    f"Tensor? hard_ids, {_NUMBERS}, int workspace_bytes, bool[] needs, str backend) -> (Tensor loss, "
+    "Tensor terms, Tensor anchors, Tensor positives, Tensor negatives, Tensor temperature)",
+    _fake_sweep,
+)
+def _sweep(anchors, positives, negatives, temperature, tensor, ids, centroids, hard_ids, *rest):
+    *numbers, needs, backend = rest
+    clusters, tau = Clusters(ids, centroids, hard_ids), _joined(temperature, tensor)
+    found = sweep(anchors, positives, negatives, tau, clusters, Options(*numbers), tuple(needs), backend)
+    gradients = [_empty(anchors, 0, 0) if g is None else g.contiguous() for g in found.gradients]
+    if backend == "torch" and needs[2]:  # a part of one tensor with that of the positives
+        gradients[2] = gradients[2].clone()
+    return (found.loss, found.terms, *gradients)
+
+
+class Sweep(torch.autograd.Function):
+    """The objective for given clusters by `sweep`; gradients are computed in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        anchors: Tensor,
+        positives: Tensor,
+        negatives: Tensor | None,
+        temperature: float | Tensor,
+        clusters: Clusters,
+        options: Options,
+        backend: str,
+        ranks: Alone | None,
+        keeps_graph: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss, 0-d, and InfoNCE, BML, mean cosine over all B² cells and over the diagonal, (4,).
+
+        One tensor for all that has no gradient: where BML is 0 the loss is InfoNCE, a compiler then returns
+        one buffer for both, and marking that as not differentiable cuts the gradient of the loss too.
+
+        keeps_graph: `torch.is_grad_enabled()` of the caller: in here it is off, and `needs_input_grad` does
+        not know of it.
+        """
+        inputs = (anchors, positives, negatives, temperature)
+        a, p, n, tau = (need and keeps_graph for need in ctx.needs_input_grad[:4])
+        needs = (a, p, n, tau)
+        # A rule that is no word is Python, which a compiler looks into; ranks speak with each other.
+        whole = torch.compiler.is_compiling() and ranks is None and isinstance(options.false_negatives, str)
+        with torch.no_grad(), without_autocast(anchors.device):
+            if whole:
+                loss, terms, *found = torch.ops.clusterns.sweep(
+                    anchors, positives, negatives, *_split(temperature), *clusters[:3], *options, list(needs),
+                    backend,
+                )  # fmt: skip
+                gradients = tuple(g if need else None for g, need in zip(found, needs, strict=True))
+            else:
+                loss, terms, gradients = sweep(*inputs, clusters, options, needs, backend, ranks)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [value.dtype if isinstance(value, Tensor) else None for value in inputs]
+        ctx.mark_non_differentiable(terms)
+        return loss, terms
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, _grad_terms: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients of the forward by the gradient of the loss.
+
+        Those of float16 stay in float32 until scaled: a loss scale exists to keep them from underflowing.
+        """
+        check_differentiated_once()
+        scaled = [
+            None if gradient is None else (gradient * grad_loss).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None, None, None)
+
+
+# --- a batch whose cosines fit the workspace, on Triton ----------------------------------------------------
+
+
+def _fake_forward(anchors, positives, negatives, tau, tensor, centroids, ids, hard_ids, *rest):
+    assigns, has_hard, keeps, statistic, *_ = rest
+    (rows, dim), clusters = anchors.shape, centroids.shape[0] if centroids is not None else 0
+    columns = rows if negatives is None else _padded(rows) + negatives.shape[0]
+    assigned, kept = rows if assigns else 0, statistic or keeps
+    return (
+        _empty(anchors),
+        _empty(anchors, 8),
+        _empty(anchors, rows, _padded(columns)),
+        _empty(anchors, rows),
+        _empty(anchors, _padded(columns)),
+        _empty(anchors, 2 * _padded(clusters) + 16 + (rows + 15) // 16, dtype=torch.int32),
+        _empty(anchors, 4, rows),
+        _empty(anchors, assigned, dtype=torch.int64),
+        _empty(anchors, assigned, dtype=torch.int64),
+        _empty(anchors, *((rows, _padded(clusters)) if assigns and has_hard else (0, 0))),
+        _empty(anchors, clusters if assigns else 0),
+        _empty(anchors, *((clusters, dim) if kept else (0, 0))),
+    )
+
+
+@_operator(
+    f"forward(Tensor anchors, Tensor positives, Tensor? negatives, {_TAU}, Tensor(a!)? centroids, "
+    f"Tensor? ids, Tensor? hard_ids, bool assigns, bool has_hard, bool keeps_centroids, str statistic, "
+    f"float momentum, {_NUMBERS}) -> (Tensor loss, Tensor terms, Tensor cosines, Tensor anchor_inverse, "
+    "Tensor positive_inverse, Tensor counters, Tensor row_state, Tensor nearest, Tensor runner_up, "
+    "Tensor centroid_cosines, Tensor centroid_inverse, Tensor moved)",
+    _fake_forward,
+)
+def _forward(anchors, positives, negatives, temperature, tensor, *rest):
+    from . import whole
+
+    return whole.forward(anchors, positives, negatives, _joined(temperature, tensor), *rest)
+
+
+def _fake_backward(
+    upstream, anchors, positives, negatives, tau, tensor, ids, hard_ids, has_hard, needs, *rest
+):
+    inputs = (anchors, positives, negatives)
+    return tuple(
+        anchors.new_empty(z.shape if need else (0, 0)) for z, need in zip(inputs, needs, strict=True)
+    )
+
+
+@_operator(
+    f"backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor? negatives, {_TAU}, Tensor? ids, "
+    f"Tensor? hard_ids, bool has_hard, bool[] needs, {_NUMBERS}, Tensor[] state) -> "
+    "(Tensor anchors, Tensor positives, Tensor negatives)",
+    _fake_backward,
+)
+def _backward(
+    upstream, anchors, positives, negatives, temperature, tensor, ids, hard_ids, has_hard, needs, *rest
+):
+    from . import whole
+
+    *numbers, state = rest
+    found = whole.backward(
+        upstream, anchors, positives, negatives, _joined(temperature, tensor), ids, hard_ids, has_hard,
+        tuple(needs), tuple(numbers), whole.State(*state),
+    )  # fmt: skip
+    return tuple(anchors.new_empty((0, 0)) if gradient is None else gradient for gradient in found)
+
+
+class _Whole(torch.autograd.Function):
+    """Loss of a whole batch; the gradients, made in the backward, reach the embeddings and τ."""
+
+    @staticmethod
+    def forward(ctx, anchors, positives, negatives, temperature, centroids, clusters, options, keeps_graph):
+        ids, hard_ids = clusters.ids, clusters.hard_ids
+        count = 0 if centroids is None else centroids.shape[0]
+        has_hard = count > 0 and clusters.hard_negatives and (hard_ids is not None or count > 1)
+        assigns = has_hard or (count > 0 and ids is None)
+        hard_ids = hard_ids if has_hard else None
+        statistic, momentum = clusters.update or ("", 0.0)
+        numbers = options[:5]
+        if ids is None and not assigns:
+            numbers = (numbers[0], "keep", *numbers[2:])
+        tau = _split(temperature)
+        keeps = has_hard and keeps_graph and ctx.needs_input_grad[0]
+        with torch.no_grad():
+            loss, terms, *state = _forward(
+                anchors, positives, negatives, *tau, centroids, ids, hard_ids, assigns, has_hard, keeps,
+                statistic, momentum, *numbers,
+            )  # fmt: skip
+        ctx.save_for_backward(anchors, positives, negatives, tau[1], ids, hard_ids, terms, *state)
+        ctx.rest = (tau[0], has_hard, numbers)
+        ctx.mark_non_differentiable(terms)
+        ctx.set_materialize_grads(False)  # else the engine fills zeros for `terms`: one more launch
+        return loss, terms
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor | None, _grad_terms: None) -> tuple[Tensor | None, ...]:
+        check_differentiated_once()
+        if grad_loss is None:
+            return (None,) * 8
+        anchors, positives, negatives, temperature, ids, hard_ids, terms, *state = ctx.saved_tensors
+        tau, has_hard, numbers = ctx.rest
+        needs = list(ctx.needs_input_grad[:3])
+        gradients: list[Tensor | None] = [None, None, None]
+        if any(needs):
+            found = _backward(
+                grad_loss, anchors, positives, negatives, tau, temperature, ids, hard_ids, has_hard, needs,
+                *numbers, state,
+            )  # fmt: skip
+            gradients = [g if need else None for g, need in zip(found, needs, strict=True)]
+        of_temperature = None
+        if temperature is not None and ctx.needs_input_grad[3]:
+            of_temperature = (terms[7] * grad_loss).to(temperature.dtype)
+        return (*gradients, of_temperature, None, None, None, None)
+
+
+def _shares(centroids: Tensor) -> bool:
+    """Whether the kernels take the centroids as they are."""
+    return centroids.dtype == torch.float32 and centroids.stride(1) == 1
+
+
+def whole_batch(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None,
+    temperature: float | Tensor,
+    clusters: Clusters,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """Loss, 0-d, and terms (8,), which `kernels.objective.TERMS` names, on Triton.
+
+    Clusters that are missing are those of an assignment, after the `update`, which moves the centroids (K, D)
+    in place.
+    """
+    dtype = common_dtype(anchors, positives, negatives)
+    inputs = [None if z is None else unit_stride(z.to(dtype)) for z in (anchors, positives, negatives)]
+    state = clusters.centroids
+    centroids = None if state is None else unit_stride(state.detach().float())
+    found = _Whole.apply(*inputs, temperature, centroids, clusters, options, torch.is_grad_enabled())
+    if clusters.update is not None and state is not None and centroids is not None and not _shares(state):
+        state.copy_(centroids)  # a copy was moved
+    return found
+
+
+# --- similarity and assignment on their own ----------------------------------------------------------------
+
+
+def _fake_similarity(x, y, *_):
+    rows, columns = x.shape[0], _padded(y.shape[0])
+    return _empty(x, rows, columns), _empty(x, rows), _empty(x, columns)
+
+
+@_operator(
+    f"similarity(Tensor x, Tensor y, {_TAU}) -> (Tensor cosines, Tensor x_inverse, Tensor y_inverse)",
+    _fake_similarity,
+)
+def _similarity(x, y, temperature, tensor):
+    from . import whole
+
+    return whole.similarity(x, y, _joined(temperature, tensor))
+
+
+class _CosineSimilarity(torch.autograd.Function):
+    """R = cos(x, y)/τ by one launch; dx = (du − u (u·du)) / ‖x‖ with du = U v/τ for the unit rows u, v."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
+        cosines, x_inverse, y_inverse = _similarity(x, y, *_split(temperature))
+        # A copy: the caller must not see the padding or write into what the backward needs.
+        result = cosines[:, : y.shape[0]].clone(memory_format=torch.contiguous_format)
+        needs_result = isinstance(temperature, Tensor) and ctx.needs_input_grad[2]
+        ctx.save_for_backward(
+            x,
+            y,
+            x_inverse,
+            y_inverse[: y.shape[0]],
+            cosines if needs_result else None,
+            _split(temperature)[1],
+        )
+        ctx.tau = _split(temperature)[0]
+        return result
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        check_differentiated_once()
+        x, y, x_inverse, y_inverse, cosines, tensor = ctx.saved_tensors
+        tau = _joined(ctx.tau, tensor)
+        u, v = x.float() * x_inverse[:, None], y.float() * y_inverse[:, None]
+        found: list[Tensor | None] = [None, None, None]
+        with without_autocast(x.device):
+            if ctx.needs_input_grad[0]:
+                found[0] = through_norm(upstream @ v / tau, u, x_inverse).to(x.dtype)
+            if ctx.needs_input_grad[1]:
+                found[1] = through_norm(upstream.T @ u / tau, v, y_inverse).to(y.dtype)
+        if cosines is not None and tensor is not None:  # ∂R/∂τ = −R/τ
+            found[2] = -((upstream * cosines[:, : len(y)]).sum() / tensor).to(tensor.dtype)
+        return tuple(found)
+
+
+def cosine_similarity_matrix(a: Tensor, b: Tensor, temperature: float | Tensor) -> Tensor:
+    """cos(a_i, b_j)/τ, (M, N) float32 on Triton, differentiable in a, b and τ."""
+    dtype = common_dtype(a, b)
+    return _CosineSimilarity.apply(unit_stride(a.to(dtype)), unit_stride(b.to(dtype)), temperature)
+
+
+def _fake_assign(points, centroids):
+    rows = points.shape[0]
+    kinds = (torch.int64, torch.int64, torch.float32, torch.float32, torch.float32)
+    return tuple(_empty(points, rows, dtype=kind) for kind in kinds)
+
+
+@_operator(
+    "assign(Tensor points, Tensor centroids) -> (Tensor nearest, Tensor runner_up, Tensor nearest_cosine, "
+    "Tensor runner_up_cosine, Tensor inverse)",
+    _fake_assign,
+)
+def _assign(points, centroids):
+    from . import whole
+
+    return whole.assign(points, centroids)
+
+
+@torch.no_grad()
+def nearest_centroids(points: Tensor, centroids: Tensor) -> tuple[Tensor, ...]:
+    """Nearest and runner-up ids (B,) int64 and their cosines (B,) float32, on Triton."""
+    return _assign(unit_stride(points.detach()), unit_stride(centroids.detach().float()))[:4]
+
+
+def _fake_cluster_sums(points, centroids):
+    return _empty(points, centroids.shape[0]), _empty(points, *centroids.shape)
+
+
+@_operator(
+    "cluster_sums(Tensor points, Tensor centroids) -> (Tensor counts, Tensor sums)", _fake_cluster_sums
+)
+def _cluster_sums(points, centroids):
+    from . import whole
+
+    return whole.cluster_sums(points, centroids)
+
+
+@torch.no_grad()
+def cluster_sums(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Members (K,) of each cluster of points around centroids, and their sum (K, D), float32, on Triton."""
+    return _cluster_sums(unit_stride(points.detach()), unit_stride(centroids.detach().float()))

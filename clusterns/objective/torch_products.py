@@ -1,0 +1,358 @@
+"""The three products in plain torch: row chunks of the logits, on any device, in float32 or float64.
+
+Per chunk of R rows (X = [p; n; c]: unit rows of the block's positives and explicit negatives, and of the
+centroids):
+
+    product 1   E = exp(a Xᵀ/τ + bias)           bias: log n_k on the centroid columns
+                Z = row sums of E                loss_i = log(Z_i / E_ii)
+    product 2   ∂loss/∂a = (E X) · 1/(BτZ)       less p, and the margin loss
+    product 3   ∂loss/∂X += Eᵀ (a · 1/(BτZ))     likewise
+
+1/Z scales rows and results, never the matrix (identity 4). Cluster-mates are sorted side by side on a large
+batch, so their rule is asked about some B²/K cells instead of B² (identity 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..rules import Pairs, rule_of
+from .norms import compute_dtype, through_norm, unit_rows
+from .problem import Batch, Block, own_bonus
+
+# Largest |logit| for which exp and sums of 2^40 of them stay inside the dtype without a row maximum.
+_SAFE_LOGIT = {torch.float32: 40.0, torch.float64: 300.0}
+
+# Rows that a rule is asked about at a time where mates stand side by side: enough to fill vector units, few
+# enough that little else falls between them.
+_MATE_ROWS = 256
+
+# One cell in so many is few.
+_FEW = 8
+
+# Below this batch size, copying the rows into cluster order costs more than the cells it saves.
+_SORTED_BATCH = 1024
+
+
+class Columns(NamedTuple):
+    """Unit rows of a block, the positives sorted by cluster where the rows are, and their gradient."""
+
+    units: Tensor  # (n+N, D)
+    scale: Tensor  # (n+N,) 1/‖row‖
+    order: Tensor | None  # (n,)
+    places: Tensor  # (n,) in the batch
+    ids: Tensor | None  # (n,)
+    borders: tuple[list[int], list[int]] | None  # by row: the first and past the last of its mates
+    own: Tensor | None  # (M,) the column of the row's own positive, where it is here
+    wanted: slice  # the columns that want a gradient: positives, explicit negatives, or both
+    gradient: Tensor | None  # of the unit rows `wanted`
+    buffer: Tensor  # (R, n+N+K) for the weights of a chunk
+    totals: bool
+    gradients: bool
+
+
+class Weights(NamedTuple):
+    """A chunk after its first product."""
+
+    values: Tensor  # (R, n+N+K): E, but 0 for the own positive
+    others: Tensor  # (R,) their row sums
+    shift: Tensor | None  # (R,) what was subtracted from the logits; None where nothing needs to be
+    held: list[Held]
+
+
+class Held(NamedTuple):
+    """Pairs in the margin loss, and their slopes in {−1, 0, 1}."""
+
+    local: Tensor | slice  # rows of the chunk: (pairs,), or all of some
+    cells: Tensor  # (pairs,) places in the chunk, or a view into it
+    slope: Tensor
+
+
+class TorchProducts:
+    """Rows that meet blocks of columns; keeps what the rows have found so far."""
+
+    def __init__(self, batch: Batch):
+        self.batch, self.options = batch, batch.options
+        clusters, known = batch.clusters, batch.clusters.known
+        self.dtype = compute_dtype(batch.anchors, batch.positives, batch.negatives)
+        tau = batch.temperature
+        self.temperature = tau.to(self.dtype) if isinstance(tau, Tensor) else tau
+        self.safe = self.options.is_safe(tau, _SAFE_LOGIT[self.dtype])
+        self.rule = rule_of(self.options.false_negatives, clusters.ids is not None)
+        self.has_margins = False
+
+        # Sorted by cluster, mates are neighbours. Not where reading the borders would wait for the device.
+        on_cpu = batch.anchors.device.type == "cpu"
+        within = getattr(self.rule, "within_clusters", False)
+        self.order = (
+            clusters.ids.argsort(stable=True)
+            if within and on_cpu and clusters.ids is not None and batch.size >= _SORTED_BATCH
+            else None
+        )
+        if known is None:
+            self.a, self.anchor_scale = unit_rows(self._sorted(batch.anchors.detach()), self.dtype)
+        else:
+            self.a, self.anchor_scale = self._sorted(known.anchors), self._sorted(known.anchor_scale)
+        self.cluster_ids, self.nearest_cosine = (
+            None if each is None else self._sorted(each) for each in (clusters.ids, clusters.nearest_cosine)
+        )
+        count = len(self.a)
+        self.places = torch.arange(count, device=self.a.device) if self.order is None else self.order
+        self.centroids: Tensor | None = None  # unit rows
+        self.own_bonus: Tensor | None = None
+        if batch.hard_counts is not None:
+            assert clusters.centroids is not None
+            assert clusters.hard_ids is not None
+            self.centroids = known.centroids if known else unit_rows(clusters.centroids, self.dtype)[0]
+            self.centroid_cosines = self._sorted(known.cosines) if known else None
+            counts = batch.hard_counts.to(self.dtype)
+            self.log_counts = counts.log()  # −inf where k is nobody's hard negative: the column drops out
+            if self.options.hard_negative_weight != 0.0:
+                self.own_hard = self._sorted(clusters.hard_ids)[:, None]
+                self.own_bonus = own_bonus(counts[self.own_hard], self.options.hard_negative_weight)
+        self.positive_logit = self.a.new_empty(count)
+        self.log_others = self.a.new_full(
+            (count,), -torch.inf
+        )  # Σ E without the positive, of all blocks so far
+        self.slope_sum = self.a.new_zeros(count)  # row sums of the slopes of the margin loss
+        self.margin_sum = self.a.new_zeros(())
+        self.slope_times_delta = self.a.new_zeros(())
+        needed = batch.needs[0] or batch.needs[3]
+        self.gradient = (
+            torch.zeros_like(self.a) if needed else self.a[:0]
+        )  # of the unit rows, over `row_scale`
+        self.row_scale = torch.empty_like(self.positive_logit)  # 1/(BτZ)
+        self.positive_sum: Tensor | None = None
+
+    def open(self, block: Block, totals: bool, gradients: bool) -> Columns:
+        """Prepare to meet a block: for the totals of the rows, for the gradients, or for both."""
+        positives, negatives, ids = block.positives.detach(), block.negatives, block.cluster_ids
+        count = len(positives)
+        order, borders, own = None, None, None
+        places = torch.arange(block.place, block.place + count, device=positives.device)
+        if block.own is not None:
+            own = torch.arange(block.own, block.own + len(self.a), device=positives.device)
+        if self.order is not None:
+            assert ids is not None
+            assert self.cluster_ids is not None
+            same = ids is self.batch.clusters.ids
+            order = self.order if same else ids.argsort(stable=True)
+            ids, positives, places = ids[order], positives[order], places[order]
+            low, high = (torch.searchsorted(ids, self.cluster_ids, right=right) for right in (False, True))
+            borders = (low.tolist(), high.tolist())
+            if own is not None and not same:
+                column = torch.empty_like(order)
+                column[order] = torch.arange(count)
+                own = column[own[self.order]]
+        width = count + (len(negatives) if negatives is not None else 0)
+        units = positives.new_empty((width, positives.shape[1]), dtype=self.dtype)
+        _, scale = unit_rows(positives, self.dtype, units[:count])
+        if negatives is not None:
+            scale = torch.cat([scale, unit_rows(negatives, self.dtype, units[count:])[1]])
+        if totals and own is not None:
+            mine = units[:count] if len(own) == count else units[own]
+            self.positive_sum = mine.sum(dim=0)
+        _, need_positives, need_negatives, _ = self.batch.needs
+        wanted = slice(0 if need_positives else count, width if need_negatives else count)
+        gradient = None
+        if gradients and wanted.start < wanted.stop:
+            gradient = torch.empty_like(units[wanted])
+        if self.centroids is not None and own is not None:  # every row meets them once
+            width += len(self.centroids)
+        rows = max(1, self.options.workspace_bytes // (3 * width * self.dtype.itemsize))
+        buffer = units.new_empty((min(len(self.a), rows), width))
+        return Columns(
+            units, scale, order, places, ids, borders, own, wanted, gradient, buffer, totals, gradients
+        )
+
+    def chunks(self, columns: Columns) -> Iterator[slice]:
+        """Rows whose weights fit the workspace."""
+        count, step = len(self.a), len(columns.buffer)
+        return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+    def weigh(self, columns: Columns, rows: slice) -> Weights:
+        """Take product 1; what the rule decides; and with `totals` what adds up over the columns."""
+        values = self._logits(columns, rows)
+        own = columns.own[rows, None] if columns.own is not None else None
+        positive = self.positive_logit[rows]
+        if own is not None and columns.totals:
+            positive.copy_(values.gather(1, own)[:, 0])
+        held = self._ask_rule(columns, values, rows) if self.rule is not None else []
+        known, shift = self.log_others[rows], None
+        if not self.safe:
+            largest = torch.maximum(values.amax(dim=1), positive)
+            shift = largest if columns.totals else torch.logaddexp(known, positive)
+            values.sub_(shift[:, None])
+        values.exp_()
+        if own is not None:  # kept apart: then neither loss nor gradient is a difference of near-equals
+            values.scatter_(1, own, 0.0)
+        if columns.totals:
+            others = values.sum(dim=1)
+            log_others = others.log() if shift is None else others.log() + shift
+            torch.logaddexp(known, log_others, out=known)
+        else:
+            others = known.exp() if shift is None else (known - shift).exp()
+        return Weights(values, others, shift, held)
+
+    def differentiate(self, columns: Columns, rows: slice, weights: Weights) -> None:
+        """Turn E into BτZ · ∂loss/∂S, and take products 2 and 3.
+
+        ∂loss/∂S = 1/(Bτ) · (E/Z − I + W − diag(row sums of W)); W: slopes of the margin loss times λτ/B.
+        """
+        values, others, shift, held = weights
+        positive = self.positive_logit[rows]
+        total = others + (positive if shift is None else positive - shift).exp()  # Z
+        unit = total * (self.options.bml_weight * self.temperature / self.batch.size)
+        for local, cells, slope in held:
+            if isinstance(local, slice):
+                cells.addcmul_(slope, unit[local, None])
+            else:
+                values.view(-1).index_add_(0, cells, slope * unit[local])
+        if columns.own is not None:
+            own_weight = torch.addcmul(others, self.slope_sum[rows], unit).neg_()
+            values.scatter_add_(1, columns.own[rows, None], own_weight[:, None])
+        self.row_scale[rows] = row_scale = (1.0 / (self.batch.size * self.temperature)) / total
+        if self.batch.needs[0] or self.batch.needs[3]:
+            known = len(columns.units)
+            target = self.gradient[rows]
+            target.addmm_(values[:, :known], columns.units)
+            if values.shape[1] > known:
+                assert self.centroids is not None
+                target.addmm_(values[:, known:], self.centroids)
+        if columns.gradient is not None:
+            share = self.a[rows] * row_scale[:, None]
+            columns.gradient.addmm_(values[:, columns.wanted].T, share, beta=1 if rows.start else 0)
+
+    def close(self, columns: Columns) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the block's positives (n, D) and explicit negatives (N, D), where wanted."""
+        gradient, wanted = columns.gradient, columns.wanted
+        if gradient is None:
+            return None, None
+        through_norm(gradient, columns.units[wanted], columns.scale[wanted])
+        split = len(columns.places) - wanted.start
+        positives = _unsorted(gradient[:split], columns.order) if split else None
+        return positives, gradient[split:] if len(gradient) > split else None
+
+    def sums(self) -> Tensor:
+        """What `combine` takes."""
+        assert self.positive_sum is not None
+        margin = self.log_others - self.positive_logit
+        info_nce = torch.logaddexp(margin, torch.zeros_like(margin)).sum()  # log(1 + Σ_others / E_ii)
+        numbers = [
+            info_nce, self.margin_sum * self.temperature, self.positive_logit.sum() * self.temperature
+        ]  # fmt: skip
+        return torch.cat([torch.stack(numbers), self.a.sum(dim=0), self.positive_sum])
+
+    def own(self) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the anchors (M, D), in the caller's order, and of τ, 0-d, where wanted; once."""
+        need_anchors, _, _, need_temperature = self.batch.needs
+        gradient, of_temperature = self.gradient, None
+        if need_temperature:  # −1/τ · Σ_ij S_ij ∂InfoNCE/∂S_ij
+            along = torch.dot((self.a * gradient).sum(dim=1), self.row_scale)  # with the margin loss
+            share = self.temperature * (self.options.bml_weight / self.batch.size**2)
+            of_temperature = (self.slope_times_delta * share - along) / self.temperature
+        if not need_anchors:
+            return None, of_temperature
+        through_norm(gradient, self.a, self.anchor_scale * self.row_scale)
+        return _unsorted(gradient, self.order), of_temperature
+
+    def _sorted(self, rows: Tensor) -> Tensor:
+        return rows if self.order is None else rows[self.order]
+
+    def _logits(self, columns: Columns, rows: slice) -> Tensor:
+        """a Xᵀ/τ for the rows of a chunk, with log n_k on the centroids' columns, (R, n+N+K)."""
+        out, a, units = columns.buffer[: rows.stop - rows.start], self.a[rows], columns.units
+        others, hard = out[:, : len(units)], out[:, len(units) :]
+        scale = 1 / self.temperature
+        torch.addmm(others, a, units.T, beta=0, alpha=1 if isinstance(scale, Tensor) else scale, out=others)
+        if isinstance(scale, Tensor):
+            others.mul_(scale)
+        if hard.shape[1]:
+            assert self.centroids is not None
+            cosines = a @ self.centroids.T if self.centroid_cosines is None else self.centroid_cosines[rows]
+            torch.mul(cosines, scale, out=hard).add_(self.log_counts)
+            if self.own_bonus is not None:
+                hard.scatter_add_(1, self.own_hard[rows], self.own_bonus[rows])
+        return out
+
+    def _ask_rule(self, columns: Columns, values: Tensor, rows: slice) -> list[Held]:
+        """Put the rule's decisions into the logits of a chunk, and return what the margin loss holds.
+
+        It is asked about some rows at a time, so that a mask and its temporaries stay within the workspace.
+        """
+        assert self.rule is not None
+        width = len(columns.places)
+        step = max(1, self.options.workspace_bytes // (12 * width * self.dtype.itemsize))
+        if columns.borders is not None:
+            step = min(step, _MATE_ROWS)
+        held = []
+        for first in range(rows.start, rows.stop, step):
+            some = slice(first, min(first + step, rows.stop))
+            low, high = 0, width
+            if columns.borders is not None:
+                low, high = columns.borders[0][first], columns.borders[1][some.stop - 1]
+            local = slice(first - rows.start, some.stop - rows.start)
+            cells = values[local, low:high]
+            decision = self.rule(
+                Pairs(
+                    cells,
+                    self.positive_logit[some, None],
+                    self.temperature,
+                    self.cluster_ids[some, None] if self.cluster_ids is not None else None,
+                    columns.ids[None, low:high] if columns.ids is not None else None,
+                    self.nearest_cosine[some, None] if self.nearest_cosine is not None else None,
+                    self.places[some, None],
+                    columns.places[None, low:high],
+                )
+            )
+            if decision.held is not None:
+                self.has_margins = True
+                held.append(self._hold(columns, values, decision.held, some, local, low))
+            if decision.out is not None:
+                cells.masked_fill_(decision.out, -torch.inf)
+        return held
+
+    def _hold(
+        self, columns: Columns, values: Tensor, pairs: Tensor, rows: slice, local: slice, low: int
+    ) -> Held:
+        """Slopes of the margin loss for pairs (rows, width) bool; adds the margins beyond Δ = 0 to the sums.
+
+        Per pair and in units of logits, relu(Δ+α) + relu(−Δ−β) = slope · Δ + α[Δ > −α] − β[Δ < −β] with
+        slope = [Δ > −α] − [Δ < −β]. A sentence as its own mate is harmless: Δ_ii = 0 is what the cell would
+        add anyway, and its slope on S_ii cancels against its slope on s_i.
+        """
+        alpha, beta = self.options.bml_alpha / self.temperature, self.options.bml_beta / self.temperature
+        positive = self.positive_logit[rows]
+        place: Tensor | slice
+        count = pairs.count_nonzero()
+        # Where few pairs are held, those alone. On a GPU, to know would be to wait for the device.
+        if values.device.type == "cpu" and count * _FEW < pairs.numel():
+            i, j = pairs.nonzero(as_tuple=True)
+            place, cells = i + local.start, torch.add(j, i + local.start, alpha=values.shape[1]).add_(low)
+            delta = values.view(-1)[cells] - positive[i]
+            above, below = delta > -alpha, delta < -beta
+        else:
+            place, cells = local, values[local, low : low + pairs.shape[1]]
+            delta = cells - positive[:, None]
+            above, below = (delta > -alpha).logical_and_(pairs), (delta < -beta).logical_and_(pairs)
+        above, below = above.to(self.dtype), below.to(self.dtype)
+        slope = above - below
+        if columns.totals:
+            if isinstance(place, slice):
+                self.slope_sum[rows] += slope.sum(dim=1)
+            else:
+                self.slope_sum.index_add_(0, place + (rows.start - local.start), slope)
+            pull = torch.dot(slope.view(-1), delta.view(-1))
+            self.slope_times_delta += pull
+            at_zero = count * (self.options.margin_at_zero / self.temperature)
+            self.margin_sum += pull + above.sum() * alpha - below.sum() * beta - at_zero
+        return Held(place, cells, slope)
+
+
+def _unsorted(rows: Tensor, order: Tensor | None) -> Tensor:
+    """Rows in the order they had before `rows[order]`."""
+    return rows if order is None else torch.empty_like(rows).index_copy_(0, order, rows)
