@@ -13,6 +13,8 @@ from tiny_prompt import make_prompted
 
 from clusterns.evaluation.evaluated_model import load_model
 
+library = pytest.importorskip("sentence_transformers")
+modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
 TEXTS = [sentence for sentence in SENTENCES if sentence]
 
 
@@ -23,9 +25,9 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bare(saved: Path, tmp_path: Path) -> Path:
+def bare(saved: Path) -> Path:
     """The files that transformers alone writes."""
-    folder = tmp_path / "bare"
+    folder = saved.parent / "bare"
     folder.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(saved / name, folder / name)
@@ -34,23 +36,17 @@ def bare(saved: Path, tmp_path: Path) -> Path:
 
 def foreign(bare: Path, *, pooling: str = "mean", more: tuple = (), **settings: object) -> Path:
     """A folder as sentence-transformers saves it, without our own settings."""
-    library = pytest.importorskip("sentence_transformers")
-    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
-    transformer = modules.Transformer(str(bare))
-    pool = modules.Pooling(transformer.get_embedding_dimension(), pooling)
-    model = library.SentenceTransformer(
-        modules=[transformer, pool, *(make(modules) for make in more)], device="cpu", **settings
-    )
-    model.save(str(bare.parent / "foreign"))
-    return bare.parent / "foreign"
+    parts = [modules.Transformer(str(bare)), modules.Pooling(16, pooling), *(make() for make in more)]
+    folder = bare.parent / "foreign"
+    library.SentenceTransformer(modules=parts, device="cpu", **settings).save(str(folder))
+    return folder
 
 
 def library_vectors(folder: Path) -> torch.Tensor:
-    library = pytest.importorskip("sentence_transformers")
     return library.SentenceTransformer(str(folder), device="cpu").encode(TEXTS, convert_to_tensor=True)
 
 
-def test_a_bare_checkpoint_asks_for_the_pooling(bare: Path) -> None:
+def test_a_bare_checkpoint_asks_for_the_pooling_and_takes_one_given(bare: Path) -> None:
     with pytest.raises(
         ValueError, match=r"^model: expected files that state a pooling in .*bare, got none: "
     ):
@@ -59,34 +55,24 @@ def test_a_bare_checkpoint_asks_for_the_pooling(bare: Path) -> None:
     (bare / "modules.json").write_text(json.dumps(listing))
     with pytest.raises(ValueError, match=r"give --pooling \(cls, mean"):
         load_model(bare)
-
-
-def test_a_given_pooling_is_taken(bare: Path) -> None:
+    with pytest.raises(ValueError, match=r"^pooling: expected one of .* got 'sum'$"):
+        load_model(bare, pooling="sum")
     for pooling in ("cls", "mean"):
         model = load_model(bare, pooling=pooling)
         assert (model.pooling, model.library) == (pooling, "clusterns")
-        expected = make_encoder(pooling=pooling).encode(TEXTS)
-        assert_close(model.encoder.encode(TEXTS), expected)
-    with pytest.raises(ValueError, match=r"^pooling: expected one of .* got 'sum'$"):
-        load_model(bare, pooling="sum")
+        assert_close(model.encoder.encode(TEXTS), make_encoder(pooling=pooling).encode(TEXTS))
 
 
 def test_a_saved_model_knows_its_pooling_and_is_not_truncated(saved: Path) -> None:
     make_encoder(pooling="mean", max_length=6).save(saved)
-    model = load_model(saved)
-    assert (model.pooling, model.max_length, model.library, model.normalized) == (
-        "mean",
-        24,
-        "clusterns",
-        False,
-    )
+    assert load_model(saved)[1:] == ("mean", 24, False, "clusterns")
     assert load_model(saved, max_length=5).max_length == 5
     assert load_model(saved, pooling="cls").pooling == "cls"
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_a_sentence_transformers_folder_knows_its_pooling(pooling: str, bare: Path) -> None:
-    folder = foreign(bare, pooling=pooling, more=(lambda modules: modules.Normalize(),))
+    folder = foreign(bare, pooling=pooling, more=(modules.Normalize,))
     model = load_model(folder)
     assert (model.pooling, model.library, model.normalized) == (pooling, "clusterns", True)
     vectors = torch.nn.functional.normalize(model.encoder.encode(TEXTS), dim=1)
@@ -99,55 +85,51 @@ def test_a_sentence_transformers_folder_knows_its_pooling(pooling: str, bare: Pa
         ({"pooling": "max"}, "max"),
         ({"pooling": "lasttoken"}, "lasttoken"),
         ({"prompts": {"query": "the cat "}, "default_prompt_name": "query"}, "mean"),
-        ({"more": (lambda modules: modules.Dense(16, 5),)}, "mean"),
+        ({"more": (lambda: modules.Dense(16, 5),)}, "mean"),
     ],
+    ids=["max", "last", "prompt", "dense"],
 )
 def test_what_asks_for_more_is_run_by_sentence_transformers(settings: dict, pooling: str, bare: Path) -> None:
     folder = foreign(bare, **settings)
     model = load_model(folder)
     assert (model.pooling, model.library) == (pooling, "sentence-transformers")
-    vectors = model.encoder.encode([*TEXTS, *reversed(TEXTS)], batch_size=2)
-    assert_close(vectors[: len(TEXTS)], library_vectors(folder))
-    assert_close(model.encoder.encode(iter(TEXTS)), vectors[: len(TEXTS)])
+    expected = library_vectors(folder)
+    assert_close(model.encoder.encode(iter(TEXTS)), expected)
+    twice = model.encoder.encode([*TEXTS, *reversed(TEXTS)], batch_size=2)
+    assert_close(twice, torch.cat([expected, expected.flip(0)]))
     with pytest.raises(ValueError, match=r"^sentences: expected a list of strings, got one string 'a cat'$"):
         model.encoder.encode("a cat")
-    assert_close(vectors[len(TEXTS) :].flip(0), vectors[: len(TEXTS)])
     # A given pooling takes the bare transformer.
     assert load_model(folder, pooling="cls").library == "clusterns"
 
 
 def test_a_length_without_room_for_a_sentence_is_refused(bare: Path, tmp_path: Path) -> None:
     """The tokenizers library would cut off nothing, and the whole text reach the model."""
-    library = pytest.importorskip("sentence_transformers")
     with pytest.raises(ValueError, match=r"^max_length: expected more than the 2 tokens that .*, got 2$"):
         load_model(foreign(bare, pooling="max"), max_length=2)
-    prompted = make_prompted()
+    prompted, again = make_prompted(), tmp_path / "again"
     prompted.save(tmp_path / "prompted")
-    model = library.SentenceTransformer(str(tmp_path / "prompted"), device="cpu")
-    model.save(str(tmp_path / "again"))  # without our settings
-    template = prompted.evaluation_template_length
-    with pytest.raises(
-        ValueError, match=rf"^max_length: expected more than the {template} tokens .*, got 8$"
-    ):
-        load_model(tmp_path / "again", max_length=8)
-    assert load_model(tmp_path / "again", max_length=template + 4).max_length == template + 4
+    library.SentenceTransformer(str(tmp_path / "prompted"), device="cpu").save(
+        str(again)
+    )  # without our settings
+    length = prompted.evaluation_template_length
+    with pytest.raises(ValueError, match=rf"^max_length: expected more than the {length} tokens .*, got 8$"):
+        load_model(again, max_length=8)
+    assert load_model(again, max_length=length + 4).max_length == length + 4
     assert load_model(tmp_path / "prompted", max_length=8).max_length == 8  # of the sentence alone
 
 
 def test_lower_case_is_not_passed_over(bare: Path) -> None:
     folder = foreign(bare)
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 20, "do_lower_case": true}')
-    model = load_model(folder)
-    assert model.library == "sentence-transformers"
-    assert load_model(folder, max_length=7).max_length == 7
+    model = load_model(folder, max_length=7)
+    assert (model.library, model.max_length) == ("sentence-transformers", 7)
 
 
 def test_models_that_cannot_be_loaded(saved: Path, bare: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"^model: expected a folder or a hub name"):
         load_model(str(tmp_path / "absent"))
-    (bare / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"^model: expected tokenizer .* got a folder without$"):
-        load_model(bare, pooling="mean")
-    (saved / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"^model: expected tokenizer .* got a folder without$"):
-        load_model(saved)
+    for folder, pooling in ((bare, "mean"), (saved, None)):
+        (folder / "tokenizer.json").unlink()
+        with pytest.raises(FileNotFoundError, match=r"^model: expected tokenizer .* got a folder without$"):
+            load_model(folder, pooling=pooling)
