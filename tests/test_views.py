@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_files import cases
 from tiny import SENTENCES, assert_close, make_encoder
 from tiny_prompt import make_kind, make_prompted
 from torch.utils.data import DataLoader
@@ -15,34 +16,39 @@ from clusterns.encoder import SentenceEncoder
 from clusterns.models.views import ViewTokenizer
 
 TRIPLES = [(SENTENCES[i], SENTENCES[i + 1], SENTENCES[i + 2]) for i in range(4)]
+PLAIN, PROMPT = make_kind("bert"), make_prompted("roberta")
 
 
 def ids_of(inputs: dict[str, torch.Tensor]) -> list[list[int]]:
     """Token ids of each row, without padding."""
-    return [
-        ids[: int(mask.sum())].tolist()
-        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-    ]
+    lengths = inputs["attention_mask"].sum(dim=1).tolist()
+    return [ids[:length].tolist() for ids, length in zip(inputs["input_ids"], lengths, strict=True)]
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3])
 def test_views_of_plain_rows(columns: int) -> None:
     encoder = make_kind("bert", max_length=5)
     rows = [row[:columns] for row in TRIPLES]
-    inputs = encoder.view_tokenizer()(rows)
+    inputs = encoder.view_tokenizer()(row for row in rows)  # which may come one after the other
     views = max(columns, 2)
     texts = [row[min(view, columns - 1)] for view in range(views) for row in rows]
     expected = [encoder.tokenizer(text, truncation=True, max_length=5)["input_ids"] for text in texts]
     assert ids_of(inputs) == expected
-    assert {value.shape for value in inputs.values()} == {(views * len(rows), 5)}
-    assert {value.dtype for value in inputs.values()} == {torch.int64}
+    assert {(value.shape, value.dtype) for value in inputs.values()} == {((views * 4, 5), torch.int64)}
     assert "template" not in inputs
     with torch.no_grad():
         assert_close(encoder(inputs), encoder.encode(texts))
 
 
 @pytest.mark.parametrize(
-    "templates", ["auto", ("[X] : [MASK]",), ('"[X]" [MASK].', "This [X] means [MASK].")]
+    "templates",
+    ["auto", ("[X] : [MASK]",), ('"[X]" [MASK].', "This [X] means [MASK].")],
+    ids=["auto", "1", "2"],
 )
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 @pytest.mark.parametrize("columns", [1, 2, 3])
@@ -52,6 +58,7 @@ def test_views_in_prompts(columns: int, kind: str, templates: Any) -> None:
     inputs = encoder.view_tokenizer()(rows)
     assert encoder.prompt is not None
     last = len(encoder.prompt.templates) - 1
+    begin, end = encoder.tokenizer("")["input_ids"]
     expected, numbers = [], []
     for view in range(max(columns, 2)):
         number = 0 if view == 0 else last
@@ -62,28 +69,25 @@ def test_views_in_prompts(columns: int, kind: str, templates: Any) -> None:
             text = row[min(view, columns - 1)]
             pieces = [before.rstrip(), space + text if text else "", after]
             ids = [encoder.tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in pieces]
-            begin, end = encoder.tokenizer("")["input_ids"]
             expected.append([begin, *ids[0], *ids[1][:5], *ids[2], end])
             numbers.append(number)
     assert ids_of(inputs) == expected
     assert inputs["template"].tolist() == numbers
-    assert {len(value) for value in inputs.values()} == {len(numbers)}
-    assert {value.dtype for value in inputs.values()} == {torch.int64}
+    assert {(len(value), value.dtype) for value in inputs.values()} == {(len(numbers), torch.int64)}
 
 
-def test_rows_may_come_one_after_the_other() -> None:
-    views = make_kind("bert").view_tokenizer()
-    assert ids_of(views(row for row in TRIPLES)) == ids_of(views(TRIPLES))
-
-
-def test_settings_of_views_that_mean_nothing() -> None:
-    encoder = make_kind("bert")
-    with pytest.raises(ValueError, match=r"^pad_to_multiple_of: expected at least 1, got 0$"):
-        encoder.view_tokenizer(pad_to_multiple_of=0)
-    with pytest.raises(TypeError, match=r"^max_length: expected an integer, got str '8'$"):
-        encoder.view_tokenizer(max_length="8")
-    with pytest.raises(ValueError, match=r"^rows: expected tuples of texts, got NoneType$"):
-        encoder.view_tokenizer()(None)
+@cases(
+    "settings error words",
+    [
+        ({"pad_to_multiple_of": 0}, ValueError, r"^pad_to_multiple_of: expected at least 1, got 0$"),
+        ({"max_length": "8"}, TypeError, r"^max_length: expected an integer, got str '8'$"),
+        ({"max_length": 100}, ValueError, r"^max_length: expected"),
+    ],
+)
+def test_settings_of_views_that_mean_nothing(settings: dict, error: type[Exception], words: str) -> None:
+    for encoder in (PLAIN, PROMPT):
+        with pytest.raises(error, match=words):
+            encoder.view_tokenizer(**settings)
 
 
 def test_training_views_get_no_period_and_evaluation_does() -> None:
@@ -92,20 +96,13 @@ def test_training_views_get_no_period_and_evaluation_does() -> None:
     assert len(ids_of(view)[0]) + 1 == len(ids_of(evaluation)[0])
 
 
-@pytest.mark.parametrize("encoder", [make_kind("bert"), make_prompted("roberta")], ids=["plain", "prompt"])
+@pytest.mark.parametrize("encoder", [PLAIN, PROMPT], ids=["plain", "prompt"])
 def test_max_length_and_padding(encoder: SentenceEncoder) -> None:
-    views = encoder.view_tokenizer(max_length=4, pad_to_multiple_of=8)
-    inputs = views([("the cat sat on the mat", "bird")])
+    inputs = encoder.view_tokenizer(max_length=4, pad_to_multiple_of=8)([("the cat sat on the mat", "bird")])
     assert inputs["input_ids"].shape[1] % 8 == 0
-    longest = encoder.template_length + 4
-    assert max(map(len, ids_of(inputs))) == longest
+    assert max(map(len, ids_of(inputs))) == encoder.template_length + 4
     # Right-padded: nothing of a row behind its padding.
     assert inputs["attention_mask"].diff(dim=1).max() == 0
-    with pytest.raises(ValueError, match=r"^max_length: expected"):
-        encoder.view_tokenizer(max_length=100)
-
-
-PLAIN, PROMPT = make_kind("bert"), make_prompted("roberta")
 
 
 # A spawned process, which loads everything again, for the kind that has more to be sent to it.
@@ -113,30 +110,18 @@ PLAIN, PROMPT = make_kind("bert"), make_prompted("roberta")
 def test_workers_give_what_this_process_gives(encoder: SentenceEncoder, start: str) -> None:
     views = encoder.view_tokenizer(max_length=6)
     rows = [(sentence,) for sentence in SENTENCES[:6]]
-    loader: DataLoader = DataLoader(
-        rows,
-        batch_size=3,
-        collate_fn=views,
-        num_workers=1,
-        multiprocessing_context=start,  # type: ignore[arg-type]
-    )
-    batches = list(loader)
-    assert len(batches) == 2
-    for batch, start_row in zip(batches, (0, 3), strict=True):
-        expected = views(rows[start_row : start_row + 3])
-        assert batch.keys() == expected.keys()
-        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    options = {"collate_fn": views, "num_workers": 1, "multiprocessing_context": start}
+    one, two = DataLoader(rows, batch_size=3, **options)  # type: ignore[arg-type, misc]
+    assert_same(one, views(rows[:3]))
+    assert_same(two, views(rows[3:]))
 
 
 def test_it_pickles_without_the_model() -> None:
-    encoder = make_prompted("roberta", denoising="frozen")
-    views = encoder.view_tokenizer()
+    views = make_prompted("roberta", denoising="frozen").view_tokenizer()
     pickled = pickle.dumps(views)
     assert b"transformers.models" not in pickled
     assert b"torch" not in pickled
-    again = pickle.loads(pickled)
-    expected = views(TRIPLES)
-    assert all(torch.equal(value, expected[name]) for name, value in again(TRIPLES).items())
+    assert_same(pickle.loads(pickled)(TRIPLES), views(TRIPLES))
 
 
 def test_rows_split_anywhere_give_the_same_embeddings() -> None:
@@ -145,16 +130,15 @@ def test_rows_split_anywhere_give_the_same_embeddings() -> None:
     with torch.no_grad():
         whole = encoder(inputs)
         for size in (1, 5):
-            parts = [
-                encoder({name: value[start : start + size] for name, value in inputs.items()})
-                for start in range(0, len(whole), size)
-            ]
-            assert_close(torch.cat(parts), whole)
+            parts = zip(*(value.split(size) for value in inputs.values()), strict=True)
+            found = [encoder(dict(zip(inputs, part, strict=True))) for part in parts]
+            assert_close(torch.cat(found), whole)
 
 
-@pytest.mark.parametrize(
-    ("rows", "words"),
+@cases(
+    "rows words",
     [
+        (None, "^rows: expected tuples of texts, got NoneType$"),
         ([], "^rows: expected at least one, got an empty list$"),
         (["the dog"], "^rows: expected tuples of one to three texts, got str at index 0$"),
         ([("a",), ()], "^rows: expected tuples of one to three texts, got 0 texts at index 1$"),
@@ -164,7 +148,5 @@ def test_rows_split_anywhere_give_the_same_embeddings() -> None:
     ],
 )
 def test_bad_rows(rows: Any, words: str) -> None:
-    encoder = make_encoder()
-    views = ViewTokenizer(encoder.tokenizer, max_length=8)
     with pytest.raises(ValueError, match=words):
-        views(rows)
+        ViewTokenizer(make_encoder().tokenizer, max_length=8)(rows)
