@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -11,32 +10,27 @@ from pathlib import Path
 import forked
 import killed_worker
 import pytest
-import torch
-from safetensors.torch import load_file
 from tiny import write_sts_folder
-from train_problems import flags, save_tiny_model, sentences, write_dev
+from train_problems import assert_ends_alike, command, write_place
 
 from clusterns.files import sweep
 
 SHORT = (
-    "--max-steps 2 --eval-steps 2 --patience 0 --checkpoint-steps 1 --keep-checkpoints 1 --log-steps 1 "
-    "--batch-size 8"
+    "STS --resume --max-steps 2 --eval-steps 2 --patience 0 --checkpoint-steps 1 --keep-checkpoints 1 "
+    "--log-steps 1 --batch-size 8"
 )
-STEPS = "--max-steps 18 --eval-steps 4 --patience 0 --checkpoint-steps 3 --keep-checkpoints 2 --log-steps 2"
-EVERYTHING = (
-    "--accumulation-steps 2 --mlm-weight 0.1 --learn-temperature --centroid-update adamw --warmup-steps 4 "
-    "--prompt bert --denoise trained"
+# With all that a checkpoint may hold.
+LONG = (
+    "STS --resume --max-steps 18 --eval-steps 4 --patience 0 --checkpoint-steps 3 --keep-checkpoints 2 "
+    "--log-steps 2 --accumulation-steps 2 --mlm-weight 0.1 --learn-temperature --centroid-update adamw "
+    "--warmup-steps 4 --prompt bert --denoise trained"
 )
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with model, sentences and STS sets."""
-    root = tmp_path_factory.mktemp("killed")
-    save_tiny_model(root / "model", pooling="mean", std=0.2)
-    (root / "sentences.txt").write_text("\n".join(sentences(130)) + "\n", encoding="utf-8")
-    write_dev(root / "dev")
-    write_sts_folder(root / "sts")
+    root = write_place(tmp_path_factory.mktemp("killed"))
+    write_sts_folder(root / "test")
     return root
 
 
@@ -59,11 +53,6 @@ def start(tmp_path):
     return run
 
 
-def training(place: Path, output: Path, *more: str) -> list[str]:
-    given = ["--sts-dir", str(place / "dev"), "--no-tensorboard", "--resume"]
-    return flags(place / "model", place / "sentences.txt", output, *given, *" ".join(more).split())
-
-
 def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -78,30 +67,6 @@ def leftovers(folder: Path) -> list[Path]:
     return [path for path in folder.rglob(".*") if path.name.startswith(".clusterns-")]
 
 
-def ends_alike(one: Path, other: Path) -> None:
-    """Same weights, centroids, log, best model, summary and checkpoints, to the bit."""
-    assert files(one) == files(other)
-    for name in files(one):
-        if name.endswith(".safetensors"):
-            ours, theirs = (load_file(folder / name) for folder in (one, other))
-            assert ours.keys() == theirs.keys()
-            assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), name
-        elif name.endswith("log.jsonl"):
-            ours, theirs = (
-                [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-                for folder in (one, other)
-            )
-            for record in (*ours, *theirs):
-                record.pop("seconds")
-            assert ours == theirs, name
-        elif name == "training.json":
-            ours, theirs = (
-                json.loads((folder / name).read_text(encoding="utf-8")) for folder in (one, other)
-            )
-            for key in ("finished", "scores", "best_step"):
-                assert ours[key] == theirs[key]
-
-
 @pytest.mark.parametrize("part", range(2))  # for processes of tests side by side
 def test_training_killed_before_every_change(part, place, start, tmp_path):
     """The next start clears what is left, goes on, and ends as the run that was not killed.
@@ -110,9 +75,8 @@ def test_training_killed_before_every_change(part, place, start, tmp_path):
     """
     whole, kept, parts = (tmp_path / name for name in ("whole", "kept", "parts"))
     (tmp_path / "whole").mkdir()
-    changes = start(training(place, whole, SHORT), whole, kept=kept)
+    changes = start(command(place, whole, SHORT), whole, kept=kept)
     assert changes > 80
-    given = training(place, parts, SHORT)
     seen: set[frozenset] = set()
     for kill_at in range(1 + part * changes // 2, 1 + (part + 1) * changes // 2):
         (kept / str(kill_at)).rename(parts)
@@ -122,49 +86,37 @@ def test_training_killed_before_every_change(part, place, start, tmp_path):
                 sweep(folder)
             assert not leftovers(parts)
         else:
-            start(given, parts)
-            ends_alike(parts, whole)
+            start(command(place, parts, SHORT), parts)
+            assert_ends_alike(parts, whole)
         seen.add(state)
         shutil.rmtree(parts, ignore_errors=True)
     assert sorted(os.listdir(tmp_path)) == ["count", "kept", "rows", "whole"]
 
 
 def test_training_killed_again_and_again(place, start, tmp_path):
-    """With all that a checkpoint may hold, each start killed somewhat later than the one before it."""
+    """Each start killed somewhat later than the one before it."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    changes = start(training(place, whole, STEPS, EVERYTHING), whole)
-    given = training(place, parts, STEPS, EVERYTHING)
+    changes = start(command(place, whole, LONG), whole)
+    given = command(place, parts, LONG)
     for part in (9, 7, 5, 4):
         start(given, parts, changes // part)
     start(given, parts)
-    ends_alike(parts, whole)
+    assert_ends_alike(parts, whole)
 
 
-def commands(place: Path, folder: Path) -> dict[str, list[str]]:
-    model = str(place / "model")
-    sets = ["--sts-dir", str(place / "sts"), "--resamples", "0"]
-    named = {"--json": "figures.json", "--markdown": "figures.md", "--figure": "figures.png"}
-    outputs = [part for flag, name in named.items() for part in (flag, str(folder / name))]
-    shown = [
-        "--sentences",
-        str(place / "sentences.txt"),
-        "--output",
-        str(folder / "page.html"),
-        "--map",
-        "pca",
-    ]
-    return {
-        "evaluate": ["evaluate", model, *sets, *outputs],
-        "report": ["report", model, *shown],  # and the cache of rows, which is in that folder too
-    }
+COMMANDS = [
+    "evaluate {0}/model --sts-dir {0}/test --resamples 0 --json {1}/a --markdown {1}/b --figure {1}/c.png",
+    # And the cache of rows, which is in that folder too.
+    "report {0}/model --sentences {0}/sentences.txt --output {1}/page.html --map pca",
+]
 
 
-@pytest.mark.parametrize("command", ["evaluate", "report"])
-def test_written_files_killed_before_every_change(command, place, start, tmp_path):
+@pytest.mark.parametrize("words", COMMANDS, ids=["evaluate", "report"])
+def test_written_files_killed_before_every_change(words, place, start, tmp_path):
     """Each run finds what the one before it left, killed one change earlier."""
     folder = tmp_path / "folder"
     folder.mkdir()
-    given = commands(place, folder)[command]
+    given = words.format(place, folder).split()
     changes = start(given, folder)
     assert changes >= 20
     expected = files(folder)

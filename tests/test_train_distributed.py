@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -16,26 +15,33 @@ import train_distributed_worker
 from safetensors.torch import load_file
 from tiny import assert_close
 from train_problems import (
+    assert_ends_alike,
     assert_trained_alike,
-    flags,
+    command,
     log_of,
-    save_tiny_model,
-    sentences,
+    run,
     tiny_tokenizer,
-    write_dev,
+    write_place,
 )
 from transformers import AutoModel, LongformerConfig, XLNetConfig
 
-from clusterns.cli import main
 from clusterns.encoder import SentenceEncoder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_picture")
-# What is computed by one process and by two, on the same batches and without dropout.
+# What is computed by one process and by two, on the same batches and without dropout: name -> model, flags.
 RUNS = {
-    "published": "--max-steps 6 --eval-steps 3",
-    "options": "--max-steps 4 --accumulation-steps 2 --learn-temperature --gather ring --num-workers 1",
-    "cached": "--max-steps 4 --mini-batch-size 5 --accumulation-steps 2",
-    "triplets": "--max-steps 4 --text-columns sent0,sent1,hard_neg --prompt bert --denoise trained",
+    "published": ("still", "STS --max-steps 6 --eval-steps 3"),
+    "options": (
+        "still",
+        "--max-steps 4 --accumulation-steps 2 --learn-temperature --gather ring --num-workers 1",
+    ),
+    "cached": ("still", "--max-steps 4 --mini-batch-size 5 --accumulation-steps 2"),
+    "triplets": (
+        "still",
+        "--max-steps 4 --text-columns sent0,sent1,hard_neg --prompt bert --denoise trained",
+    ),
+    "longformer": ("longformer", "--max-steps 3"),
+    "xlnet": ("xlnet", "--max-steps 3"),
 }
 # Encoders with parameters that get no gradient: for global attention, and for a mask that there is not.
 UNUSED = {
@@ -53,42 +59,32 @@ UNUSED = {
     ),
     "xlnet": XLNetConfig(d_model=32, n_layer=2, n_head=2, d_inner=64, dropout=0.0, vocab_size=500),
 }
+# With dropout: each rank has random numbers of its own.
+NOISY = (
+    "STS --max-steps 6 --eval-steps 3 --checkpoint-steps 2 --accumulation-steps 2 --mlm-weight 0.1 --resume"
+)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a model without dropout, sentences, triplets and a dev set."""
-    root = tmp_path_factory.mktemp("distributed")
-    save_tiny_model(root / "model", dropout=0.0, pooling="mean", std=0.2)
-    texts = sentences(390)
-    (root / "sentences.txt").write_text("\n".join(texts) + "\n")
-    with (root / "triplets.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["sent0", "sent1", "hard_neg"])
-        rows.writerows(zip(texts[:130], texts[130:260], texts[260:], strict=True))
-    write_dev(root / "sts")
-    # Dropout: each rank has random numbers of its own.
-    save_tiny_model(root / "noisy", pooling="mean", std=0.2)
+    root = write_place(tmp_path_factory.mktemp("distributed"))
     for name, config in UNUSED.items():
         torch.manual_seed(0)
         SentenceEncoder(AutoModel.from_config(config), tiny_tokenizer(), pooling="mean").save(root / name)
     return root
 
 
-def arguments(place: Path, name: str, output: Path) -> list[str]:
-    file = "triplets.csv" if name == "triplets" else "sentences.txt"
-    more = [*RUNS[name].split(), "--no-tensorboard"]
-    if name == "published":
-        more += ["--sts-dir", str(place / "sts")]
-    return flags(place / "model", place / file, output, *more)
+def names(name: str) -> dict[str, str]:
+    """The model and the file of one of RUNS."""
+    return {"model": RUNS[name][0], "file": "triplets.csv" if name == "triplets" else "sentences.txt"}
 
 
 def run_under_torchrun(job: dict) -> str:
     """Start two ranks, of which one fails; returns what they said. A hang would last an hour."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     # One thread each: of a model this small two threads only wait for each other.
     done = subprocess.run(
-        [*command, train_distributed_worker.__file__, json.dumps(job)],
+        [*start, train_distributed_worker.__file__, json.dumps(job)],
         capture_output=True,
         encoding="utf-8",
         timeout=1800,
@@ -99,46 +95,33 @@ def run_under_torchrun(job: dict) -> str:
     return done.stdout + done.stderr
 
 
-def run(job: dict, folder: Path) -> str:
+def run_without(job: dict, folder: Path) -> str:
     """The same without torchrun, which takes long to start: no rank waits for one that is gone."""
     found = ranks.start(2, folder / "meeting", train_distributed_worker.run, job, str(folder))
     assert all(ranks.exit_codes(found))
     return "".join((folder / f"rank-{rank}").read_text(encoding="utf-8") for rank in range(2))
 
 
-def noisy(place: Path, output: Path) -> list[str]:
-    more = (
-        "--max-steps 6 --eval-steps 3 --checkpoint-steps 2 --accumulation-steps 2 --mlm-weight 0.1 --resume"
-    )
-    given = ["--sts-dir", str(place / "sts"), "--no-tensorboard", *more.split()]
-    return flags(place / "noisy", place / "sentences.txt", output, *given)
-
-
 def test_two_ranks(place, tmp_path):
     """They train as one process does, and an error on one ends both: in two starts, as a start is slow."""
-    whole, broken = (noisy(place, tmp_path / name) for name in ("whole", "broken"))
-    runs = [*(arguments(place, name, tmp_path / name) for name in RUNS), whole, broken]
+    runs = [command(place, tmp_path / name, RUNS[name][1], **names(name)) for name in RUNS]
+    whole, broken = (command(place, tmp_path / name, NOISY) for name in ("whole", "broken"))
     fails = {"rank": 1, "method": "train_step", "step": 5, "run": "broken"}
-    said = run_under_torchrun({"runs": runs, "fails": fails})
+    said = run_under_torchrun({"runs": [*runs, whole, broken], "fails": fails})
     assert "clusterns: error: rank 1: train_step: expected to go on, was made to fail at step 5" in said
-    for name in RUNS:
-        assert main(arguments(place, name, tmp_path / "one" / name)) == 0
-        ends_as_one(name, place / "model", tmp_path / name, tmp_path / "one" / name)
+    for name, (model, more) in RUNS.items():
+        run(place, tmp_path / "one" / name, more, **names(name))
+        assert_ends_as_one(name, place / model, tmp_path / name, tmp_path / "one" / name)
     # The run that broke between two checkpoints goes on; then rank 0 fails, and the other waits for a score.
-    again = arguments(place, "published", tmp_path / "judged")
+    judged = command(place, tmp_path / "judged", RUNS["published"][1])
     fails = {"rank": 0, "method": "judge", "step": 2, "run": "judged"}
-    more = ["--max-steps", "3", "--no-tensorboard"]
-    odd = [flags(place / name, place / "sentences.txt", tmp_path / name, *more) for name in UNUSED]
-    said = run({"runs": [broken, *odd, again], "fails": fails}, tmp_path)
+    said = run_without({"runs": [broken, judged], "fails": fails}, tmp_path)
     assert "going on after step 4" in said
     assert "clusterns: error: judge: expected to go on, was made to fail at step 3" in said
-    ends_alike(tmp_path / "broken", tmp_path / "whole")
-    for name in UNUSED:
-        assert main(flags(place / name, place / "sentences.txt", tmp_path / "one" / name, *more)) == 0
-        ends_as_one(name, place / name, tmp_path / name, tmp_path / "one" / name)
+    assert_ends_alike(tmp_path / "broken", tmp_path / "whole")
 
 
-def ends_as_one(name: str, start: Path, mine: Path, theirs: Path) -> None:
+def assert_ends_as_one(name: str, start: Path, mine: Path, theirs: Path) -> None:
     """Figures, weights and clustering state, up to rounding."""
     records, others = ([record for record in log_of(folder) if "loss" in record] for folder in (mine, theirs))
     assert len(records) == len(others) > 0
@@ -153,15 +136,3 @@ def ends_as_one(name: str, start: Path, mine: Path, theirs: Path) -> None:
     for key, value in ours.items():
         assert_close(value, expected[key], 1e-2)
     assert any("dev" in record for record in log_of(mine)) == (name == "published")
-
-
-def ends_alike(one: Path, other: Path) -> None:
-    """To the bit: weights, clustering state, checkpoint and log."""
-    for file in ("model.safetensors", "loss.safetensors", "checkpoints/step-00000006/modules.safetensors"):
-        ours, theirs = (load_file(folder / file) for folder in (one, other))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), file
-    ours, theirs = (log_of(folder) for folder in (one, other))
-    for record in (*ours, *theirs):
-        record.pop("seconds")
-    assert ours == theirs
