@@ -15,6 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from clusterns.sentence_transformers import ClusterNSLoss
 
 TEXTS = ["a cat sat", "the dog ran", "bird", "the bird ran far", "a dog sat slowly", "mat", "home", "far far"]
+# Of three words each, none twice.
+PHRASES = [
+    f"{a} {b} {c}" for a in ("a", "the", "bird") for b in ("cat", "dog", "mat") for c in ("sat", "ran")
+]
 OTHERS = ["the cat", "a dog", "bird bird", "far bird", "dog slowly sat", "the mat", "slowly home", "far"]
 
 
