@@ -59,11 +59,6 @@ def test_the_copy_is_masked_and_the_original_is_not(tokenizer):
     assert not torch.equal(other["input_ids"], masked["input_ids"])
 
 
-def test_a_tokenizer_without_mask():
-    with pytest.raises(ValueError, match="mlm_weight: expected 0 for a tokenizer without a mask token"):
-        TokenMasker(make_tokenizer(), 0.1, seed=0)
-
-
 @pytest.mark.parametrize(
     ("kind", "config"),
     [(BertForMaskedLM, BertConfig), (RobertaForMaskedLM, RobertaConfig)],
@@ -95,22 +90,20 @@ def test_the_pretrained_head_gives_what_transformers_gives(kind, config, tmp_pat
     assert through_output.abs().sum() > 0
 
 
-def test_a_new_head_where_the_checkpoint_has_none(tmp_path):
+def test_other_architectures_and_checkpoints_without_a_head(tmp_path):
+    """ELECTRA's embedding is narrower than its states, which its head knows; GPT-2 has no such head."""
     encoder = make_encoder()
     encoder.save(tmp_path)
-    assert MaskedLanguageHead(encoder.transformer, str(tmp_path)).origin == "new"
-    assert MaskedLanguageHead(encoder.transformer, None).origin == "new"
-
-
-def test_other_architectures():
-    """ELECTRA's embedding is narrower than its states, which its head knows; GPT-2 has no such head."""
+    for source in (str(tmp_path), None):
+        assert MaskedLanguageHead(encoder.transformer, source).origin == "new"
     electra = ElectraModel(small(ElectraConfig, embedding_size=8))
     loss = MaskedLanguageHead(electra, None)(torch.randn(3, 16), torch.tensor([4, 5, 6]))
     assert 2.5 < loss / 3 < 4.5  # log(30) = 3.4
     gpt2 = GPT2Model(GPT2Config(vocab_size=30, n_positions=8, n_embd=8, n_layer=1, n_head=1))
-    with pytest.raises(ValueError, match="mlm_weight: expected 0 for GPT2Model") as caught:
+    with pytest.raises(ValueError, match="^mlm_weight: expected 0 for GPT2Model.*$"):
         MaskedLanguageHead(gpt2, None)
-    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="mlm_weight: expected 0 for a tokenizer without a mask token"):
+        TokenMasker(make_tokenizer(), 0.1, seed=0)
 
 
 def test_both_losses_in_one_pass(tokenizer):

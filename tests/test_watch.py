@@ -11,15 +11,8 @@ from conftest import embeddings
 from tiny import assert_close
 
 from clusterns import ClusterNSLoss, nearest_centroids
-from clusterns.training.journal import Journal, tag_of
+from clusterns.training.journal import Journal
 from clusterns.training.watch import EARLIEST_STEP, IN_A_ROW, Watch, measure
-
-
-def clustered_loss(z1, z2, **settings) -> ClusterNSLoss:
-    loss_fn = ClusterNSLoss(z1.shape[1], 5, start_cosine=1.0, **settings)
-    for _ in range(3):
-        loss_fn(z1, z2)
-    return loss_fn
 
 
 @pytest.mark.parametrize("batch", [17, 300])
@@ -27,7 +20,9 @@ def clustered_loss(z1, z2, **settings) -> ClusterNSLoss:
 def test_measure_is_what_it_says(batch, with_negatives):
     z1, z2 = (z.detach() for z in embeddings(batch, 12, groups=3, dtype=torch.float32))
     negatives = torch.randn(9, 12) if with_negatives else None
-    loss_fn = clustered_loss(z1, z2)
+    loss_fn = ClusterNSLoss(12, 5, start_cosine=1.0)
+    for _ in range(3):
+        loss_fn(z1, z2)
     found = measure(z1, z2, negatives, loss_fn=loss_fn, clustered=True)
 
     a, p, c = (F.normalize(z.double(), dim=1) for z in (z1, z2, loss_fn.centroids))
@@ -55,17 +50,17 @@ def test_measure_is_what_it_says(batch, with_negatives):
         share = (torch.cat(parts) / 0.05).softmax(dim=0)
         perplexities.append(torch.exp(-(share * share.log()).sum()))
     expected["effective_negatives"] = torch.stack(perplexities).mean()
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert float(found[name]) == pytest.approx(float(value), rel=1e-3, abs=1e-4), name
+    expected = {name: float(value) for name, value in expected.items()}
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(
+        expected, rel=1e-3, abs=1e-4
+    )
 
 
 def test_measure_before_clustering_and_without_mates():
-    z = torch.eye(6)
-    loss_fn = ClusterNSLoss(6, 6, start_cosine=1.0)
-    assert measure(z, z, loss_fn=loss_fn, clustered=False).keys() == {"effective_negatives"}
+    z, loss_fn = torch.eye(6), ClusterNSLoss(6, 6, start_cosine=1.0)
     # Five negatives, all as far: they weigh as five.
-    assert float(measure(z, z, loss_fn=loss_fn, clustered=False)["effective_negatives"]) == pytest.approx(5)
+    found = measure(z, z, loss_fn=loss_fn, clustered=False)
+    assert {name: float(value) for name, value in found.items()} == pytest.approx({"effective_negatives": 5})
     loss_fn.start_from(z)
     assert float(measure(z, z, loss_fn=loss_fn, clustered=True)["mates_cosine"]) == 0
 
@@ -92,9 +87,8 @@ def test_collapse_is_told_once_and_only_if_it_lasts():
 
 def test_clustering_that_never_started():
     watch = Watch(ClusterNSLoss(4, 5, start_cosine=0.4))
-    look(watch, [5], mean_cosine=0.7)
-    look(watch, [10], mean_cosine=0.55)
-    look(watch, [15], mean_cosine=0.6)
+    for step, cosine in ((5, 0.7), (10, 0.55), (15, 0.6)):
+        look(watch, [step], mean_cosine=cosine)
     ((name, text),) = watch.end(20)
     assert name == "clustering never started"
     assert "lowest mean cosine seen was 0.550, at step 10" in text
@@ -112,7 +106,8 @@ def test_journal_for_tensorboard_and_without(tmp_path):
 
     journal = Journal(tmp_path / "log.jsonl", tensorboard=tmp_path / "tb")
     for step in (1, 2, 3):
-        journal.figures(step, {"loss": 1.0 / step, "mean_cosine": 0.5, "largest_cluster": 0.1})
+        figures = {"loss": 1.0 / step, "mean_cosine": 0.5, "largest_cluster": 0.1, "rate": 0.1}
+        journal.figures(step, figures)
     journal.scores(3, {"spearman": 70.0})
     journal.close()
     # Of a run that was killed after step 3 and goes on from step 2.
@@ -122,12 +117,8 @@ def test_journal_for_tensorboard_and_without(tmp_path):
     journal.close()
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {
-        "loss/loss",
-        "cosine/mean",
-        "clusters/largest_cluster",
-        "dev/spearman",
-    }
+    tags = {"loss/loss", "cosine/mean", "clusters/largest_cluster", "dev/spearman", "training/rate"}
+    assert set(events.Tags()["scalars"]) == tags
     losses = [(event.step, event.value) for event in events.Scalars("loss/loss")]
     assert losses == [(1, 1.0), (2, 0.5), (3, 7.0)]
     silent = Journal(tmp_path / "absent" / "log.jsonl", tensorboard=tmp_path / "no", silent=True)
@@ -135,9 +126,3 @@ def test_journal_for_tensorboard_and_without(tmp_path):
     silent.scores(1, {"spearman": 1.0})
     silent.close()
     assert not (tmp_path / "no").exists()
-
-
-def test_tags():
-    assert tag_of("hard_negative_cosine") == "cosine/hard_negative"
-    assert tag_of("bml") == "loss/bml"
-    assert tag_of("learning_rate") == "training/learning_rate"
