@@ -12,7 +12,7 @@ import pytest
 from small_files import cases, refuses
 from tiny import ROWS, write_sts_folder
 
-from clusterns.evaluation import sts
+from clusterns.evaluation import sts, sts_hub
 from clusterns.evaluation.sts import SUBSETS, TABLES, load_sts, load_sts_subsets
 
 
@@ -154,7 +154,7 @@ def test_mteb_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load)
     for name in sts.sets_of("hub:mteb"):
         assert load_sts("hub:mteb", name) == (["a b", "c"], ["d", "e"], [1.5, 5.0])
-    assert asked == [place for name, place in sts.MTEB_DATASETS.items() if name != "STSBenchmark-train"]
+    assert asked == [place for name, place in sts_hub.MTEB_DATASETS.items() if name != "STSBenchmark-train"]
     assert ("mteb/stsbenchmark-sts", "validation") in asked
     # Its SICK-R is all parts in one, which is no published test set.
     with pytest.raises(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..files import expanded
+from .sts_hub import HUB_MTEB, HUB_SENTEVAL, MTEB_DATASETS, mteb_pairs, senteval_folder
 
 SEVEN = ("STS12", "STS13", "STS14", "STS15", "STS16", "STSBenchmark-test", "SICK-R-test")
 DEV = ("STSBenchmark-dev", "SICK-R-dev")
@@ -62,16 +63,6 @@ PUBLISHED_PAIRS = {
     **{"SICK-R-train": 4500, "SICK-R-dev": 500, "SICK-R-test": 4927, "SICK-R-all": 9927},
 }
 LOWEST, HIGHEST = 0.0, 5.0  # of the gold scores
-
-# Sources other than a folder, and what mteb's data sets hold: one SICK-R of all parts, no sub-sets.
-HUB_SENTEVAL, HUB_MTEB = "hub:senteval", "hub:mteb"
-MTEB_DATASETS = {
-    **{f"STS{year}": (f"mteb/sts{year}-sts", "test") for year in range(12, 17)},
-    "STSBenchmark-train": ("mteb/stsbenchmark-sts", "train"),
-    "STSBenchmark-dev": ("mteb/stsbenchmark-sts", "validation"),
-    "STSBenchmark-test": ("mteb/stsbenchmark-sts", "test"),
-    "SICK-R-all": ("mteb/sickr-sts", "test"),
-}
 
 
 class _Pairs(NamedTuple):
@@ -125,9 +116,10 @@ def load_sts_subsets(source: str | os.PathLike[str], name: str) -> dict[str, Sts
     """
     place = os.fspath(source)
     if place == HUB_MTEB:
-        from .sts_hub import load_mteb
-
-        return {"": load_mteb(name)}
+        pairs = StsSet([], [], [])
+        for first, second, score, row in mteb_pairs(name):
+            _append_pair(pairs, first, second, score, row)
+        return {"": pairs}
     if name not in SUBSETS and name not in TABLES:
         raise ValueError(f"name: expected one of {', '.join([*SUBSETS, *TABLES])}, got {name!r}")
     root = sts_folder(place)
@@ -143,8 +135,6 @@ def load_sts_subsets(source: str | os.PathLike[str], name: str) -> dict[str, Sts
 def sts_folder(source: str | os.PathLike[str]) -> Path:
     """The local folder of a source other than "hub:mteb"; raises as `load_sts_subsets` does."""
     if os.fspath(source) == HUB_SENTEVAL:
-        from .sts_hub import senteval_folder
-
         return senteval_folder()
     folder = expanded(source, "sts_dir")
     if not folder.is_dir():
@@ -162,7 +152,7 @@ def _read_input_and_gold(input_path: Path, gold_path: Path) -> StsSet:
     for number, (line, score) in enumerate(zip(lines, gold, strict=True), start=1):
         if score.strip():
             columns = _columns(line, 2, input_path, number)
-            append_pair(pairs, columns[0], columns[1], score, f"{gold_path}, line {number}")
+            _append_pair(pairs, columns[0], columns[1], score, f"{gold_path}, line {number}")
     pairs.unscored = len(lines) - len(pairs.scores)
     return pairs
 
@@ -177,7 +167,7 @@ def _read_table(path: Path, table: _Table) -> StsSet:
         columns = _columns(line, least, path, number)
         score = columns[table.score]
         if score.strip():
-            append_pair(pairs, columns[table.first], columns[table.second], score, f"{path}, line {number}")
+            _append_pair(pairs, columns[table.first], columns[table.second], score, f"{path}, line {number}")
         else:
             pairs.unscored += 1
     return pairs
@@ -205,7 +195,7 @@ def _columns(line: str, least: int, path: Path, number: int) -> list[str]:
     return columns
 
 
-def append_pair(pairs: StsSet, first: str, second: str, score: str | float, place: str) -> None:
+def _append_pair(pairs: StsSet, first: str, second: str, score: str | float, place: str) -> None:
     """Add one pair; `place` is for the message of the ValueError where its score is none."""
     try:
         value = float(score)

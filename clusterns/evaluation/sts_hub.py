@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..files import staging
-from .sts import HUB_MTEB, HUB_SENTEVAL, MTEB_DATASETS, StsSet, append_pair
 
+# Sources other than a folder, and what mteb's data sets hold: one SICK-R of all parts, no sub-sets.
+HUB_SENTEVAL, HUB_MTEB = "hub:senteval", "hub:mteb"
+MTEB_DATASETS = {
+    **{f"STS{year}": (f"mteb/sts{year}-sts", "test") for year in range(12, 17)},
+    "STSBenchmark-train": ("mteb/stsbenchmark-sts", "train"),
+    "STSBenchmark-dev": ("mteb/stsbenchmark-sts", "validation"),
+    "STSBenchmark-test": ("mteb/stsbenchmark-sts", "test"),
+    "SICK-R-all": ("mteb/sickr-sts", "test"),
+}
 # SentEval's layout with the published split of SICK, which mteb's data set lacks.
 SENTEVAL_ARCHIVE = ("princeton-nlp/datasets-for-simcse", "senteval.tar")
 OFFLINE = "without a connection give a folder in SentEval's layout"
@@ -63,8 +72,11 @@ def _extract(archive: Path, place: Path) -> None:
                 tar.extract(member, place, filter="data")
 
 
-def load_mteb(name: str) -> StsSet:
-    """One of mteb's data sets by our name for it; raises as `load_sts_subsets` does."""
+def mteb_pairs(name: str) -> Iterator[tuple[str, str, float, str]]:
+    """The rows of one of mteb's data sets, by our name for it: two sentences, gold score, and where it is.
+
+    Raises as `load_sts_subsets` does, at the first row.
+    """
     if name in ("SICK-R-test", "SICK-R-dev", "SICK-R-train"):
         raise ValueError(
             f"name: expected a set of {HUB_MTEB}, got {name!r}, which mteb does not keep apart: "
@@ -88,8 +100,6 @@ def load_mteb(name: str) -> StsSet:
         raise ValueError(
             f"{repository}: expected the columns {', '.join(wanted)}, got {', '.join(table.column_names)}"
         )
-    pairs = StsSet([], [], [])
     columns = (table[column] for column in wanted)
     for row, (first, second, score) in enumerate(zip(*columns, strict=True)):
-        append_pair(pairs, first, second, score, f"{repository}, {split} row {row}")
-    return pairs
+        yield first, second, score, f"{repository}, {split} row {row}"
