@@ -8,15 +8,19 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+
 import clusterns
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(code: str) -> str:
-    command = [sys.executable, "-c", code]
+def run(code: str, *, without: str = "") -> str:
+    """What code prints in a process without some packages."""
+    blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in without.split())
+    command = [sys.executable, "-c", f"import sys\nsys.stderr = sys.stdout\n{blocked}{code}"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, cwd="/")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 
 
@@ -24,7 +28,7 @@ def test_imports_are_where_they_belong():
     """Triton is not loaded before it is needed, and the bare name `kernels` belongs to another package,
     which transformers probes for."""
     code = """
-import sys, clusterns
+import clusterns
 from importlib.util import find_spec
 print("triton" in sys.modules, find_spec("kernels"))
 import clusterns.kernels
@@ -37,36 +41,31 @@ print(clusterns.kernels.__file__)
 
 
 def test_import_needs_neither_triton_nor_what_training_needs():
-    absent = ["triton", "transformers", "datasets", "scipy", "matplotlib", "sentence_transformers"]
-    blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in absent)
-    code = (
-        f"import sys; {blocked}; import torch, clusterns, clusterns.kernels, clusterns.cli; "
-        "x = torch.randn(8, 4, requires_grad=True); "
-        "loss = clusterns.ClusterNSLoss(4, 2, start_cosine=1.0)(x, x.detach()); "
-        "loss.backward(); print(bool(loss.isfinite()))"
-    )
-    assert run(code) == "True"
+    code = """
+import torch, clusterns, clusterns.kernels, clusterns.cli
+x = torch.randn(8, 4, requires_grad=True)
+loss = clusterns.ClusterNSLoss(4, 2, start_cosine=1.0)(x, x.detach().flip(0))
+loss.backward()
+print(bool(loss.isfinite()))
+"""
+    assert run(code, without="triton transformers datasets scipy matplotlib sentence_transformers") == "True"
 
 
-def test_without_what_training_needs_the_extra_is_named():
-    absent = ["transformers", "datasets", "scipy", "matplotlib", "pyarrow", "sklearn"]
-    blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in absent)
-    start = f"import sys; {blocked}; sys.stderr = sys.stdout; from clusterns.cli import main"
-    for arguments, extra in (("train", "train"), ("evaluate m --sts-dir d", "evaluate")):
-        said = run(f"{start}; print(main({arguments.split()}))")
-        assert 'which is not installed; pip install "clusterns[' + extra + ']"' in said
-        assert said.endswith("2")
+@pytest.mark.parametrize(("arguments", "extra"), [("train", "train"), ("evaluate m --sts-dir d", "evaluate")])
+def test_without_what_training_needs_the_extra_is_named(arguments, extra):
+    code = f"from clusterns.cli import main; print(main({arguments.split()}))"
+    said = run(code, without="transformers datasets scipy matplotlib pyarrow sklearn")
+    assert f'which is not installed; pip install "clusterns[{extra}]"' in said
+    assert said.endswith("2")
 
 
 def test_an_interrupt_while_torch_is_loaded():
     code = """
-import sys
 class Interrupt:
     def find_spec(self, name, *_):
         if name == "torch":
             raise KeyboardInterrupt
 sys.meta_path.insert(0, Interrupt())
-sys.stderr = sys.stdout
 from clusterns.cli import main
 print(main(["train"]))
 """
@@ -79,37 +78,23 @@ def test_version_is_stated_once():
     assert f"## {clusterns.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def described(function) -> str:
+    """Names and defaults of the arguments."""
+    signature = inspect.signature(function)
+    bare = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
+    return str(signature.replace(parameters=bare, return_annotation=signature.empty))
+
+
 def test_public_signatures():
     """Others build on these names and defaults."""
-    loss = inspect.signature(clusterns.ClusterNSLoss).parameters
-    defaults = {name: p.default for name, p in loss.items() if p.default is not p.empty}
-    assert defaults == {
-        "num_clusters": 128,
-        "temperature": 0.05,
-        "start_cosine": 0.4,
-        "centroid_momentum": 1e-3,
-        "centroid_update": "sum",
-        "hard_negatives": True,
-        "hard_negative_weight": 0.0,
-        "false_negatives": "bml",
-        "bml_weight": 1e-4,
-        "bml_alpha": 0.2,
-        "bml_beta": 0.5,
-        "backend": "auto",
-        "process_group": None,
-        "gather": "all",
-        "workspace_bytes": 256 * 2**20,
-    }
-    assert list(loss)[:2] == ["embedding_dim", "num_clusters"]
-    assert all(p.kind is p.KEYWORD_ONLY for name, p in loss.items() if name not in list(loss)[:2])
-    assert list(inspect.signature(clusterns.ClusterNSLoss.forward).parameters)[1:] == [
-        "anchors",
-        "positives",
-        "negatives",
-    ]
-    seed = inspect.signature(clusterns.seed_centroids).parameters
-    assert list(seed) == ["anchors", "positives", "num_clusters", "first", "generator"]
-    assert list(inspect.signature(clusterns.nearest_centroids).parameters) == ["points", "centroids"]
-    similarity = inspect.signature(clusterns.cosine_similarity_matrix).parameters
-    assert list(similarity) == ["a", "b", "temperature"]
-    assert similarity["temperature"].default == 1.0
+    assert described(clusterns.ClusterNSLoss) == (
+        "(embedding_dim, num_clusters=128, *, temperature=0.05, start_cosine=0.4, centroid_momentum=0.001, "
+        "centroid_update='sum', hard_negatives=True, hard_negative_weight=0.0, false_negatives='bml', "
+        "bml_weight=0.0001, bml_alpha=0.2, bml_beta=0.5, backend='auto', process_group=None, gather='all', "
+        f"workspace_bytes={256 * 2**20})"
+    )
+    assert described(clusterns.ClusterNSLoss.forward) == "(self, anchors, positives, negatives=None)"
+    seeding = "(anchors, positives, num_clusters, *, first=None, generator=None)"
+    assert described(clusterns.seed_centroids) == seeding
+    assert described(clusterns.nearest_centroids) == "(points, centroids)"
+    assert described(clusterns.cosine_similarity_matrix) == "(a, b, temperature=1.0)"
