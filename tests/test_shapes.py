@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 
 import pyarrow
@@ -14,23 +13,14 @@ from small_files import cases, refuses, write
 from clusterns.corpus.sources import load_rows
 
 # Characters that str.splitlines() splits at and a text file does not.
-NOT_NEWLINES = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+LINES = [f"before{char}after" for char in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"]
 AB, PAIRS, TRIPLET = [("a",), ("b",)], [("a", "b"), ("c", "d")], [("a", "b", "c")]
 DUPLICATES = "sentence1,sentence2,is_duplicate\na,b,1\nx,y,0\nc,d,1\n"
 VERDICTS = "sent0,sent1,score,verdict\na,b,1,yes\nx,y,0,no\nc,d,1,yes\n"
 
 
-@pytest.fixture
-def told():
-    """The warnings of a test."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield caught
-
-
 FORMATS = [
     ("a.txt", "One two.\n\n  Three, four.  \r\nNA\n \nLast"),
-    ("bom.txt", "\ufeffOne two.\nThree, four.\nNA\nLast\n"),
     ("old-mac.txt", "One two.\rThree, four.\rNA\rLast\r"),
     ("a.csv", 'number,line\n1,One two.\n2,"Three, four."\n3,NA\n\n5,Last\n'),
     ("bom.csv", '\ufeffline\r\nOne two.\r\n"Three, four."\r\nNA\r\nLast\r\n'),
@@ -45,8 +35,8 @@ ROWS = [("One two.",), ("Three, four.",), ("NA",), ("Last",)]
 # A file, what is told of it, its rows, and words of the account of it.
 READ = [
     *((name, content, {}, ROWS, "4 rows") for name, content in FORMATS),
+    ("a.txt", "\n".join(LINES), {}, [(line,) for line in LINES], "a sentence a line"),
     # Delimiters that the suffix does not promise.
-    ("a.csv", "text\tlabel\na\t1\nb\t0\n", {}, AB, "csv parted by tab, header"),
     ("a.csv", "text|label\na|1\nb, c|0\n", {}, [("a",), ("b, c",)], "csv parted by bar, header; 'text' as"),
     ("a.tsv", "text,label\na,1\nb,0\n", {}, AB, "tsv parted by comma, header"),
     ("a.csv", "text\na; b\nd\n", {}, [("a; b",), ("d",)], "comma, header"),
@@ -83,7 +73,6 @@ READ = [
     # Usual names of columns.
     ("a.csv", "hard_neg,sent1,other,sent0\nc,b,x,a\n", {}, TRIPLET, "'sent0' and 'sent1' as pairs, 'hard"),
     ("a.csv", "positive,anchor,negative\nb,a,c\n", {}, TRIPLET, "'anchor' and 'positive' as pairs"),
-    ("a.csv", "premise,entailment,contradiction\na,b,c\n", {}, TRIPLET, "'contradiction' as hard negatives"),
     ("a.csv", "SENTENCE2, Sentence1 ,source,id\nb,a,web,7\nd,c,web,7\n", {}, PAIRS, "'source', 'id'"),
     ("a.csv", "title,text\nx,a\ny,b\n", {}, AB, "'text' as sentences, not used: 'title'"),
     ("a.csv", "title,sentence\nx,a\ny,b\n", {}, AB, "'sentence' as sentences, not used: 'title'"),
@@ -94,10 +83,11 @@ READ = [
     ("a.txt", "sent0~sent1\na~b\nc~d\n", {"delimiter": "~"}, PAIRS, "parted by '~', header"),
     ("a.csv", "text\na, b\nc\n", {"delimiter": "none"}, [("a, b",), ("c",)], "header"),
     ("a.csv", "x,y;z\na,p;0\nb,d;1\n", {"delimiter": "comma", "columns": "x"}, AB, "not used: 'y;z'"),
-    ("a.csv", "a,b\nc,d\n", {"header": False, "columns": "1,2"}, PAIRS, "no header"),
     ("a.csv", "a,b\nc,d\n", {"columns": "1,2"}, PAIRS, "no header"),  # as numbers say
     ("a.csv", "A sentence.,x\na,b\nc,d\n", {"header": True, "columns": "A sentence.,x"}, PAIRS, "header"),
     ("a.txt", "name\na\nb\n", {"header": True}, AB, "'name' as sentences"),
+    ("a.csv", "name\na\nb\n", {"header": True}, AB, "comma, header; 'name' as sentences"),
+    ("a.csv", "a\nb\n", {"header": False}, AB, "comma, no header; '1' as sentences"),
     ("a.csv", "first one, second \na,b\nc,d\n", {"columns": "first one,second"}, PAIRS, "'second' as pairs"),
     ("a.csv", '"one, two",x\na,b\nb,d\n', {"columns": '"one, two"'}, AB, "'one, two' as sentences"),
     ("a.jsonl", '["a", "b"]\n["c", "d"]\n', {"columns": "1,2"}, PAIRS, "'1' and '2' as pairs"),
@@ -123,28 +113,22 @@ def test_a_file_is_read_and_said(tmp_path, capfd, name, content, options, rows, 
     assert said in found.account
     assert found.account.startswith(f"{path}: ")
     assert load_rows(path, **options).account == found.account  # from the cache
-    assert list(load_rows(str(path), limit=1, **options)) == rows[:1]
+    first = load_rows(str(path), limit=1, **options)
+    assert list(first) == rows[:1]
+    assert "the first 1 rows at most" in first.account
     assert capfd.readouterr() == ("", "")
 
 
-def test_doubt_is_said(tmp_path: Path, told: list) -> None:
+def test_doubt_is_said(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     path = write(tmp_path, "a.csv", "left\na\nb\n")
-    rows = load_rows(path)
-    assert list(rows) == AB
-    assert "header in doubt" in rows.account
-    (warning,) = told
-    assert str(warning.message) == (
-        f"{path}: the first line ('left') is taken for a header; --header or --no-header (header=True or "
-        "False) decides"
-    )
+    assert "header in doubt; 'left' as sentences; 2 rows" in load_rows(path).account
+    (warning,) = recwarn.list
+    decides = "--header or --no-header (header=True or False) decides"
+    assert str(warning.message) == f"{path}: the first line ('left') is taken for a header; {decides}"
     assert warning.filename == __file__
-    told.clear()
-    assert load_rows(path, header=True).account.endswith("header; 'left' as sentences; 2 rows")
-    assert list(load_rows(path, header=False)) == [("left",), *AB]
-    assert told == []
     path = write(tmp_path, "a.txt", "left\tright\na\tb\n")  # which has no header by its nature
     refuses(path, "1 (text), 2 (text) (txt parted by tab, no header in doubt)", delimiter="tab")
-    assert "is taken for a row" in str(told[0].message)
+    assert "is taken for a row" in str(recwarn.list[1].message)
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -165,11 +149,6 @@ def test_parquet(tmp_path: Path) -> None:
             f"{path}: parquet; 'line' as sentences, not used: 'n'; 4 rows; left out"
         )
     refuses(path, "text in column 'n', got double", columns="line,n")
-
-
-def test_only_a_newline_ends_a_sentence(tmp_path: Path) -> None:
-    lines = [f"before{char}after" for char in NOT_NEWLINES]
-    assert list(load_rows(write(tmp_path, "a.txt", "\n".join(lines)))) == [(line,) for line in lines]
 
 
 @cases(
@@ -306,35 +285,28 @@ def test_sources_that_are_no_files(tmp_path: Path) -> None:
         ("a.csv", "sent0,sent1\na,a\nc,d\n", "1 of 2 are rows with one text twice (line 2)"),
     ],
 )
-def test_odd_rows_are_kept_and_said(tmp_path: Path, told: list, name: str, content: str, words) -> None:
+def test_odd_rows_are_kept_and_said(tmp_path: Path, recwarn, name: str, content: str, words) -> None:
     path = write(tmp_path, name, content)
     rows = load_rows(path)
     assert "among them" in rows.account
     assert rows.dropped == 0
-    assert len(told) == bool(words)
-    assert all(str(warning.message).startswith(f"{path}: {words}") for warning in told)
+    assert len(recwarn) == bool(words)
+    assert all(str(warning.message).startswith(f"{path}: {words}") for warning in recwarn)
     assert load_rows(path).odd == rows.odd  # from the cache
 
 
-def test_rows_left_out_are_counted_told_and_warned_of(tmp_path: Path, told: list) -> None:
+def test_rows_left_out_are_counted_told_and_warned_of(tmp_path: Path, recwarn) -> None:
     path = write(tmp_path, "a.csv", "sent0,sent1,hard_neg\na,b,c\n ,c,d\nd,e,\ne,f,\n,,\n")
     rows = load_rows(path)
-    assert list(rows) == [("a", "b", "c")]
+    assert list(rows) == TRIPLET
     assert rows.dropped == 4
     left_out = "2 with a blank sent0 (line 3; line 6), 2 with a blank hard_neg (line 4; line 5)"
-    assert rows.account == (
-        f"{path}: csv parted by comma, header; 'sent0' and 'sent1' as pairs, 'hard_neg' as hard negatives; "
-        f"1 row; left out: {left_out}"
-    )
-    (warning,) = told
-    assert str(warning.message) == (
-        f"{path}: 4 of 5 rows are left out, {left_out}; --text-columns sent1 takes them"
-    )
-    told.clear()
+    read = f"{path}: csv parted by comma, header; 'sent0' and 'sent1' as pairs, 'hard_neg' as hard negatives"
+    assert rows.account == f"{read}; 1 row; left out: {left_out}"
+    (warning,) = recwarn
+    lost = f"{path}: 4 of 5 rows are left out, {left_out}; --text-columns sent1 takes them"
+    assert str(warning.message) == lost
     # Two in a hundred are said, and no warning.
     rows = load_rows(write(tmp_path, "b.csv", "text,n\n" + "a,1\n" * 98 + ",2\n" * 2))
-    assert (len(rows), rows.dropped, told) == (98, 2, [])
+    assert (len(rows), rows.dropped, len(recwarn)) == (98, 2, 1)
     assert "left out: 2 with a blank text (line 100; line 101)" in rows.account
-    assert load_rows(path, columns="sent0", limit=1).account.endswith(
-        "header, the first 1 rows at most; 'sent0' as sentences, not used: 'sent1', 'hard_neg'; 1 row"
-    )
