@@ -166,7 +166,7 @@ def seed_centroids(
     return seeding_chain(anchors, positives, num_clusters, first, Alone(batch))
 
 
-def objective(
+def evaluate(
     anchors: Tensor,
     positives: Tensor,
     negatives: Tensor | None,
@@ -176,17 +176,16 @@ def objective(
     backend: str,
     ranks: Alone | None = None,
 ) -> ObjectiveTerms:
-    """Loss and parts of the objective for checked input, on a backend as `choose_backend` returns it.
+    """Loss and parts of the objective for input that is checked, on a backend as `choose_backend` returns it.
 
     `ranks`: the embeddings and ids are this rank's rows of a batch that several ranks share.
     """
     if backend == "triton":
         loss, terms = operators.whole_batch(anchors, positives, negatives, temperature, clusters, options)
-        *parts, nearest_cosine, hard_negative_cosine, with_mates, _ = terms.unbind()
-        if clusters.centroids is None:
-            return ObjectiveTerms(loss, *parts)
-        hard = hard_negative_cosine if clusters.hard_negatives else None
-        return ObjectiveTerms(loss, *parts, nearest_cosine, hard, with_mates)
+        parts: list[Tensor | None] = list(terms.unbind()[:7])
+        if not clusters.hard_negatives:
+            parts[5] = None
+        return ObjectiveTerms(loss, *parts[: 4 if clusters.centroids is None else 7])  # type: ignore[arg-type]
     if clusters.hard_ids is not None:
         clusters = clusters._replace(hard_ids=clusters.hard_ids.long())
     if backend == "reference":
@@ -249,28 +248,42 @@ def info_nce(
     Source: method steps 5 to 8; Deng et al. 2023, section 3.
 
     """
+    clusters = Clusters(cluster_ids, centroids, hard_negative_ids)
+    options = Options(hard_negative_weight, false_negatives, bml_weight, bml_alpha, bml_beta, workspace_bytes)
+    return objective(anchors, positives, negatives, temperature, clusters, options, backend).loss
+
+
+def objective(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None = None,
+    temperature: float | Tensor = 0.05,
+    clusters: Clusters = Clusters(),  # noqa: B008 (a tuple)
+    options: Options = Options(),  # noqa: B008
+    backend: str = "auto",
+) -> ObjectiveTerms:
+    """Loss and parts of the objective; see `info_nce`, which returns the loss alone, for the arguments."""
+    ids, centroids, hard_ids = clusters[:3]
     check_embeddings("anchors", anchors)
     check_like("positives", positives, "anchors", anchors, same_rows=True)
     for name, others in (("negatives", negatives), ("centroids", centroids)):
         if others is not None:
             check_like(name, others, "anchors", anchors)
-    for name, ids in (("hard_negative_ids", hard_negative_ids), ("cluster_ids", cluster_ids)):
-        if ids is not None:
-            check_ids(name, ids, len(anchors), "anchors", anchors)
-    if hard_negative_ids is not None:
+    for name, rows in (("hard_negative_ids", hard_ids), ("cluster_ids", ids)):
+        if rows is not None:
+            check_ids(name, rows, len(anchors), "anchors", anchors)
+    if hard_ids is not None:
         if centroids is None:
             raise ValueError("hard_negative_ids: expected together with centroids, got centroids=None")
-        check_within("hard_negative_ids", hard_negative_ids, len(centroids))
+        check_within("hard_negative_ids", hard_ids, len(centroids))
     check_temperature(temperature, "anchors", anchors)
-    options = Options(hard_negative_weight, false_negatives, bml_weight, bml_alpha, bml_beta, workspace_bytes)
     check_options(options)
     backend = choose_backend(backend, anchors, positives, negatives, centroids, options)
     check_transforms(backend)
-    clusters = Clusters(cluster_ids, centroids, hard_negative_ids)
     if centroids is not None and backend != "triton":
         dtype = compute_dtype(anchors, positives, negatives)
         clusters = _complete(clusters, centroids, anchors, options, backend, dtype)
-    return objective(anchors, positives, negatives, temperature, clusters, options, backend).loss
+    return evaluate(anchors, positives, negatives, temperature, clusters, options, backend)
 
 
 def check_options(options: Options) -> None:
@@ -299,7 +312,8 @@ def _complete(
             found = NearestCentroids(*operators.nearest_centroids(anchors, centroids))
         elif backend == "reference":
             nearest, runner_up = reference.nearest_and_runner_up(anchors.to(dtype), centroids.to(dtype))
-            found = NearestCentroids(nearest, runner_up, *assign(anchors, centroids, dtype)[0][2:])
+            cosines = reference.cosine_similarity_matrix(anchors.to(dtype), centroids.to(dtype))
+            found = NearestCentroids(nearest, runner_up, cosines.gather(1, nearest[:, None])[:, 0], cosines)
         else:
             found, known = assign(anchors, centroids, dtype)
         if clusters.hard_ids is None and len(centroids) > 1:

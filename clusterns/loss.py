@@ -19,7 +19,7 @@ from .checks import (
     under_functorch,
     warn,
 )
-from .functional import check_options, objective
+from .functional import check_options, evaluate
 from .objective.problem import WORKSPACE_BYTES, Clusters, Options
 from .objective.ranks import GATHERS, Ranks, meet, seeding_chain
 from .rules import Rule
@@ -185,7 +185,7 @@ class ClusterNSLoss(OnlineKMeans):
             cosines = self._describe(clusters, ranks)
             if not self.hard_negatives:
                 clusters = clusters._replace(hard_negatives=False, hard_ids=None)
-        terms = objective(*inputs, self.temperature, clusters, options, backend, ranks)
+        terms = evaluate(*inputs, self.temperature, clusters, options, backend, ranks)
         found = {name: term.detach() for name, term in terms._asdict().items() if term is not None}
         self.last = found | cosines
         after_step = self._after_step

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from compare import assert_close_to_truth
 from conftest import DEVICE
 
-from clusterns import ClusterNSLoss, fused, info_nce
+from clusterns import ClusterNSLoss, backend, info_nce
 from clusterns.backend import choose_backend
 from clusterns.kernels import target
+from clusterns.objective.problem import Options
+from clusterns.rules import CloseMates
 
 X = torch.randn(8, 4)
 
@@ -67,7 +70,7 @@ def test_dtype_is_named():
 def test_triton_goes_by_size():
     x = X.to(DEVICE)
     assert choose_backend("triton", x, x) == "triton"
-    assert choose_backend("triton", x, x, workspace_bytes=4 * 8 * 8 - 1) == "triton-chunked"
+    assert choose_backend("triton", x, x, options=Options(workspace_bytes=4 * 8 * 8 - 1)) == "triton-chunked"
     assert choose_backend("triton", x, x, shared=True) == "triton-chunked"
     chunked = info_nce(x, x, backend="triton", workspace_bytes=1)
     assert_close_to_truth(chunked, info_nce(x.double(), x.double(), backend="reference"), condition=24)
@@ -121,9 +124,9 @@ def test_bad_input_meets_the_same_words():
     ]
     for views, arguments in bad:
         messages = set()
-        for backend in ("torch", "triton"):
+        for word in ("torch", "triton"):
             with pytest.raises((TypeError, ValueError)) as caught:
-                info_nce(*views, backend=backend, **arguments)
+                info_nce(*views, backend=word, **arguments)
             messages.add(str(caught.value))
         assert len(messages) == 1, messages
 
@@ -131,8 +134,21 @@ def test_bad_input_meets_the_same_words():
 def test_larger_batches_are_swept_in_chunks(monkeypatch):
     """ "auto" keeps within the workspace: the cosines are held where they fit, and swept where not."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(fused, "why_not", lambda *tensors: None)
+    monkeypatch.setattr(backend, "why_not", lambda *tensors: None)
     assert choose_backend("auto", X, X) == "triton"
-    assert choose_backend("auto", X, X, workspace_bytes=255) == "triton-chunked"
-    monkeypatch.setattr(fused, "why_not", lambda *tensors: "no")
-    assert choose_backend("auto", X, X, workspace_bytes=255) == "torch"
+    assert choose_backend("auto", X, X, options=Options(workspace_bytes=255)) == "triton-chunked"
+    monkeypatch.setattr(backend, "why_not", lambda *tensors: "no")
+    assert choose_backend("auto", X, X, options=Options(workspace_bytes=255)) == "torch"
+
+
+def test_a_rule_is_served_by_torch_which_is_said_once(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(backend, "why_not", lambda *tensors: None)
+    monkeypatch.setattr(backend, "_told", set())
+    options = Options(false_negatives=CloseMates())
+    with pytest.warns(UserWarning, match="the rule CloseMates is computed in torch"):
+        assert choose_backend("auto", X, X, options=options) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_backend("triton", X, X, options=options) == "torch"
+    assert choose_backend("triton", X, X) == "triton"

@@ -119,10 +119,10 @@ def test_reference_keeps_its_gradient(backend):
     compiled = torch.compile(objective, backend=backend, fullgraph=True)
     found = compiled(anchors, positives, backend="reference")
     expected = objective(anchors, positives, backend="reference")
-    assert [term.requires_grad for term in found] == [True, False, False, False, False]
+    assert [term.requires_grad for term in found[:5]] == [True, False, False, False, False]
     for mine, theirs in zip(
-        (*found, *torch.autograd.grad(found.loss, (anchors, positives))),
-        (*expected, *torch.autograd.grad(expected.loss, (anchors, positives))),
+        (*found[:5], *torch.autograd.grad(found.loss, (anchors, positives))),
+        (*expected[:5], *torch.autograd.grad(expected.loss, (anchors, positives))),
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
@@ -188,7 +188,7 @@ def test_operator_is_well_defined(dtypes, transposed, learned):
     needs = [True, True, n is not None, learned]
     torch.library.opcheck(
         torch.ops.clusterns.sweep.default,
-        (a, p, n, 0.1, tau, ids, centroids, hard, None, 0.2, "bml", 0.3, 0.1, 0.3, 3000, needs, "torch"),
+        (a, p, n, 0.1, tau, ids, centroids, hard, 0.2, "bml", 0.3, 0.1, 0.3, 3000, needs, "torch"),
     )
 
 

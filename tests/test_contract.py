@@ -1,7 +1,6 @@
 """What every way to compute the objective promises: torch, Triton, and both in row chunks.
 
-On a GPU Triton's kernels run there, else in its interpreter. What one way alone promises is in test_chunked,
-test_fused and test_large.
+On a GPU Triton's kernels run there, else in its interpreter.
 """
 
 from __future__ import annotations
@@ -12,13 +11,20 @@ import pytest
 import torch
 from compare import assert_close_to_truth
 from conftest import DEVICE
-from objective_problems import assert_exact, exact, fix_clusters, gradients, problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from objective_problems import OPTIONS, assert_exact, exact, fix_clusters, gradients, problem, terms_of
 
-from clusterns import chunked, info_nce
+from clusterns import info_nce
+from clusterns.objective import torch_products
+from clusterns.objective.problem import Clusters, Options
+from clusterns.objective.sweep import sweep
+from clusterns.rules import CloseMates, Decision, GuidedMargin
 
 WAYS = {
     "torch": {"backend": "torch"},
     "torch in cluster order": {"backend": "torch", "workspace_bytes": 3_000},
+    "torch, all pairs": {"backend": "torch"},
     "triton": {"backend": "triton"},
     "triton in chunks": {"backend": "triton", "workspace_bytes": 1},
 }
@@ -28,11 +34,22 @@ WAYS = {
 def how(request, monkeypatch):
     """The arguments of a way to compute the objective."""
     if "triton" in request.param:
-        large = pytest.importorskip("clusterns.large")
-        rows_of_a_chunk = lambda self, *_: 66 if len(self.anchors) > 66 else -(-len(self.anchors) // 3)  # noqa: E731
-        monkeypatch.setattr(large.Sweeper, "_rows_of_a_chunk", rows_of_a_chunk)
+        pytest.importorskip("triton")
+        from clusterns.objective.triton_products import TritonProducts
+
+        plain_open = TritonProducts.open
+
+        def in_chunks(self, *arguments):
+            columns, rows = plain_open(self, *arguments), len(self.anchors)
+            chunk = 66 if rows > 66 else -(-rows // 3)
+            buffers = [buffer.new_empty((chunk, buffer.shape[1])) for buffer in columns.buffers]
+            return columns._replace(chunk=chunk, buffers=buffers)
+
+        monkeypatch.setattr(TritonProducts, "open", in_chunks)
     if "order" in request.param:
-        monkeypatch.setattr(chunked, "_SORTED_BATCH", 1)
+        monkeypatch.setattr(torch_products, "_SORTED_BATCH", 1)
+    if "all pairs" in request.param:  # as on a GPU, where to count them would be to wait
+        monkeypatch.setattr(torch_products, "_FEW", 10**9)
     return WAYS[request.param]
 
 
@@ -300,3 +317,216 @@ def test_very_negative_weight_of_the_own_centroid(how):
     arguments.update(hard_negative_weight=-95.0, temperature=0.02, hard_negative_ids=ids, cluster_ids=ids)
     run = gradients(anchors, positives, arguments, **how)
     assert_exact(run, exact(anchors, positives, arguments), 0.02, condition=95)
+
+
+# --- one way alone -----------------------------------------------------------------------------------------
+
+DOUBLE = {"dtype": torch.float64}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.data(),
+    st.tuples(st.integers(1, 40), st.integers(1, 33), st.integers(0, 9), st.integers(0, 7)),
+    st.sampled_from(["bml", "exclude", "keep"]),
+    st.sampled_from([(1, 1), (3000, 1024), (2**20, 1024), (3000, 1)]),
+)
+def test_torch_in_float64(data, shape, false_negatives, sizes):
+    anchors, positives, arguments = problem(*shape, seed=data.draw(st.integers(0, 1000)), **DOUBLE)
+    fix_clusters(anchors, arguments)
+    temperature = data.draw(st.sampled_from([0.01, 0.024, 0.025, 0.05, 0.5, 3.0]))
+    margins = data.draw(st.sampled_from([(0.1, 0.3), (0.0, 0.2), (-0.2, 0.1), (0.25, -0.1)]))
+    arguments.update(bml_alpha=margins[0], bml_beta=margins[1], temperature=temperature)
+    arguments.update(hard_negative_weight=data.draw(st.sampled_from([0.0, 0.7, -3.0, 25.0])))
+    arguments.update(false_negatives=false_negatives, workspace_bytes=sizes[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_products, "_SORTED_BATCH", sizes[1])
+        run = gradients(anchors, positives, arguments, -1.7, backend="torch")
+    # By size of a number, not by norm of what may all but vanish.
+    truth = gradients(anchors, positives, arguments, -1.7, backend="reference")
+    for one, other in zip((*run[0][:5], *run[1]), (*truth[0][:5], *truth[1]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9 * max(1.0, 0.05 / temperature))
+
+
+@pytest.mark.parametrize("false_negatives", ["bml", "exclude", "keep"])
+def test_gradcheck(false_negatives):
+    anchors, positives, arguments = problem(9, 4, 3, 5, **DOUBLE)
+    temperature = torch.tensor(0.3, device=DEVICE, requires_grad=True, **DOUBLE)
+    arguments.update(false_negatives=false_negatives, hard_negative_weight=0.4)
+    negatives = arguments.pop("negatives")
+    # The clusters are fixed: a finite difference across a change of cluster would mean nothing.
+    fix_clusters(anchors, arguments)
+
+    def loss(a, p, n, t):
+        return info_nce(a, p, negatives=n, temperature=t, backend="torch", **arguments)
+
+    assert torch.autograd.gradcheck(loss, (anchors, positives, negatives, temperature))
+
+
+def test_never_builds_a_square_matrix():
+    """No tensor of the sweep is larger than the workspace allows, whatever the clusters look like."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if torch.is_tensor(result) and not result._is_view():
+                self.numbers = max(self.numbers, result.numel())
+            return result
+
+    batch, dim, workspace = 2048, 16, 2**18
+    anchors, positives, arguments = problem(batch, dim, 3)
+    ids = torch.zeros(batch, dtype=torch.int64, device=DEVICE)  # the worst case: all mates
+    arguments.update(cluster_ids=ids, false_negatives="bml", backend="torch", workspace_bytes=workspace)
+    with Largest() as largest:
+        info_nce(anchors, positives, **arguments).backward()
+    assert largest.numbers <= max(workspace // 4, 2 * batch * dim)
+
+
+def test_whole_batches_keep_no_more_than_the_cosines():
+    """What the backward holds on to is the cosines, which `choose_backend` counts, and vectors."""
+    pytest.importorskip("triton")
+    anchors, positives, arguments = problem(128, 8, 16, 40)
+    held = 0
+
+    def pack(tensor):
+        nonlocal held
+        held += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        info_nce(anchors, positives, false_negatives="bml", backend="triton", **arguments)
+    cosines = 4 * 128 * (128 + 40 + 16)
+    inputs = sum(z.numel() * 4 for z in (anchors, positives, arguments["negatives"], arguments["centroids"]))
+    assert cosines < held <= cosines * 1.1 + inputs + 4 * 128 * 20
+
+
+def test_float16_gradients_of_rows_of_very_different_length():
+    """Weights are folded with 1/‖z‖: neither a short nor a long row may overflow or vanish."""
+    pytest.importorskip("triton")
+    anchors, positives, arguments = problem(64, 32, 6, 5, dtype=torch.float32)
+    with torch.no_grad():
+        for z in (anchors, positives, arguments["negatives"]):
+            z.div_(z.norm(dim=1, keepdim=True)).mul_(torch.logspace(-2, 2, len(z), device=DEVICE)[:, None])
+    anchors, positives = (z.detach().half().requires_grad_() for z in (anchors, positives))
+    arguments["negatives"] = arguments["negatives"].detach().half().requires_grad_()
+    fix_clusters(anchors, arguments)
+    arguments["false_negatives"] = "bml"
+    run = gradients(anchors, positives, arguments, 1024.0, backend="triton")
+    truth = exact(anchors, positives, arguments, 1024.0)
+    for mine, true in zip(run[1], truth[1], strict=True):
+        assert ((mine.double() - true).norm(dim=1) / true.norm(dim=1)).max() < 0.01
+    with torch.no_grad():  # nor may one tiny row spoil the others
+        positives[3] = 1e-6
+    mine, true = (f(anchors, positives, arguments)[1][0].double() for f in (gradients_on_triton, exact))
+    assert ((mine - true).norm(dim=1) / true.norm(dim=1)).median() < 2e-3
+
+
+def gradients_on_triton(*arguments):
+    return gradients(*arguments, backend="triton")
+
+
+def test_margins_are_not_lost_in_half_precision():
+    """λ/B² beside E/Z: were the slopes added to the bfloat16 weights, they would round away."""
+    pytest.importorskip("triton")
+    anchors, positives, arguments = problem(64, 32, 3, dtype=torch.float16)
+    fix_clusters(anchors, arguments)
+    clusters, more = Clusters(arguments["cluster_ids"]), {**OPTIONS, "bml_weight": 1e-3}
+    found, truth = [], []
+    for mode in ("bml", "keep"):
+        options = Options(false_negatives=mode, workspace_bytes=15_000, **more)
+        needs, views = (True, False, False, False), (anchors.detach(), positives.detach())
+        result = sweep(*views, None, 0.05, clusters, options, needs, "triton-chunked")
+        found.append(result.gradients[0].double())  # of float16 in float32, to be rounded when it is scaled
+        fixed = {"cluster_ids": clusters.ids, "false_negatives": mode, **more}
+        truth.append(exact(anchors, positives, fixed)[1][0])
+    pull = truth[0] - truth[1]
+    assert pull.norm() < 0.1 * truth[0].norm()
+    assert (found[0] - found[1] - pull).norm() <= 0.01 * pull.norm()
+
+
+def test_the_workspace_decides_the_chunks(monkeypatch):
+    pytest.importorskip("triton")
+    from clusterns.objective import triton_products
+
+    anchors, positives, arguments = problem(70, 24, 5)
+    seen, true_weigh = [], triton_products.launchers.weigh
+
+    def weigh(mode, x, *rest, **more):
+        seen.append((mode, len(x)))
+        return true_weigh(mode, x, *rest, **more)
+
+    monkeypatch.setattr(triton_products.launchers, "weigh", weigh)
+    gradients(anchors, positives, arguments, backend="triton", workspace_bytes=15_000)
+    assert {mode for mode, _ in seen} == {"weights"}
+    assert max(rows for _, rows in seen) * 70 * 4 < 15_000
+    seen.clear()
+    with torch.no_grad():
+        terms_of(anchors, positives, **arguments, backend="triton", workspace_bytes=15_000)
+    assert {mode for mode, _ in seen} == {"totals"}  # no weights are written for nobody
+
+
+# --- rules for false negatives -----------------------------------------------------------------------------
+
+
+def by_hand(pairs):
+    """Near mates are held, far mates are out, and so is one pair that this function itself knows."""
+    near = pairs.cosines > 0.6
+    known = (pairs.rows == 3) & (pairs.columns == 7)
+    return Decision(out=(pairs.same_cluster & ~near) | known, held=pairs.same_cluster & near)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [CloseMates(), CloseMates("exclude"), GuidedMargin(0.1), by_hand],
+    ids=lambda rule: getattr(rule, "__name__", str(rule)),
+)
+def test_rules(how, rule, recwarn):
+    anchors, positives, arguments = problem(66, 20, 6, 3, **DOUBLE)
+    fix_clusters(anchors, arguments)
+    arguments.update(false_negatives=rule, bml_weight=5.0)
+    if how["backend"] == "triton":  # float64 is refused there; the torch path serves, which is said
+        anchors, positives = (z.detach().float().requires_grad_() for z in (anchors, positives))
+        arguments.update({name: arguments[name].detach().float() for name in ("centroids", "negatives")})
+        arguments["negatives"].requires_grad_()
+    run, truth = gradients(anchors, positives, arguments, **how), exact(anchors, positives, arguments)
+    assert_exact(run, truth)
+    for word in ("bml", "exclude", "keep"):  # and it is none of the three
+        other = exact(anchors, positives, {**arguments, "false_negatives": word})
+        assert (truth[1][0] - other[1][0]).norm() > 1e-4 * truth[1][0].norm()
+
+
+def test_rules_decide_as_they_say():
+    anchors, positives, arguments = problem(30, 6, 4, **DOUBLE)
+    fix_clusters(anchors, arguments)
+    a, p, c = (z / z.norm(dim=1, keepdim=True) for z in (anchors, positives, arguments["centroids"]))
+    S, ids = a @ p.T, arguments["cluster_ids"]
+    others = ~torch.eye(30, dtype=torch.bool, device=DEVICE)
+    own_centroid = (a * c[ids]).sum(1, keepdim=True)
+    guided = (S.diagonal()[:, None] - 0.1 < S) & others
+    close = (ids[:, None] == ids) & (own_centroid < S) & others
+    for rule, out in ((GuidedMargin(0.1), guided), (CloseMates("exclude"), close)):
+        assert 0 < out.sum() < others.sum()
+        logits = (S / 0.05).masked_fill(out, -torch.inf)
+        expected = torch.nn.functional.cross_entropy(logits, torch.arange(30, device=DEVICE))
+        for backend in ("torch", "reference"):
+            clusters = Clusters(ids, nearest_cosine=own_centroid[:, 0])
+            found = sweep(
+                anchors, positives, None, 0.05, clusters, Options(false_negatives=rule), (False,) * 4, "torch"
+            )
+            torch.testing.assert_close(found.loss, expected)
+            if not isinstance(rule, CloseMates):
+                found = info_nce(anchors, positives, false_negatives=rule, backend=backend)
+                torch.testing.assert_close(found, expected)
+    with pytest.raises(
+        ValueError, match=r"^false_negatives: expected centroids beside cluster_ids for CloseMates"
+    ):
+        info_nce(anchors, positives, cluster_ids=ids, false_negatives=CloseMates())
+    with pytest.raises(ValueError, match=r"^cluster_ids: expected ids in \[0, 4\), got 9"):
+        info_nce(
+            anchors, positives, **{**arguments, "cluster_ids": ids * 0 + 9}, false_negatives=CloseMates()
+        )
+    with pytest.raises(ValueError, match=r"^false_negatives: expected one of .* or a function of"):
+        info_nce(anchors, positives, false_negatives="drop")

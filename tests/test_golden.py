@@ -11,7 +11,8 @@ from compare import ROOM
 from conftest import DEVICE
 
 from clusterns import ClusterNSLoss, nearest_centroids
-from clusterns.reference import false_negative_mask
+from clusterns.reference import false_negatives_of
+from clusterns.rules import Mates
 
 CASES = range(9)
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -94,7 +95,7 @@ def test_recorded_run(shared, case, backend, dtype, monkeypatch):
             assigned = nearest_centroids(z1, loss_fn.centroids)
             if not double:
                 assert far_from_ties(wide, torch.tensor(arrays[f"centroids_{step}"]))
-            mask = false_negative_mask(assigned.nearest.cpu())
+            _, mask = false_negatives_of(Mates(), wide @ wide.T, assigned.nearest.cpu())
             assert torch.equal(mask, torch.tensor(arrays[f"false_negatives_{step}"]))
             if meta["hard"]:
                 assert torch.equal(assigned.runner_up.cpu(), torch.tensor(arrays[f"runner_up_{step}"]))

@@ -6,16 +6,20 @@ the kernels widen the operands there, and real bfloat16 products are tested on a
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from compare import ROOM, assert_close_to_truth, assert_ids_within_rounding
 from conftest import DEVICE
 from objective_problems import problem
 
-from clusterns import fused, reference
+from clusterns import functional, reference
+from clusterns.objective import operators
 
 pytest.importorskip("triton")
-from clusterns.kernels import cosine_launchers
+from clusterns.kernels import cosine_launchers, launch
+from clusterns.kernels.target import Target
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # On both sides of the borders of tiles: 64 or 32 rows and columns, 32 clusters, 32 or 64 dimensions.
@@ -34,7 +38,7 @@ def points(rows, dim, dtype=torch.float32, seed=0):
 
 
 def counters(rows, clusters):
-    return torch.zeros(cosine_launchers.num_counters(rows, clusters), dtype=torch.int32, device=DEVICE)
+    return cosine_launchers.new_counters(torch.empty(rows, 0, device=DEVICE), clusters).zero_()
 
 
 def assert_assigned(x, c, ids, found):
@@ -54,7 +58,7 @@ def assert_assigned(x, c, ids, found):
 def test_cosines(rows, columns, dim, dtype, explicit):
     x, y, n = (points(count, dim, dtype, seed) for seed, count in enumerate((rows, columns, explicit)))
     found, x_inverse, y_inverse, _, _ = cosine_launchers.compare(x, y, n if explicit else None)
-    first = cosine_launchers.padded(columns)
+    first = launch.padded(columns)
     for z, cosines, inverse in (
         (y, found[:, :columns], y_inverse[:columns]),
         (n, found[:, first : first + explicit], y_inverse[first : first + explicit]),
@@ -75,7 +79,7 @@ def test_assignment(rows, columns, dim, dtype):
     )
     ids = (found.nearest, found.runner_up)
     assert_assigned(x, c, ids, (found.nearest_cosine, found.runner_up_cosine))
-    step = cosine_launchers.padded(columns)
+    step = launch.padded(columns)
     for each, count in zip(ids, (counted[:columns], counted[step : step + columns]), strict=True):
         assert torch.equal(count.long(), each[each >= 0].bincount(minlength=columns))
 
@@ -87,23 +91,23 @@ def test_the_lowest_id_wins_a_tie_within_and_across_tiles():
         for equal in ((1, clusters - 1), (2, 3), (clusters - 2, clusters - 1)):
             tied = c.clone()
             tied[list(equal)] = torch.tensor([2.0, 0.0], device=DEVICE)
-            nearest, runner_up, *_ = fused.nearest_centroids(x, tied)
+            nearest, runner_up, *_ = operators.nearest_centroids(x, tied)
             assert (nearest[0], runner_up[0]) == equal
             # Both of the second point's best are at right angles to it.
             assert (nearest[1], runner_up[1]) == equal
-        nearest, runner_up, *_ = fused.nearest_centroids(x, c)
+        nearest, runner_up, *_ = operators.nearest_centroids(x, c)
         assert nearest.tolist() == [0, 0]
         assert runner_up.tolist() == [1, 1]
 
 
 def test_assignment_in_row_chunks(monkeypatch):
-    from clusterns import operators
+    from clusterns.objective import whole
 
-    monkeypatch.setattr(operators, "WORKSPACE_BYTES", 33 * cosine_launchers.partial_bytes(40))
+    monkeypatch.setattr(whole, "WORKSPACE_BYTES", 33 * cosine_launchers.partial_bytes(40))
     x, c = points(100, 8), points(40, 8, seed=1)
-    found = fused.nearest_centroids(x, c)
+    found = operators.nearest_centroids(x, c)
     assert_assigned(x, c, found[:2], found[2:])
-    counts, sums = fused.cluster_sums(x, c)
+    counts, sums = operators.cluster_sums(x, c)
     assert torch.equal(counts.long(), found[0].bincount(minlength=40))
     assert_close_to_truth(
         sums, torch.zeros(40, 8, dtype=torch.float64).to(DEVICE).index_add_(0, found[0], x.double())
@@ -115,7 +119,7 @@ def test_an_id_beyond_the_clusters_never_wins(clusters):
     """A padded column that scored 0 would win where all true cosines are negative (flash-kmeans #16)."""
     x = torch.ones(70, 5, device=DEVICE)
     c = -torch.rand(clusters, 5, device=DEVICE) - 0.1
-    nearest, runner_up, cosine, second = fused.nearest_centroids(x, c)
+    nearest, runner_up, cosine, second = operators.nearest_centroids(x, c)
     assert nearest.max() < clusters
     assert runner_up.max() < clusters
     assert (cosine < 0).all()
@@ -127,14 +131,14 @@ def test_what_stands_twice_agrees():
     from clusterns.kernels import objective, tiles
 
     assert tiles.SHORTEST_NORM.value == reference.SHORTEST_NORM
-    assert fused.Terms._fields[1:] == objective.TERMS[:7]
+    assert functional.ObjectiveTerms._fields[1:] == objective.TERMS[:7]
     assert objective.TERMS[7:] == ("temperature_gradient",)
 
 
 def test_rows_without_a_direction_get_valid_ids():
     x = points(20, 6)
     x[3], x[5, 2], x[7, 1] = 0, float("nan"), float("inf")
-    nearest, runner_up, cosine, _ = fused.nearest_centroids(x, points(40, 6, seed=1))
+    nearest, runner_up, cosine, _ = operators.nearest_centroids(x, points(40, 6, seed=1))
     for ids in (nearest, runner_up):
         assert ids.min() >= 0
         assert ids.max() < 40
@@ -181,7 +185,7 @@ def test_similarity_matrix_and_its_gradients(rows, columns, dim, dtype, learned)
     a, b = (points(n, dim, dtype, seed).requires_grad_() for seed, n in enumerate((rows, columns)))
     tau = torch.tensor(0.3, device=DEVICE, requires_grad=True) if learned else 0.3
     upstream = torch.randn(columns, rows, device=DEVICE).T  # not contiguous
-    actual = fused.cosine_similarity_matrix(a, b, tau)
+    actual = operators.cosine_similarity_matrix(a, b, tau)
     assert actual.dtype == torch.float32
     assert actual.shape == (rows, columns)
     wanted = [a, b] + ([tau] if learned else [])
@@ -193,16 +197,18 @@ def test_similarity_matrix_and_its_gradients(rows, columns, dim, dtype, learned)
         assert_close_to_truth(mine, theirs, condition=20)
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,)])
-def test_similarity_partial_gradients(wanted):
-    views = [points(20, 8, seed=i).requires_grad_(i in wanted) for i in range(2)]
-    fused.cosine_similarity_matrix(*views, 0.5).square().sum().backward()
-    whole = [v.detach().double().requires_grad_() for v in views]
-    (reference.cosine_similarity_matrix(*whole) / 0.5).square().sum().backward()
-    for index in range(2):
-        assert (views[index].grad is not None) == (index in wanted)
-        if index in wanted:
-            assert_close_to_truth(views[index].grad, whole[index].grad, condition=20)
+def test_a_similarity_matrix_may_be_changed_in_place():
+    for columns in (16, 20):
+        a, b, _ = problem(20, 8, 0)
+        b = b.detach()[:columns]
+        matrix = operators.cosine_similarity_matrix(a, b, 0.5)
+        assert matrix.is_contiguous()
+        matrix.mul_(2.0)
+        matrix.sum().backward()
+        assert b.grad is None
+        wide = a.detach().double().requires_grad_()
+        truth = torch.autograd.grad(reference.cosine_similarity_matrix(wide, b.double()).sum() * 4, wide)[0]
+        assert_close_to_truth(a.grad, truth, condition=20)
 
 
 def test_three_tf32_products_are_as_exact_as_float32():
@@ -223,3 +229,15 @@ def test_three_tf32_products_are_as_exact_as_float32():
     worst = {name: float(torch.stack(found).max()) for name, found in errors.items()}
     rounding = 4 * torch.finfo(torch.float32).eps  # of cosines of at most 1
     assert worst["three"] <= ROOM * rounding < worst["one"]
+
+
+def test_newer_setting_of_tf32(monkeypatch):
+    """torch's older getter raises where only `fp32_precision` has been set."""
+
+    def raises():
+        raise RuntimeError("mixed settings")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", raises)
+    for setting, precision in (("tf32", "tf32"), ("ieee", "tf32x3")):
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=setting))
+        assert Target("cuda", 90).precision() == precision

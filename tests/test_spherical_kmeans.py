@@ -24,7 +24,8 @@ from sklearn.utils.estimator_checks import check_estimator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clusterns import SphericalKMeans, functional, fused, kmeans_steps
+from clusterns import SphericalKMeans, functional, kmeans_steps
+from clusterns.objective import operators
 
 CPU = torch.device("cpu")
 
@@ -319,7 +320,7 @@ def test_on_the_triton_kernel(monkeypatch, dtype):
 
     def nearest_centroids(points, centers):
         calls.append(points.dtype)
-        return functional.NearestCentroids(*fused.nearest_centroids(points, centers))
+        return functional.NearestCentroids(*operators.nearest_centroids(points, centers))
 
     monkeypatch.setattr(kmeans_steps, "uses_kernel", lambda points, centers: True)
     monkeypatch.setattr(kmeans_steps, "nearest_centroids", nearest_centroids)

@@ -73,9 +73,11 @@ def _fake_sweep(anchors, positives, negatives, temperature, tensor, ids, centroi
     inputs = (anchors, positives, negatives)
     dtype = torch.float32 if backend == "triton-chunked" else compute_dtype(*inputs)
     kept = kept_dtype(common_dtype(*inputs)) if backend == "triton-chunked" else dtype
-    shapes = [(z.shape if need else (0, 0), kept) for z, need in zip(inputs, needs, strict=False)]
-    shapes.append(((), dtype) if needs[3] else ((0, 0), dtype))
-    gradients = [_empty(anchors, *shape, dtype=kind) for shape, kind in shapes]
+    kinds = [*((getattr(z, "shape", ()), kept) for z in inputs), ((), dtype)]
+    gradients = [
+        _empty(anchors, *shape, dtype=kind) if need else _empty(anchors, 0, 0)
+        for (shape, kind), need in zip(kinds, needs, strict=True)
+    ]
     return (_empty(anchors, dtype=dtype), _empty(anchors, 4, dtype=dtype), *gradients)
 
 

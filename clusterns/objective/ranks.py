@@ -13,8 +13,8 @@ of the gradient of every positive, which goes back to the rank that owns that.
 Z just adds up over blocks of columns, and so do both gradients once Z is known; the way through the
 normalisation is linear, so it is taken before what is added up travels. Sums over ranks are taken in the
 order of the ranks, so that all of them get the same bits. Every rank returns the loss of the whole batch,
-and the gradient of its own rows times the number of ranks: DistributedDataParallel divides by that number, and
-the parameters get the gradient of a single process.
+and the gradient of its own rows times the number of ranks: DistributedDataParallel divides by that number,
+and the parameters get the gradient of a single process.
 """
 
 from __future__ import annotations

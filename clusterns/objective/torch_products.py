@@ -348,7 +348,7 @@ class TorchProducts:
                 self.slope_sum.index_add_(0, place + (rows.start - local.start), slope)
             pull = torch.dot(slope.view(-1), delta.view(-1))
             self.slope_times_delta += pull
-            at_zero = count * (self.options.margin_at_zero / self.temperature)
+            at_zero = count.to(self.dtype) * (self.options.margin_at_zero / self.temperature)
             self.margin_sum += pull + above.sum() * alpha - below.sum() * beta - at_zero
         return Held(place, cells, slope)
 

@@ -22,9 +22,11 @@ from distributed_refusals import check_refusals
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clusterns import ClusterNSLoss, chunked
-from clusterns.distributed import Ranks, seed_together
+from clusterns import ClusterNSLoss
 from clusterns.functional import seed_centroids
+from clusterns.objective import torch_products
+from clusterns.objective.ranks import meet, seeding_chain
+from clusterns.objective.torch_products import TorchProducts
 
 DIM, WIDTH, CLUSTERS, STEPS = 10, 8, 5, 3
 ROWS = (13, 1, 11, 6)  # ragged on purpose
@@ -154,7 +156,7 @@ def check_gather(setting: Setting, gather: str, group, batches, alone: list[dict
     shares = [[parts[rank] for parts in views] for views in batches]
     wanted = set(setting.wants)
     own_wanted = wanted if setting.wants_on in (None, rank) else set()
-    with mock.patch.object(chunked, "_SORTED_BATCH", 1 if setting.cluster_order else 10**9):
+    with mock.patch.object(torch_products, "_SORTED_BATCH", 1 if setting.cluster_order else 10**9):
         runs = []
         for _ in range(2 if size == 3 else 1):
             torch.manual_seed(100 + rank)  # others draw other first picks unless they take rank 0's
@@ -245,11 +247,11 @@ def check_memory(group) -> None:
         loss_fn = ClusterNSLoss(width, 3, start_cosine=1.0, process_group=group, gather=gather)
         blocks: list[int] = []
 
-        def sweep(sweeper, block, phase, blocks=blocks, plain=chunked.Sweeper.sweep):
+        def open_block(products, block, *rest, blocks=blocks, plain=TorchProducts.open):
             blocks.append(len(block.positives))
-            return plain(sweeper, block, phase)
+            return plain(products, block, *rest)
 
-        with mock.patch.object(chunked.Sweeper, "sweep", sweep), LargestTensor(width) as seen:
+        with mock.patch.object(TorchProducts, "open", open_block), LargestTensor(width) as seen:
             for _ in range(2):
                 loss_fn(z[0].clone().requires_grad_(), z[1].clone().requires_grad_()).backward()
         largest[gather] = seen.rows
@@ -263,7 +265,7 @@ def check_ranks(group) -> None:
     """Sums in the order of the ranks, and the seeds of one process, on every rank."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     anchors, positives, _ = batch(0, size, WIDTH, torch.float32)
-    ranks = Ranks(group, "all", anchors[rank], positives[rank], None, 0.05)
+    ranks = meet(group, "all", anchors[rank], positives[rank], None, 0.05)
     assert ranks.batch == sum(ROWS[:size])
     assert ranks.first == sum(ROWS[:rank])
     values = torch.randn(size, 1000, generator=torch.Generator().manual_seed(1))
@@ -274,7 +276,8 @@ def check_ranks(group) -> None:
     assert torch.equal(ranks.concatenate(positives[rank], ranks.rows), torch.cat(positives))
     for seed, num_clusters in itertools.product(range(4), (1, 4, ranks.batch)):
         torch.manual_seed(seed + 100 * rank)
-        found = seed_together(anchors[rank], positives[rank], num_clusters, ranks)
+        first = int(torch.randint(ranks.batch, (1,)))
+        found, _ = seeding_chain(anchors[rank], positives[rank], num_clusters, first, ranks)
         whole = torch.cat(anchors), torch.cat(positives)
         expected, _ = seed_centroids(*whole, num_clusters, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(found, expected), f"seeds of {num_clusters} clusters"

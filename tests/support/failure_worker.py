@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from clusterns import ClusterNSLoss, chunked
+from clusterns import ClusterNSLoss
+from clusterns.objective.torch_products import TorchProducts
 
 EXIT_CODE = 17  # of the rank that dies
 WIDTH, ROWS = 8, 6
@@ -18,17 +19,17 @@ def main(gather: str, folder: str) -> None:
     rank = dist.get_rank()
     note = Path(folder) / str(rank)
     loss_fn = ClusterNSLoss(WIDTH, 3, start_cosine=1.0, process_group=dist.group.WORLD, gather=gather)
-    sweep = chunked.Sweeper.sweep
+    close = TorchProducts.close
 
     def dying(*arguments):
         """The first sweep of the step is done, blocks and gradients are still on their way."""
-        sweep(*arguments)
+        close(*arguments)
         note.write_text("dies", encoding="utf-8")
         os._exit(EXIT_CODE)
 
     for step in (1, 2, 3):
         if step == 2 and rank == 1:
-            chunked.Sweeper.sweep = dying
+            TorchProducts.close = dying
         a, p = (torch.randn(ROWS, WIDTH, requires_grad=True) for _ in range(2))
         try:
             loss_fn(a, p).backward()

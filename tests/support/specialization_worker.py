@@ -16,14 +16,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from clusterns.kernels import centroid_update, gradient, launch, objective, similarity, similarity_gradient
+from clusterns.kernels import centroid_update, gradient, launch, objective, similarity
 
 KERNELS = [
     (centroid_update, centroid_update.centroid_update_kernel),
     (gradient, gradient.gradient_kernel),
     (objective, objective.objective_kernel),
     (similarity, similarity.cosine_kernel),
-    (similarity_gradient, similarity_gradient.similarity_gradient_kernel),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.float64]
 BACKING = {dtype: torch.zeros(64, dtype=dtype) for dtype in DTYPES}
