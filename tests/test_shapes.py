@@ -204,6 +204,7 @@ def test_pairs_beside_a_label_are_refused(tmp_path: Path, content: str, label: s
         ("a.csv", "text,text\na,b\n", "different names"),
         ("a.csv", "n\n1\n2\n", "column of text"),
         ("a.csv", "left,right\na,b\n", "left (text), right (text) (csv parted by comma, header in doubt)"),
+        ("a.tsv", "sport\ta\nart\tb\nsport\tc\n", "1 (text), 2 (text) (tsv parted by tab, no header)"),
         ("a.csv", "I came, I saw.\nHe ran, he fell.\n", "--delimiter none takes a sentence a line"),
         ("a.csv", "a,b;c\nd,e;f\ng,h;i\n", "2 columns parted by comma or 2 columns parted by semicolon; --"),
         ("a.txt", "text,label\na,1\nb,0\n", "a sentence a line, or 2 columns parted by comma; --delimit"),

@@ -265,9 +265,3 @@ def test_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(load_rows("nobody/pairs:some-configuration", columns="premise")) == [("a",), ("b",)]
     assert asked == [("nobody/pairs", None, "train"), ("nobody/pairs", "some-configuration", "train")]
     refuses("nobody/pairs", "text in column 'n', got int64", columns="n")
-
-
-def test_real_files(shared: Path) -> None:
-    path = shared / "data" / "wiki_sentences.txt"
-    lines = path.read_bytes().decode().split("\n")
-    assert list(load_rows(path)) == [(line.strip(),) for line in lines if line.strip()]
