@@ -7,23 +7,14 @@ from typing import Any
 import torch
 import transformers
 from tiny import SENTENCES, WORDS
-from tokenizers import (
-    AddedToken,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
-from transformers import AutoModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AddedToken, AutoModel, PreTrainedTokenizerFast
 
 from clusterns.encoder import SentenceEncoder
 from clusterns.models.prompts import Prompt
 
-BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-ROBERTA_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+BERT_SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+ROBERTA_SPECIAL = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}
 PROMPT_WORDS = ["this", "sentence", "of", ":", '"', "'", "means", ".", "?", "mask", "[", "]"]
 # Kinds with [MASK] that take position ids and no other positions; and RoBERTa, which counts them from 2.
 ABSOLUTE = ("bert", "distilbert", "electra", "albert", "roberta")
@@ -37,22 +28,22 @@ SIZES: dict[str, Any] = {
 }
 
 
+def with_special(backend: Tokenizer, names: dict[str, str], **changes: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts its special tokens around a text."""
+    around = [(names[name], list(names).index(name)) for name in ("cls", "sep")]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{names['cls']} $A {names['sep']}", special_tokens=around
+    )
+    tokens = {f"{name}_token": token for name, token in {**names, **changes}.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
+
+
 def bert_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(BERT_SPECIAL + WORDS + PROMPT_WORDS))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words = dict.fromkeys([*BERT_SPECIAL.values(), *WORDS, *PROMPT_WORDS])
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-    )
+    return with_special(backend, BERT_SPECIAL)
 
 
 def roberta_tokenizer() -> PreTrainedTokenizerFast:
@@ -62,22 +53,12 @@ def roberta_tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=330,
-        special_tokens=ROBERTA_SPECIAL,
+        special_tokens=list(ROBERTA_SPECIAL.values()),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator([*SENTENCES, "This sentence : ' X ' means that The sentence"] * 2, trainer)
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        cls_token="<s>",
-        sep_token="</s>",
-        mask_token=AddedToken("<mask>", lstrip=True, special=True),
-    )
+    return with_special(backend, ROBERTA_SPECIAL, mask=AddedToken("<mask>", lstrip=True, special=True))
 
 
 def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
@@ -96,12 +77,12 @@ def transformer_of(kind: str, vocabulary: int, seed: int = 0, **changes: Any) ->
     if kind in ("electra", "albert"):
         values = {"embedding_size": 8, **values}
     if kind == "deberta-v2":
-        values = {
+        relative = {
             "relative_attention": True,
             "pos_att_type": ["p2c", "c2p"],
             "position_biased_input": False,
-            **values,
         }
+        values = {**relative, **values}
     for name, value in values.items():
         setattr(config, name, value)
     return AutoModel.from_config(config).eval()
