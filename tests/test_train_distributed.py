@@ -12,51 +12,35 @@ import pytest
 import ranks
 import torch
 import train_distributed_worker
+import train_problems
 from safetensors.torch import load_file
 from tiny import assert_close
-from train_problems import (
-    assert_ends_alike,
-    assert_trained_alike,
-    command,
-    log_of,
-    run,
-    tiny_tokenizer,
-    write_place,
-)
+from train_problems import command, log_of, run, tiny_tokenizer, write_place
 from transformers import AutoModel, LongformerConfig, XLNetConfig
 
 from clusterns.encoder import SentenceEncoder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_picture")
+TWICE = "--max-steps 4 --accumulation-steps 2"
 # What is computed by one process and by two, on the same batches and without dropout: name -> model, flags.
 RUNS = {
     "published": ("still", "STS --max-steps 6 --eval-steps 3"),
-    "options": (
-        "still",
-        "--max-steps 4 --accumulation-steps 2 --learn-temperature --gather ring --num-workers 1",
-    ),
-    "cached": ("still", "--max-steps 4 --mini-batch-size 5 --accumulation-steps 2"),
+    "options": ("still", f"{TWICE} --learn-temperature --gather ring --num-workers 1"),
+    "cached": ("still", f"{TWICE} --mini-batch-size 5"),
     "triplets": (
         "still",
-        "--max-steps 4 --text-columns sent0,sent1,hard_neg --prompt bert --denoise trained",
+        "--max-steps 4 --prompt bert --denoise trained --text-columns sent0,sent1,hard_neg",
     ),
     "longformer": ("longformer", "--max-steps 3"),
     "xlnet": ("xlnet", "--max-steps 3"),
 }
+SIZES = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 0},
+}
 # Encoders with parameters that get no gradient: for global attention, and for a mask that there is not.
 UNUSED = {
-    "longformer": LongformerConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        attention_window=8,
-        max_position_embeddings=130,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        vocab_size=500,
-        pad_token_id=0,
-    ),
+    "longformer": LongformerConfig(vocab_size=500, attention_window=8, max_position_embeddings=130, **SIZES),
     "xlnet": XLNetConfig(d_model=32, n_layer=2, n_head=2, d_inner=64, dropout=0.0, vocab_size=500),
 }
 # With dropout: each rank has random numbers of its own.
@@ -118,7 +102,7 @@ def test_two_ranks(place, tmp_path):
     said = run_without({"runs": [broken, judged], "fails": fails}, tmp_path)
     assert "going on after step 4" in said
     assert "clusterns: error: judge: expected to go on, was made to fail at step 3" in said
-    assert_ends_alike(tmp_path / "broken", tmp_path / "whole")
+    train_problems.assert_ends_alike(tmp_path / "broken", tmp_path / "whole")
 
 
 def assert_ends_as_one(name: str, start: Path, mine: Path, theirs: Path) -> None:
@@ -130,7 +114,7 @@ def assert_ends_as_one(name: str, start: Path, mine: Path, theirs: Path) -> None
         for key in record.keys() - {"seconds"}:
             assert record[key] == pytest.approx(other[key], rel=2e-3, abs=2e-4), (name, key)
     # Denoising takes away what the template alone gives, which leaves some gradients little but rounding.
-    assert_trained_alike(start, mine, theirs, 0.06 if name == "triplets" else 0.005)
+    train_problems.assert_trained_alike(start, mine, theirs, 0.06 if name == "triplets" else 0.005)
     ours, expected = (load_file(folder / "loss.safetensors") for folder in (mine, theirs))
     assert ours.keys() == expected.keys()
     for key, value in ours.items():
