@@ -18,7 +18,6 @@ from clusterns.evaluation.correlation import (
     interval,
     pair_cosines,
     paired_difference,
-    spearman,
 )
 
 NAN = math.nan
@@ -29,13 +28,6 @@ def judged(pairs: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndar
     generator = np.random.default_rng(seed)
     scores = generator.integers(0, 26, pairs) / 5
     return scores / 5 + noise * generator.standard_normal(pairs), scores
-
-
-def test_a_perfect_encoder_and_its_reverse() -> None:
-    angles = torch.tensor([0.1, 0.7, 1.3, 2.0])
-    first, second = torch.tensor([[1.0, 0.0]]).repeat(4, 1), torch.stack([angles.cos(), angles.sin()], 1)
-    assert spearman("x", first, second * 7, [5, 4, 2, 1]) == pytest.approx(100)
-    assert spearman("x", first, second, [1, 2, 4, 5]) == pytest.approx(-100)
 
 
 def test_cosines_equal_but_for_rounding_are_ties() -> None:
@@ -83,13 +75,8 @@ def test_resamples_do_not_depend_on_how_many_are_held(monkeypatch: pytest.Monkey
     np.testing.assert_allclose(bootstrap_correlations("set", x, y, resamples=20), whole, atol=1e-10)
 
 
-def test_interval_is_that_of_another_draw() -> None:
-    x, y = judged(300, 0.25)
-    low, high = interval(bootstrap_correlations("set", x, y, resamples=4000))
-    drawn = np.random.default_rng(0).integers(len(x), size=(1000, len(x)))
-    theirs = np.percentile([100 * spearmanr(x[rows], y[rows]).statistic for rows in drawn], [2.5, 97.5])
-    assert (low, high) == pytest.approx(theirs, abs=0.4)  # of a 90 % interval 0.65 off
-    assert low < correlation("set", x, y) < high
+def test_interval_holds_all_but_a_fortieth_at_each_end() -> None:
+    assert interval(np.r_[NAN, np.arange(1001.0)]) == pytest.approx((25, 975))
     assert interval(np.array([NAN])) is interval(np.array([])) is None
 
 
@@ -103,16 +90,3 @@ def test_paired_difference_tells_a_better_model_from_an_equal_one() -> None:
     assert found.p_value == pytest.approx(2 / 1001)
     assert paired_difference(0.0, drawn[0], drawn[0]) == (0, 0, 0, 1)
     assert paired_difference(0.0, np.array([NAN]), np.array([1.0])) is None
-
-
-def test_p_values_of_equal_models_are_seldom_small() -> None:
-    """Two equally noisy models, 300 times: about 5 % below 0.05."""
-    small = 0
-    for trial in range(300):
-        generator = np.random.default_rng(trial)
-        scores = generator.integers(0, 26, 120) / 5
-        models = [scores / 5 + 0.4 * generator.standard_normal(120) for _ in range(2)]
-        drawn = [bootstrap_correlations("set", x, scores, resamples=200, seed=trial) for x in models]
-        values = [correlation("set", x, scores) for x in models]
-        small += paired_difference(values[1] - values[0], *drawn).p_value < 0.05
-    assert 3 <= small <= 33

@@ -124,17 +124,6 @@ def test_it_pickles_without_the_model() -> None:
     assert_same(pickle.loads(pickled)(TRIPLES), views(TRIPLES))
 
 
-def test_rows_split_anywhere_give_the_same_embeddings() -> None:
-    encoder = make_prompted("roberta", denoising="trained", evaluation_denoising=True)
-    inputs = encoder.view_tokenizer()(TRIPLES)
-    with torch.no_grad():
-        whole = encoder(inputs)
-        for size in (1, 5):
-            parts = zip(*(value.split(size) for value in inputs.values()), strict=True)
-            found = [encoder(dict(zip(inputs, part, strict=True))) for part in parts]
-            assert_close(torch.cat(found), whole)
-
-
 @cases(
     "rows words",
     [
