@@ -1,4 +1,4 @@
-"""What files are read as: format, delimiter, header, columns; what is said of it, and what is refused."""
+"""What files are read as: format, delimiter, header, columns, labels; what is said of it, and refused."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 from small_files import cases, refuses, write
 
+from clusterns.corpus.labelled import load_labelled_texts
 from clusterns.corpus.sources import load_rows
 
 # Characters that str.splitlines() splits at and a text file does not.
@@ -17,7 +18,6 @@ LINES = [f"before{char}after" for char in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 AB, PAIRS, TRIPLET = [("a",), ("b",)], [("a", "b"), ("c", "d")], [("a", "b", "c")]
 DUPLICATES = "sentence1,sentence2,is_duplicate\na,b,1\nx,y,0\nc,d,1\n"
 VERDICTS = "sent0,sent1,score,verdict\na,b,1,yes\nx,y,0,no\nc,d,1,yes\n"
-
 
 FORMATS = [
     ("a.txt", "One two.\n\n  Three, four.  \r\nNA\n \nLast"),
@@ -187,23 +187,18 @@ def test_pairs_beside_a_label_are_refused(tmp_path: Path, content: str, label: s
         ("a.csv", "text\n", "no rows"),
         ("a.json", "[]", "no rows"),
         ("a.csv", 'text,n\n"",1\n" ",2\n', "none, left out: 2 with a blank text (line 2; line 3)"),
-        ("a.jsonl", '{"text": null}\n{"text": " "}\n', "2 with a blank text"),
         ("a.txt", b"abc\0def\n", "binary"),
         ("a.txt", "two words\n".encode("utf-16"), "got UTF-16: save it as UTF-8"),
         ("a.csv", b"PK\x03\x04 and more", "got a zip file, as an Excel workbook is one"),
-        ("a.jsonl", b"\x1f\x8b and more", "got a gzip file"),
-        ("a.txt", b"fine\ncaf\xe9 au lait\n", "line 2: expected UTF-8"),
         ("a.csv", b"text\nfine\ncaf\xe9\n", "line 3: expected UTF-8"),
         ("a.json", b'[{"text": "caf\xe9"}]\n', "UTF-8"),
         ("a.csv", "text,n\na,1\nb,2,3\n", "line 3: expected a well-formed csv file parted by comma, 2 fi"),
         ("a.tsv", "text\tn\na\t1\nb\n", "line 3: expected a well-formed tsv file parted by tab, 2 fields"),
         ("a.csv", 'text,n\n"two\nlines",1\nb,2,3\n', "line 4"),
-        ("a.csv", 'text\n"never closed\nb\n', "well-formed csv"),
         ("a.csv", 'text,n\na,1\n"b,2\nc,3\n', "got unexpected end of data in what began in line 3"),
         ("a.csv", 'text,n\n"closed" early,1\n', "line 2: expected a well-formed csv"),
         ("a.csv", "text,text\na,b\n", "different names"),
         ("a.csv", "n\n1\n2\n", "column of text"),
-        ("a.csv", "left,right\na,b\n", "left (text), right (text) (csv parted by comma, header in doubt)"),
         ("a.tsv", "sport\ta\nart\tb\nsport\tc\n", "1 (text), 2 (text) (tsv parted by tab, no header)"),
         ("a.csv", "I came, I saw.\nHe ran, he fell.\n", "--delimiter none takes a sentence a line"),
         ("a.csv", "a,b;c\nd,e;f\ng,h;i\n", "2 columns parted by comma or 2 columns parted by semicolon; --"),
@@ -229,7 +224,6 @@ def test_pairs_beside_a_label_are_refused(tmp_path: Path, content: str, label: s
         ("suffixless", "a sentence\n", "got none"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*is taken for a header")
 def test_bad_files_give_one_line(tmp_path: Path, name: str, content: object, expected: str, capfd) -> None:
     refuses(write(tmp_path, name, content), expected)
     assert capfd.readouterr() == ("", "")
@@ -311,3 +305,63 @@ def test_rows_left_out_are_counted_told_and_warned_of(tmp_path: Path, recwarn) -
     rows = load_rows(write(tmp_path, "b.csv", "text,n\n" + "a,1\n" * 98 + ",2\n" * 2))
     assert (len(rows), rows.dropped, len(recwarn)) == (98, 2, 1)
     assert "left out: 2 with a blank text (line 100; line 101)" in rows.account
+
+
+LABELLED = [("sport", "a b"), ("7", "c"), ("sport", "d")]
+OBJECTS = [{"label": label if label != "7" else 7, "text": text} for label, text in LABELLED]
+BY_NUMBER = {"label_column": "2", "text_column": "1"}
+
+
+@cases(
+    "name content options account",
+    [
+        ("a.tsv", "sport\ta  b\r\n\n7\t\u2028 c \nsport\td", {}, "no header; '1' as labels, '2' as texts"),
+        ("a.tsv", "label\ttext\nsport\ta b\n7\tc\nsport\td\n", {}, "'label' as labels, 'text' as texts"),
+        ("a.txt", "sport\ta b\n7\tc\nsport\td\n", {}, "txt parted by tab, no header"),
+        ("a.csv", "text,topic,category\na b,x,sport\nc,y,7\nd,z,sport\n", {}, "'category' as labels, 'text'"),
+        ("a.csv", "a b;sport\nc;7\nd;sport\n", BY_NUMBER, "by semicolon"),
+        ("a.csv", "one,two\na b,sport\nc,7\nd,sport\n", {"label_column": "two"}, "'two' as labels, 'one' as"),
+        ("a.json", OBJECTS, {}, "json, a list"),
+    ],
+)
+def test_labelled_texts(tmp_path: Path, name: str, content: object, options: dict, account: str) -> None:
+    path = write(tmp_path, name, content)
+    found = load_labelled_texts(path, **options)
+    assert [found.classes[label] for label in found.labels] == [label for label, _ in LABELLED]
+    assert found.texts == [text for _, text in LABELLED]
+    assert found.classes == ["7", "sport"]
+    assert account in found.account
+    assert found.account.endswith("3 rows of 2 classes")
+
+
+def test_numbers_beside_texts_are_the_labels(tmp_path: Path) -> None:
+    """Swapped columns without a header score 100 % where each text is a class of its own."""
+    rows = [f"text {i}\t{i % 3}" for i in range(12)]
+    found = load_labelled_texts(write(tmp_path, "a.tsv", "\n".join(rows)))
+    assert (found.texts[0], found.classes) == ("text 0", ["0", "1", "2"])
+
+
+@cases(
+    "content words",
+    [
+        ("1\ta\nb\n", "line 2: expected a well-formed tsv file parted by tab, 2 fields as in its first line"),
+        ("1\ta\n", "expected at least two labelled texts, got 1"),
+        ("1\ta\n1\tb\n", "expected at least two classes in '1', got only '1'"),
+        (b"1\ta\n2\t\xff\n", "line 2: expected UTF-8 text"),
+        ("label\tx\ty\n2\tb\te\n1\tc\td\n", "expected a name, as of label, x, y"),
+        ("1 a\n2 b\n", "expected a label and a text in each line, got 1 a (tsv parted by tab"),
+        ("label\ttext\na\tx\nb\ty\n", "labels that texts share in column 'label', got 2 different ones in 2"),
+        ("".join(f"a{i}\tc{i % 6}\n" for i in range(10)), "10 rows; --label-column 2 --text-columns 1 swaps"),
+    ],
+)
+def test_malformed_labelled_texts(tmp_path: Path, content: str | bytes, words: str) -> None:
+    refuses(write(tmp_path, "texts.tsv", content), words, load=load_labelled_texts)
+
+
+def test_unlabelled_rows_are_said(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.tsv", "label\ttext\n1\ta\n2\tb\n\tc\n1\t \n1\td\n")
+    with pytest.warns(UserWarning, match="2 of 5 rows are left out, 1 with a blank label .line 4., 1 with"):
+        found = load_labelled_texts(path)
+    assert found.texts == ["a", "b", "d"]
+    left_out = "1 with a blank label (line 4), 1 with a blank text (line 5)"
+    assert found.account.endswith(f"3 rows of 2 classes; left out: {left_out}")

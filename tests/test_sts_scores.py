@@ -1,22 +1,34 @@
-"""STS scores: against their definition, and against a known one."""
+"""STS scores, correlations with their bootstrap and test, and geometry, each against its definition."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from tiny import ROWS, write_sts_folder
 
 from clusterns.encoder import SentenceEncoder
-from clusterns.evaluation.geometry import uniformity
+from clusterns.evaluation.correlation import (
+    bootstrap_correlations,
+    correlation,
+    interval,
+    pair_cosines,
+    paired_difference,
+)
+from clusterns.evaluation.geometry import alignment, first_component_share, mean_cosine, uniformity
 from clusterns.evaluation.sts import SEVEN, load_sts
 from clusterns.evaluation.sts_scores import evaluate_sts, sts_dev
 
+NAN = math.nan
 DISTINCT = sorted({sentence for a, b, _ in ROWS for sentence in (a, b)})
 
 
@@ -64,7 +76,7 @@ def test_undefined_figures_are_errors(folder: Path) -> None:
     library = type("SentenceTransformer", (), {})()
     vary = r"^STS12: expected cosines and gold scores that vary, got 20 pairs"
     for encoder, tasks, words in (
-        (Letters(math.nan), SEVEN, r"^STS12: expected finite embeddings, got 20 pairs with NaN or infinity$"),
+        (Letters(NAN), SEVEN, r"^STS12: expected finite embeddings, got 20 pairs with NaN or infinity$"),
         (Letters(0.0), SEVEN, vary),
         (Letters(0.3), SEVEN, vary),
         (Letters(), [], r"^tasks: expected at least one"),
@@ -115,3 +127,120 @@ def test_known_score_of_a_test_set(shared: Path) -> None:
     encoder = SentenceEncoder.from_pretrained(shared / "data" / "models" / "all-MiniLM-L6-v2")
     found = evaluate_sts(encoder, shared / "data" / "sts", ["STS16"], progress=False)
     assert found["STS16"] == pytest.approx(78.99, abs=0.05)
+
+
+def judged(pairs: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines that follow gold scores, which have ties, with noise."""
+    generator = np.random.default_rng(seed)
+    scores = generator.integers(0, 26, pairs) / 5
+    return scores / 5 + noise * generator.standard_normal(pairs), scores
+
+
+def test_cosines_equal_but_for_rounding_are_ties() -> None:
+    x = torch.tensor([[1.0, 2.0, 3.0], [0.1, 0.2, 0.3], [1.0, 0.0, 0.0]])
+    assert len(set(pair_cosines("x", x, x * 3).tolist())) == 1
+    x[1, 0] = NAN
+    with pytest.raises(
+        ValueError, match=r"^x: expected finite embeddings, got 1 pairs with NaN or infinity$"
+    ):
+        pair_cosines("x", x, x)
+
+
+@pytest.mark.parametrize(
+    ("cosines", "scores", "words"),
+    [
+        ([0.1], [1.0], "cosines and gold scores that vary, got 1 pairs"),
+        ([0.1, 0.1], [1.0, 2.0], "cosines and gold scores that vary, got 2 pairs whose cosines are all 0.1"),
+        ([1, 2], [3, 3], "cosines and gold scores that vary, got 2 pairs whose gold scores are all 3"),
+        ([1, 2, 3], [1, 2], r"as many gold scores as cosines, got \(2,\) and \(3,\)"),
+        ([0.1, 0.2], [1.0, NAN], "finite cosines and gold scores, got NaN or inf"),
+    ],
+)
+def test_no_correlation_is_an_error(cosines: list[float], scores: list[float], words: str) -> None:
+    with pytest.raises(ValueError, match=rf"^set: expected {words}"):
+        correlation("set", cosines, scores)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), min_size=2, max_size=30))
+def test_every_resample_is_scipys_spearman(rows: list[tuple[int, int]]) -> None:
+    x, y = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
+    found = bootstrap_correlations("set", x, y, resamples=7, seed=3)
+    drawn = np.random.default_rng([3, zlib.crc32(b"set")]).integers(len(x), size=(7, len(x)))
+    for figure, row in zip(found, drawn, strict=True):
+        if len(set(x[row])) < 2 or len(set(y[row])) < 2:
+            assert math.isnan(figure)
+        else:
+            assert figure == pytest.approx(100 * spearmanr(x[row], y[row]).statistic, abs=1e-9)
+
+
+def test_resamples_do_not_depend_on_how_many_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = judged(50, 0.2)
+    whole = bootstrap_correlations("set", x, y, resamples=20)
+    monkeypatch.setattr("clusterns.evaluation.correlation._CELLS", 150)
+    np.testing.assert_allclose(bootstrap_correlations("set", x, y, resamples=20), whole, atol=1e-10)
+
+
+def test_interval_holds_all_but_a_fortieth_at_each_end() -> None:
+    assert interval(np.r_[NAN, np.arange(1001.0)]) == pytest.approx((25, 975))
+    assert interval(np.array([NAN])) is interval(np.array([])) is None
+
+
+def test_paired_difference_tells_a_better_model_from_an_equal_one() -> None:
+    good, scores = judged(400, 0.1)
+    worse = good + 0.2 * np.random.default_rng(1).standard_normal(400)
+    drawn = [bootstrap_correlations("set", x, scores) for x in (worse, good)]
+    value = correlation("set", good, scores) - correlation("set", worse, scores)
+    found = paired_difference(value, *drawn)
+    assert 0 < found.low < found.value < found.high
+    assert found.p_value == pytest.approx(2 / 1001)
+    assert paired_difference(0.0, drawn[0], drawn[0]) == (0, 0, 0, 1)
+    assert paired_difference(0.0, np.array([NAN]), np.array([1.0])) is None
+
+
+def test_alignment_and_uniformity_against_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(11, 5), torch.randn(11, 5)
+    unit_x, unit_y = ([row / row.norm() for row in rows.double()] for rows in (x, y))
+    for alpha in (1, 2, 3):
+        expected = sum(float((a - b).norm()) ** alpha for a, b in zip(unit_x, unit_y, strict=True)) / 11
+        assert alignment(x, y, alpha) == pytest.approx(expected, rel=1e-9)
+    for t in (0.5, 2, 2000):
+        kernel = [-t * float((a - b).square().sum()) for a, b in itertools.combinations(unit_x, 2)]
+        largest = max(kernel)
+        expected = largest + math.log(sum(math.exp(k - largest) for k in kernel) / 55)
+        for rows in (1, 4, 11, 1024):
+            monkeypatch.setattr("clusterns.evaluation.geometry.UNIFORMITY_ROWS", rows)
+            assert uniformity(x, t) == pytest.approx(expected, rel=1e-9)
+    assert uniformity(torch.ones(4, 3)) == pytest.approx(0, abs=1e-9)
+
+
+def test_mean_cosine_is_over_all_pairs() -> None:
+    x = torch.randn(9, 4) * torch.rand(9, 1) * 10 + 1
+    pairs = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in itertools.combinations(x.double(), 2)]
+    assert mean_cosine(x) == pytest.approx(sum(pairs) / len(pairs), rel=1e-9)
+
+
+def test_what_has_no_geometry() -> None:
+    with pytest.raises(ValueError, match=r"^x, y: expected two"):
+        alignment(torch.ones(4, 3), torch.ones(3, 3))
+    broken = torch.ones(4, 3)
+    broken[1, 0], broken[2] = NAN, math.inf
+    line = r"^x: expected finite embeddings, got 2 rows with NaN or infinity$"
+    with pytest.raises(ValueError, match=line):
+        alignment(torch.ones(4, 3), broken)
+    for figure in (mean_cosine, uniformity, first_component_share):
+        with pytest.raises(ValueError, match=line):
+            figure(broken)
+        with pytest.raises(ValueError, match=r"^x: expected an \(N ≥ 2, D\) tensor, got \(1, 3\)$"):
+            figure(broken[:1])
+
+
+@pytest.mark.parametrize("shape", [(40, 6), (5, 12)])
+def test_first_component_share_is_that_of_a_principal_component_analysis(shape: tuple[int, int]) -> None:
+    decomposition = pytest.importorskip("sklearn.decomposition")
+    x = torch.randn(shape) * torch.arange(1, shape[1] + 1)
+    unit = torch.nn.functional.normalize(x.double(), dim=1).numpy()
+    expected = decomposition.PCA().fit(unit).explained_variance_ratio_[0]
+    assert first_component_share(x) == pytest.approx(expected, rel=1e-9)
+    assert first_component_share(torch.ones(4, 3)) == 0
+    assert first_component_share(torch.from_numpy(np.eye(4))) == pytest.approx(1 / 3)
