@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import ranks
 import torch
 import torch.nn.functional as F
 
@@ -13,7 +14,6 @@ pytest.importorskip("accelerate", reason="needs pip install sentence-transformer
 
 import sentence_transformers
 import sentence_transformers_worker as worker
-from forked import start
 from sentence_transformers import SentenceTransformer, losses
 from sentence_transformers_worker import PHRASES, make_model, preprocess
 from tiny import assert_close, assert_gradients_close, make_tokenizer
@@ -262,7 +262,5 @@ def test_what_is_refused(still):
 
 
 def test_ranks_equal_one_process(still, tmp_path):
-    ranks = [start(worker.compare, rank, str(tmp_path / "still"), str(tmp_path / "met")) for rank in (0, 1)]
-    for process in ranks:
-        process.join()
-    assert [process.exitcode for process in ranks] == [0, 0]
+    found = ranks.start(2, tmp_path / "met", worker.compare, str(tmp_path / "still"))
+    assert ranks.exit_codes(found) == [0, 0]

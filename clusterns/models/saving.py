@@ -94,18 +94,19 @@ def save_prompt_tokenizer(tokenizer: Any, folder: Path, *, max_length: int) -> N
     write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True})
 
 
-def write_encoder(encoder: Any, folder: Path) -> None:
-    """Everything of a `SentenceEncoder` into an empty folder.
+def savable(name: str) -> Pooling:
+    """A pooling by its name; ValueError where sentence-transformers would not load it as what it is."""
+    if POOLINGS[name].saved_as in POOLING_KEYS:
+        return POOLINGS[name]
+    known = in_words(other for other, of in POOLINGS.items() if of.saved_as in POOLING_KEYS)
+    raise ValueError(
+        f"pooling: expected one that sentence-transformers has too, {known}, to save, got {name!r}"
+    )
 
-    Raises ValueError for a pooling that sentence-transformers would not load as what it is.
-    """
-    settings, pooling = encoder.settings(), POOLINGS[encoder.pooling]
-    if pooling.saved_as not in POOLING_KEYS:
-        known = [name for name, other in POOLINGS.items() if other.saved_as in POOLING_KEYS]
-        raise ValueError(
-            f"pooling: expected one to save that sentence-transformers has too, {in_words(known)}, got "
-            f"{encoder.pooling!r}"
-        )
+
+def write_encoder(encoder: Any, folder: Path) -> None:
+    """Everything of a `SentenceEncoder` into an empty folder; raises as `savable` does."""
+    settings, pooling = encoder.settings(), savable(encoder.pooling)
     save_transformer(encoder.transformer, folder, hidden_states=bool(pooling.layers))
     tokenizer, longest = encoder.tokenizer, encoder.max_length + encoder.evaluation_template_length
     vocabulary: list[str] = []

@@ -14,6 +14,7 @@ from ..encoder import SentenceEncoder
 from ..evaluation.geometry import alignment, uniformity
 from ..evaluation.sts import load_sts
 from ..evaluation.sts_scores import GEOMETRY_SET, sts_dev
+from ..models.saving import savable
 from .config import TrainConfig
 from .scratch import small_bert, train_tokenizer
 
@@ -87,9 +88,11 @@ def prepare_encoder(config: TrainConfig, task: Task) -> SentenceEncoder:
     """Load the encoder, or make a small BERT and a WordPiece vocabulary for the sentences."""
     prompt = config.build_prompt()
     if config.model is not None:
-        return SentenceEncoder.from_pretrained(
+        encoder = SentenceEncoder.from_pretrained(
             config.model, pooling=config.pooling, head=config.head, prompt=prompt
         )
+        savable(encoder.pooling)  # not only after the training
+        return encoder
     tokenizer = train_tokenizer(task.vocabulary_text or [])
     # One layer, and words that stand out from positions: what learns most in two minutes.
     bert = small_bert(
