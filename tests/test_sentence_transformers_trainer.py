@@ -45,16 +45,13 @@ def fresh(tmp_path):
     return lambda: SentenceTransformer(str(tmp_path / "model"), device="cpu")
 
 
-# What make_trainer hands to the Trainer itself.
-OWN = ("model", "callbacks", "eval_dataset", "model_init")
-
-
 def make_loss(model, **settings):
     return ClusterNSLoss(model, 4, start_cosine=1.0, centroid_momentum=0.1, **settings)
 
 
-def make_trainer(loss, folder, data=TEXTS, **more):
-    """Of the loss's model; callbacks, eval_dataset and model_init beside what are training arguments."""
+def make_trainer(loss, folder, data=TEXTS, *, callbacks=None, eval_dataset=None, model_init=None, **more):
+    """Of the loss's model, or that of a dict's first loss; with training arguments."""
+    model = (next(iter(loss.values())) if isinstance(loss, dict) else loss).model
     arguments = {
         "max_steps": 2,
         "per_device_train_batch_size": 6,
@@ -67,12 +64,15 @@ def make_trainer(loss, folder, data=TEXTS, **more):
         "use_cpu": True,
         "disable_tqdm": True,
     } | more
-    usual = {"model": loss.model if isinstance(loss, ClusterNSLoss) else None, "callbacks": None}
-    own = {name: arguments.pop(name, usual.get(name)) for name in OWN}
-    if own["callbacks"] is None:
-        own["callbacks"] = [ClusteringState(loss)]
-    settings = SentenceTransformerTrainingArguments(output_dir=str(folder), **arguments)
-    return SentenceTransformerTrainer(args=settings, train_dataset=data, loss=loss, **own)
+    return SentenceTransformerTrainer(
+        None if model_init else model,
+        SentenceTransformerTrainingArguments(output_dir=str(folder), **arguments),
+        train_dataset=data,
+        eval_dataset=eval_dataset,
+        loss=loss,
+        model_init=model_init,
+        callbacks=[ClusteringState(loss)] if callbacks is None else callbacks,
+    )
 
 
 def losses_of(trainer):
@@ -138,7 +138,7 @@ def test_each_of_two_losses_keeps_its_clusters(fresh, tmp_path, sampler, togethe
         losses = {"a": make_loss(model), "b/c": make_loss(model)}
         given = {"a": losses["a"], "b/c": MatryoshkaLoss(model, losses["b/c"], [16, 8])}
         callbacks = [ClusteringState(loss) for loss in ([given] if together else losses.values())]
-        more |= {"model": model, "callbacks": callbacks, "multi_dataset_batch_sampler": sampler}
+        more |= {"callbacks": callbacks, "multi_dataset_batch_sampler": sampler}
         trainer = make_trainer(given, folder, DatasetDict({"a": TEXTS, "b/c": PAIRS}), max_steps=8, **more)
         trainer.train(resume_from_checkpoint=resume)
         return list(losses.values())
@@ -194,7 +194,7 @@ def test_hyperparameter_search(fresh, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: {})
     monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, Backend)
     loss = make_loss(fresh())
-    trainer = make_trainer(loss, tmp_path / "run", model=None, model_init=fresh, save_steps=1)
+    trainer = make_trainer(loss, tmp_path / "run", model_init=fresh, save_steps=1)
     trainer.hyperparameter_search(lambda trial: {}, n_trials=2, backend="optuna")
     folders = sorted(path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(STATE_FILE))
     assert folders == [f"run/run-{number}/checkpoint-{step}" for number in (0, 1) for step in (1, 2)]
