@@ -16,6 +16,7 @@ from train_problems import command, log_of, refused, run, save_tiny_model, summa
 from clusterns.cli import main
 from clusterns.train import Run
 from clusterns.training.checkpoint import Checkpoints, _size_and_crc
+from clusterns.training.run_folder import LOG
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_picture")
 
@@ -30,7 +31,7 @@ def module(seed: int = 0, width: int = 3) -> nn.Module:
 
 def write(checkpoints: Checkpoints, step: int, *, seed: int = 0) -> Path:
     output = checkpoints.output
-    (output / "log.jsonl").write_text("{}\n" * step)
+    (output / LOG).write_text("{}\n" * step)
     (output / "model").mkdir(exist_ok=True)
     (output / "model" / "weights").write_text(f"best at {step}")
     return checkpoints.save(
@@ -38,7 +39,7 @@ def write(checkpoints: Checkpoints, step: int, *, seed: int = 0) -> Path:
         modules={"encoder": module(seed)},
         training={"random": torch.get_rng_state(), "values": (1, None, {"a": 2.5})},
         progress={"settings": {"seed": 42}},
-        log=output / "log.jsonl",
+        log=output / LOG,
         best=[output / "model" / "weights"],
     )
 
@@ -67,6 +68,22 @@ def contents(folder: Path) -> dict[Path, bytes]:
 @pytest.fixture
 def checkpoints(tmp_path):
     return Checkpoints(tmp_path, keep=2)
+
+
+def test_log_and_best_model_go_back(checkpoints, tmp_path):
+    """The checkpoint's own log stays when that goes on."""
+    folder = write(checkpoints, 3)
+    read, log, weights = checkpoints.read(folder, LOG), tmp_path / LOG, tmp_path / "model" / "weights"
+    assert read.training["values"] == (1, None, {"a": 2.5})
+    weights.unlink()  # and not the link to it
+    for path in (log, weights):
+        path.write_text("of step 9")
+    for _ in range(2):  # a second time where nothing is to be done
+        checkpoints.restore_files(read, log)
+        assert (log.read_text(), weights.read_text()) == ("{}\n" * 3, "best at 3")
+    log.write_text("of step 4")
+    assert (folder / LOG).read_text() == "{}\n" * 3
+    assert list(tmp_path.rglob(".*")) == []
 
 
 def test_at_most_so_many_and_the_newest_last(checkpoints):
@@ -99,14 +116,14 @@ FOREIGN, CHANGED = "expected a checkpoint of clusterns train, got", "expected th
             f"{CHANGED}.*; delete that folder to resume from the one before",
         ),
         (lambda f: flip(f / "training.pt"), f"training.pt: {CHANGED}"),
-        (lambda f: cut(f / "log.jsonl"), f"log.jsonl: {CHANGED}"),
+        (lambda f: cut(f / LOG), f"log.jsonl: {CHANGED}"),
     ],
 )
 def test_damaged_and_foreign(checkpoints, damage, message):
     folder = write(checkpoints, 3)
     damage(folder)
     with pytest.raises(ValueError, match=f"step-00000003.*{message}") as caught:
-        checkpoints.read(folder, "log.jsonl")
+        checkpoints.read(folder, LOG)
     assert "\n" not in str(caught.value)
 
 
@@ -117,11 +134,11 @@ def test_pickles_that_run_code_are_refused(checkpoints):
     files = json.loads((folder / "progress.json").read_text())["files"]
     edit(folder, files={**files, "training.pt": _size_and_crc(folder / "training.pt")})
     with pytest.raises(ValueError, match="expected a whole checkpoint, got: Weights only load failed"):
-        checkpoints.read(folder, "log.jsonl")
+        checkpoints.read(folder, LOG)
 
 
 def test_other_dimensions(checkpoints):
-    read = checkpoints.read(write(checkpoints, 3), "log.jsonl")
+    read = checkpoints.read(write(checkpoints, 3), LOG)
     for modules, words in (
         ({"encoder": module(width=5)}, r"expected encoder.bias of shape \(5,\) for this model and loss, got"),
         ({"encoder": module(), "head": module()}, r"expected head.bias of shape \(3,\) .*, got none"),
@@ -134,7 +151,7 @@ def test_other_dimensions(checkpoints):
 def test_full_disk_leaves_the_last_good_one(checkpoints, room):
     """A disk with room for so many bytes in a file: what goes beyond fails in the write itself."""
     first = write(checkpoints, 3)
-    before, log = contents(first), checkpoints.output / "log.jsonl"
+    before, log = contents(first), checkpoints.output / LOG
     log.write_text("{}\n" * 4)
     modules = {"encoder": module() if room == 1000 else nn.Linear(200, 200)}
     training = {"large": torch.zeros(1000)}
@@ -150,7 +167,7 @@ def test_full_disk_leaves_the_last_good_one(checkpoints, room):
     assert "\n" not in str(got.value)
     assert list(checkpoints.folder.iterdir()) == checkpoints.all() == [first]
     assert contents(first) == before
-    checkpoints.read(first, "log.jsonl")
+    checkpoints.read(first, LOG)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +213,7 @@ def test_what_would_change_the_run_is_refused(place, resumed, tmp_path, capsys, 
     (tmp_path / "OTHER.txt").write_text(text.replace("cat", "dog"))
     if "MODEL" in more:
         save_tiny_model(tmp_path / "MODEL", pooling="mean", std=0.3)
-    before = (output / "log.jsonl").read_bytes()
+    before = (output / LOG).read_bytes()
     words = [
         str(tmp_path / word) if word in ("MODEL", "FEWER.txt", "OTHER.txt") else word for word in more.split()
     ]
@@ -205,7 +222,7 @@ def test_what_would_change_the_run_is_refused(place, resumed, tmp_path, capsys, 
     assert re.search(message, said.err.splitlines()[-1])
     assert "going on" not in said.out
     assert "from here on" not in said.out
-    assert (output / "log.jsonl").read_bytes() == before
+    assert (output / LOG).read_bytes() == before
 
 
 def test_what_changes_nothing_may_change(place, resumed, tmp_path, capsys, monkeypatch):
