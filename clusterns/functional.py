@@ -105,25 +105,26 @@ def assign(points: Tensor, centroids: Tensor, dtype: torch.dtype) -> tuple[Neare
     """
     a, scale = unit_rows(points, dtype)
     c, _ = unit_rows(centroids, dtype)
-    rows, clusters = len(a), len(c)
-    ids = torch.empty((2, rows), dtype=torch.int64, device=a.device)
-    cosines = torch.empty((2, rows), dtype=dtype, device=a.device)
+    clusters = c.shape[0]
     step = max(1, WORKSPACE_BYTES // (2 * clusters * dtype.itemsize))
+    found = []
     with without_autocast(a.device):
-        for start in range(0, rows, step):
-            chunk = slice(start, start + step)
-            g = a[chunk] @ c.T
-            for rank in range(2):  # argmax returns the first of equals; topk promises nothing
-                best = g.argmax(dim=1, keepdim=True)
-                ids[rank, chunk] = best[:, 0]
-                cosines[rank, chunk] = g.gather(1, best)[:, 0]
-                g.scatter_(1, best, -torch.inf)
-    known = None
-    if a.numel() + rows * clusters <= WORKSPACE_BYTES // (16 * dtype.itemsize) and clusters > 1:  # one chunk
-        known = Known(a, scale, c, g.scatter_(1, ids.T, cosines.T))
+        for chunk in a.split(step):
+            cosines = chunk @ c.T
+            first, nearest = cosines.max(dim=1)  # the first of equals; topk promises nothing
+            cosines.scatter_(1, nearest[:, None], -torch.inf)
+            found.append((nearest, *reversed(cosines.max(dim=1)), first))
+    nearest, runner_up, second, first = (
+        found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+    )
     if clusters == 1:
-        ids[1] = -1
-    return NearestCentroids(ids[0], ids[1], cosines[0], cosines[1]), known
+        runner_up = torch.full_like(runner_up, -1)
+    known = None
+    if (
+        a.numel() + a.shape[0] * clusters <= WORKSPACE_BYTES // (16 * dtype.itemsize) and clusters > 1
+    ):  # one chunk
+        known = Known(a, scale, c, cosines.scatter_(1, nearest[:, None], first[:, None]))
+    return NearestCentroids(nearest, runner_up, first, second), known
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rules import Decision, Pairs, Rule, rule_of
+from .rules import Decision, Pairs, Rule, Side, rule_of
 
 # A vector shorter than this has no direction: its cosine with everything is 0, and it gets no gradient.
 SHORTEST_NORM = 1e-8
@@ -89,18 +89,8 @@ def false_negatives_of(
     is one of a sentence with itself.
     """
     places = torch.arange(len(S), device=S.device)
-    decision: Decision = rule(
-        Pairs(
-            logits=S.detach(),
-            positive_logits=S.detach().diagonal()[:, None],
-            temperature=1.0,
-            row_ids=None if near is None else near[:, None],
-            column_ids=None if near is None else near[None, :],
-            centroid=None if centroid is None else centroid[:, None],
-            rows=places[:, None],
-            columns=places[None, :],
-        )
-    )
+    sentences = Side(places, near, S.detach().diagonal(), centroid)
+    decision: Decision = rule(Pairs(S.detach(), 1.0, sentences, sentences, slice(None), slice(None)))
     others = places[:, None] != places[None, :]
     out, held = (None if mask is None else mask & others for mask in decision)
     return out, held

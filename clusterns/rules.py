@@ -28,18 +28,25 @@ from .checks import check_choice, check_number
 WORDS = ("bml", "exclude", "keep")
 
 
-@dataclass(frozen=True)
+class Side(NamedTuple):
+    """Some sentences of a batch, as anchors or as positives."""
+
+    places: Tensor  # (rows,) int64, in the batch
+    ids: Tensor | None  # (rows,) their clusters
+    logits: Tensor | None = None  # (rows,) of anchors: cos(a_i, p_i)/τ
+    centroid: Tensor | None = None  # (rows,) of anchors: cosine with the centroid of their own cluster
+
+
+@dataclass(slots=True)
 class Pairs:
-    """R anchors i and n positives j of a batch; the fields broadcast to (R, n)."""
+    """R anchors i and n positives j of a batch; what it gives broadcasts to (R, n)."""
 
     logits: Tensor  # (R, n) cos(a_i, p_j)/τ
-    positive_logits: Tensor  # (R, 1) cos(a_i, p_i)/τ
     temperature: float | Tensor
-    row_ids: Tensor | None  # (R, 1) cluster of sentence i; None without clusters
-    column_ids: Tensor | None  # (1, n) of sentence j
-    centroid: Tensor | None  # (R, 1) cosine of a_i and the centroid of i's own cluster
-    rows: Tensor  # (R, 1) int64, place of sentence i in the batch: for what a rule itself knows of it
-    columns: Tensor  # (1, n) int64
+    anchors: Side
+    positives: Side
+    i: slice  # of the anchors
+    j: slice  # of the positives
 
     @property
     def cosines(self) -> Tensor:
@@ -49,14 +56,27 @@ class Pairs:
     @property
     def positive(self) -> Tensor:
         """s_i = cos(a_i, p_i), (R, 1)."""
-        return self.positive_logits * self.temperature
+        assert self.anchors.logits is not None
+        return self.anchors.logits[self.i, None] * self.temperature
 
     @property
     def same_cluster(self) -> Tensor:
         """Whether i and j lie in one cluster, (R, n) bool."""
-        if self.row_ids is None or self.column_ids is None:
+        if self.anchors.ids is None or self.positives.ids is None:
             raise ValueError("cluster_ids: expected those of every row for this rule, got None")
-        return self.row_ids == self.column_ids
+        return self.anchors.ids[self.i, None] == self.positives.ids[self.j]
+
+    @property
+    def own_centroid(self) -> Tensor:
+        """Cosine of a_i and the centroid of i's own cluster, (R, 1)."""
+        if self.anchors.centroid is None:
+            raise ValueError("centroids: expected those of the clusters for this rule, got None")
+        return self.anchors.centroid[self.i, None]
+
+    @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Places of i (R, 1) and j (n,) in the batch, int64: for what a rule itself knows of a sentence."""
+        return self.anchors.places[self.i, None], self.positives.places[self.j]
 
 
 class Decision(NamedTuple):
@@ -101,11 +121,7 @@ class CloseMates(Mates):
 
     def __call__(self, pairs: Pairs) -> Decision:
         """Decide on the close pairs of one cluster."""
-        if pairs.centroid is None:
-            raise ValueError(
-                "false_negatives: expected centroids beside cluster_ids for CloseMates, got None"
-            )
-        return _decide(pairs.same_cluster & (pairs.cosines > pairs.centroid), self.how)
+        return _decide(pairs.same_cluster & (pairs.cosines > pairs.own_centroid), self.how)
 
 
 class GuidedMargin:

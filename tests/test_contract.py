@@ -474,7 +474,8 @@ def test_the_workspace_decides_the_chunks(monkeypatch):
 def by_hand(pairs):
     """Near mates are held, far mates are out, and so is one pair that this function itself knows."""
     near = pairs.cosines > 0.6
-    known = (pairs.rows == 3) & (pairs.columns == 7)
+    i, j = pairs.places
+    known = (i == 3) & (j == 7)
     return Decision(out=(pairs.same_cluster & ~near) | known, held=pairs.same_cluster & near)
 
 
@@ -521,7 +522,7 @@ def test_rules_decide_as_they_say():
                 found = info_nce(anchors, positives, false_negatives=rule, backend=backend)
                 torch.testing.assert_close(found, expected)
     with pytest.raises(
-        ValueError, match=r"^false_negatives: expected centroids beside cluster_ids for CloseMates"
+        ValueError, match=r"^centroids: expected those of the clusters for this rule, got None"
     ):
         info_nce(anchors, positives, cluster_ids=ids, false_negatives=CloseMates())
     with pytest.raises(ValueError, match=r"^cluster_ids: expected ids in \[0, 4\), got 9"):

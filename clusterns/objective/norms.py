@@ -29,6 +29,8 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Keep float32 products float32 inside; devices that have no autocast need nothing."""
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device.type):
+        return nullcontext()  # entering the other takes its time, beside a small batch
     # The names first: torch 2.11 does not compile the question.
     if device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)

@@ -84,6 +84,7 @@ class Batch(NamedTuple):
     options: Options
     needs: Needs
     size: int  # B, rows of the whole batch
+    first: int = 0  # place of the first of these rows in it
     shared: bool = False  # with other ranks
     hard_counts: Tensor | None = None  # (K,) n_k: for how many sentences of the batch k is the hard negative
 
@@ -122,17 +123,23 @@ def own_bonus(counts: Tensor, weight: float) -> Tensor:
     return replaced.log() + shift - counts.log()
 
 
-def combine(batch: Batch, sums: Tensor, has_margins: bool) -> tuple[Tensor, Tensor]:
-    """Loss and terms of `Found` from sums over all rows.
+class Sums(NamedTuple):
+    """Sums over rows."""
 
-    sums (3 + 2D,): of the InfoNCE of each row, of the margins beyond what Δ = 0 adds, of the positive
-    cosines; then of the unit anchors and of the unit positives, (D,) each.
-    """
+    info_nce: Tensor  # 0-d
+    margins: Tensor  # 0-d: beyond what Δ = 0 adds
+    positive_cosines: Tensor  # 0-d
+    anchors: Tensor  # (D,) of the unit rows
+    positives: Tensor  # (D,)
+
+
+def combine(batch: Batch, sums: Sums, has_margins: bool) -> tuple[Tensor, Tensor]:
+    """Loss and terms of `Found` from sums over all rows."""
     size, options = batch.size, batch.options
-    dim = batch.anchors.shape[1]
-    info_nce, margins, positive = sums[:3].unbind()
-    bml = margins / size**2 + options.margin_at_zero if has_margins else torch.zeros_like(margins)
-    info_nce = info_nce / size
-    mean_cosine = sums[3 : 3 + dim] @ sums[3 + dim :] / size**2  # without S: identity 2
-    loss = info_nce + options.bml_weight * bml
-    return loss, torch.stack([info_nce, bml, mean_cosine, positive / size])
+    info_nce = sums.info_nce / size
+    bml = sums.margins / size**2
+    if has_margins:
+        bml = bml + options.margin_at_zero
+    mean_cosine = torch.dot(sums.anchors, sums.positives) / size**2  # without S: identity 2
+    loss = torch.add(info_nce, bml, alpha=options.bml_weight)
+    return loss, torch.stack([info_nce, bml, mean_cosine, sums.positive_cosines / size])

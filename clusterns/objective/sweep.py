@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from .problem import Batch, Block, Clusters, Found, Needs, Options, combine, count_hard_negatives
+from .problem import Batch, Block, Clusters, Found, Needs, Options, Sums, combine, count_hard_negatives
 from .ranks import Alone
 from .torch_products import TorchProducts
 
@@ -53,8 +53,8 @@ class Products(Protocol):
     def own(self) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the anchors (M, D) and of τ, 0-d, where wanted; once."""
 
-    def sums(self) -> Tensor:
-        """What `combine` takes."""
+    def sums(self) -> Sums:
+        """Over the rows of this process."""
 
 
 def sweep(
@@ -69,7 +69,7 @@ def sweep(
     ranks: Alone | None = None,
 ) -> Found:
     """Loss and gradients of a batch, of which these are this process's rows; with `ranks` all call it."""
-    ranks = ranks or Alone(len(anchors), needs)
+    ranks = ranks or Alone(anchors.shape[0], needs)
     if ranks.size > 1:
         anchors, positives = anchors.contiguous(), positives.contiguous()
         negatives = negatives.contiguous() if negatives is not None else None
@@ -85,6 +85,7 @@ def sweep(
         options,
         ranks.needs,
         ranks.batch,
+        ranks.first,
         ranks.size > 1,
         counts,
     )
@@ -101,7 +102,7 @@ def sweep(
                     products.differentiate(columns, rows, weights)
             if gradients:
                 ranks.give(*products.close(columns))
-    loss, terms = combine(batch, ranks.sum(products.sums()), products.has_margins)
+    loss, terms = combine(batch, Sums(*ranks.sum_each(products.sums())), products.has_margins)
     of_anchors, of_temperature = products.own()
     found = [of_anchors, *ranks.take()]
     if ranks.size > 1:  # back to the gradient of one process under an average; τ's is whole on each rank

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..rules import Pairs, rule_of
+from ..rules import Pairs, Side, rule_of
 from .norms import compute_dtype, through_norm, unit_rows
-from .problem import Batch, Block, own_bonus
+from .problem import Batch, Block, Sums, own_bonus
 
 # Largest |logit| for which exp and sums of 2^40 of them stay inside the dtype without a row maximum.
 _SAFE_LOGIT = {torch.float32: 40.0, torch.float64: 300.0}
@@ -44,8 +44,7 @@ class Columns(NamedTuple):
     units: Tensor  # (n+N, D)
     scale: Tensor  # (n+N,) 1/‖row‖
     order: Tensor | None  # (n,)
-    places: Tensor  # (n,) in the batch
-    ids: Tensor | None  # (n,)
+    side: Side  # of the positives
     borders: tuple[list[int], list[int]] | None  # by row: the first and past the last of its mates
     own: Tensor | None  # (M,) the column of the row's own positive, where it is here
     wanted: slice  # the columns that want a gradient: positives, explicit negatives, or both
@@ -97,11 +96,8 @@ class TorchProducts:
             self.a, self.anchor_scale = unit_rows(self._sorted(batch.anchors.detach()), self.dtype)
         else:
             self.a, self.anchor_scale = self._sorted(known.anchors), self._sorted(known.anchor_scale)
-        self.cluster_ids, self.nearest_cosine = (
-            None if each is None else self._sorted(each) for each in (clusters.ids, clusters.nearest_cosine)
-        )
-        count = len(self.a)
-        self.places = torch.arange(count, device=self.a.device) if self.order is None else self.order
+        count = self.a.shape[0]
+        self.numbers = torch.arange(count, device=self.a.device)
         self.centroids: Tensor | None = None  # unit rows
         self.own_bonus: Tensor | None = None
         if batch.hard_counts is not None:
@@ -114,47 +110,53 @@ class TorchProducts:
             if self.options.hard_negative_weight != 0.0:
                 self.own_hard = self._sorted(clusters.hard_ids)[:, None]
                 self.own_bonus = own_bonus(counts[self.own_hard], self.options.hard_negative_weight)
-        self.positive_logit = self.a.new_empty(count)
-        self.log_others = self.a.new_full(
-            (count,), -torch.inf
-        )  # Σ E without the positive, of all blocks so far
-        self.slope_sum = self.a.new_zeros(count)  # row sums of the slopes of the margin loss
-        self.margin_sum = self.a.new_zeros(())
-        self.slope_times_delta = self.a.new_zeros(())
-        needed = batch.needs[0] or batch.needs[3]
-        self.gradient = (
-            torch.zeros_like(self.a) if needed else self.a[:0]
-        )  # of the unit rows, over `row_scale`
-        self.row_scale = torch.empty_like(self.positive_logit)  # 1/(BτZ)
+        state = self.a.new_zeros((6, count)).unbind()
+        self.positive_logit, self.log_others = state[:2]  # of the others: log Σ E over the blocks so far
+        self.row_scale = state[2]  # 1/(BτZ)
+        self.slope_sum, self.slope_times_delta, self.margin_sum = state[3:]  # row sums of the margin loss
+        # Of the unit rows, but for the factor `row_scale`.
+        self.gradient = torch.empty_like(self.a) if batch.needs[0] or batch.needs[3] else self.a[:0]
         self.positive_sum: Tensor | None = None
+        places = self.numbers if self.order is None else self.order
+        self.side = Side(
+            places + batch.first if batch.first else places,
+            None if clusters.ids is None else self._sorted(clusters.ids),
+            self.positive_logit,
+            None if clusters.nearest_cosine is None else self._sorted(clusters.nearest_cosine),
+        )
 
     def open(self, block: Block, totals: bool, gradients: bool) -> Columns:
         """Prepare to meet a block: for the totals of the rows, for the gradients, or for both."""
         positives, negatives, ids = block.positives.detach(), block.negatives, block.cluster_ids
-        count = len(positives)
+        count = positives.shape[0]
         order, borders, own = None, None, None
-        places = torch.arange(block.place, block.place + count, device=positives.device)
+        numbers = (
+            self.numbers if count == self.numbers.shape[0] else torch.arange(count, device=self.a.device)
+        )
+        places = numbers + block.place if block.place else numbers
         if block.own is not None:
-            own = torch.arange(block.own, block.own + len(self.a), device=positives.device)
+            own = self.numbers + block.own if block.own else self.numbers
         if self.order is not None:
             assert ids is not None
-            assert self.cluster_ids is not None
+            assert self.side.ids is not None
             same = ids is self.batch.clusters.ids
             order = self.order if same else ids.argsort(stable=True)
             ids, positives, places = ids[order], positives[order], places[order]
-            low, high = (torch.searchsorted(ids, self.cluster_ids, right=right) for right in (False, True))
+            low, high = (torch.searchsorted(ids, self.side.ids, right=right) for right in (False, True))
             borders = (low.tolist(), high.tolist())
             if own is not None and not same:
                 column = torch.empty_like(order)
-                column[order] = torch.arange(count)
+                column[order] = numbers
                 own = column[own[self.order]]
         width = count + (len(negatives) if negatives is not None else 0)
-        units = positives.new_empty((width, positives.shape[1]), dtype=self.dtype)
-        _, scale = unit_rows(positives, self.dtype, units[:count])
-        if negatives is not None:
-            scale = torch.cat([scale, unit_rows(negatives, self.dtype, units[count:])[1]])
+        if negatives is None:
+            units, scale = unit_rows(positives, self.dtype)
+        else:
+            units = positives.new_empty((width, positives.shape[1]), dtype=self.dtype)
+            parts = ((positives, units[:count]), (negatives, units[count:]))
+            scale = torch.cat([unit_rows(z, self.dtype, out)[1] for z, out in parts])
         if totals and own is not None:
-            mine = units[:count] if len(own) == count else units[own]
+            mine = units[:count] if own.shape[0] == count else units[own]
             self.positive_sum = mine.sum(dim=0)
         _, need_positives, need_negatives, _ = self.batch.needs
         wanted = slice(0 if need_positives else count, width if need_negatives else count)
@@ -162,16 +164,16 @@ class TorchProducts:
         if gradients and wanted.start < wanted.stop:
             gradient = torch.empty_like(units[wanted])
         if self.centroids is not None and own is not None:  # every row meets them once
-            width += len(self.centroids)
+            width += self.centroids.shape[0]
         rows = max(1, self.options.workspace_bytes // (3 * width * self.dtype.itemsize))
-        buffer = units.new_empty((min(len(self.a), rows), width))
+        buffer = units.new_empty((min(self.a.shape[0], rows), width))
         return Columns(
-            units, scale, order, places, ids, borders, own, wanted, gradient, buffer, totals, gradients
+            units, scale, order, Side(places, ids), borders, own, wanted, gradient, buffer, totals, gradients
         )
 
     def chunks(self, columns: Columns) -> Iterator[slice]:
         """Rows whose weights fit the workspace."""
-        count, step = len(self.a), len(columns.buffer)
+        count, step = self.a.shape[0], columns.buffer.shape[0]
         return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
     def weigh(self, columns: Columns, rows: slice) -> Weights:
@@ -180,7 +182,7 @@ class TorchProducts:
         own = columns.own[rows, None] if columns.own is not None else None
         positive = self.positive_logit[rows]
         if own is not None and columns.totals:
-            positive.copy_(values.gather(1, own)[:, 0])
+            torch.gather(values, 1, own, out=positive[:, None])
         held = self._ask_rule(columns, values, rows) if self.rule is not None else []
         known, shift = self.log_others[rows], None
         if not self.safe:
@@ -193,7 +195,10 @@ class TorchProducts:
         if columns.totals:
             others = values.sum(dim=1)
             log_others = others.log() if shift is None else others.log() + shift
-            torch.logaddexp(known, log_others, out=known)
+            if own is not None:  # the first block
+                known.copy_(log_others)
+            else:
+                torch.logaddexp(known, log_others, out=known)
         else:
             others = known.exp() if shift is None else (known - shift).exp()
         return Weights(values, others, shift, held)
@@ -206,20 +211,22 @@ class TorchProducts:
         values, others, shift, held = weights
         positive = self.positive_logit[rows]
         total = others + (positive if shift is None else positive - shift).exp()  # Z
-        unit = total * (self.options.bml_weight * self.temperature / self.batch.size)
+        unit = total * (self.options.bml_weight * self.temperature / self.batch.size) if held else total
         for local, cells, slope in held:
             if isinstance(local, slice):
                 cells.addcmul_(slope, unit[local, None])
             else:
                 values.view(-1).index_add_(0, cells, slope * unit[local])
         if columns.own is not None:
-            own_weight = torch.addcmul(others, self.slope_sum[rows], unit).neg_()
+            own_weight = torch.addcmul(others, self.slope_sum[rows], unit) if held else others
+            own_weight = own_weight.neg()
             values.scatter_add_(1, columns.own[rows, None], own_weight[:, None])
-        self.row_scale[rows] = row_scale = (1.0 / (self.batch.size * self.temperature)) / total
+        row_scale = torch.reciprocal(total, out=self.row_scale[rows])
+        row_scale.div_(self.batch.size * self.temperature)
         if self.batch.needs[0] or self.batch.needs[3]:
-            known = len(columns.units)
+            known, first = columns.units.shape[0], columns.own is not None  # the own block comes first
             target = self.gradient[rows]
-            target.addmm_(values[:, :known], columns.units)
+            target.addmm_(values[:, :known], columns.units, beta=0 if first else 1)
             if values.shape[1] > known:
                 assert self.centroids is not None
                 target.addmm_(values[:, known:], self.centroids)
@@ -233,19 +240,18 @@ class TorchProducts:
         if gradient is None:
             return None, None
         through_norm(gradient, columns.units[wanted], columns.scale[wanted])
-        split = len(columns.places) - wanted.start
+        split = columns.side.places.shape[0] - wanted.start
         positives = _unsorted(gradient[:split], columns.order) if split else None
-        return positives, gradient[split:] if len(gradient) > split else None
+        return positives, gradient[split:] if gradient.shape[0] > split else None
 
-    def sums(self) -> Tensor:
-        """What `combine` takes."""
+    def sums(self) -> Sums:
+        """Over the rows of this process."""
         assert self.positive_sum is not None
         margin = self.log_others - self.positive_logit
         info_nce = torch.logaddexp(margin, torch.zeros_like(margin)).sum()  # log(1 + Σ_others / E_ii)
-        numbers = [
-            info_nce, self.margin_sum * self.temperature, self.positive_logit.sum() * self.temperature
-        ]  # fmt: skip
-        return torch.cat([torch.stack(numbers), self.a.sum(dim=0), self.positive_sum])
+        margins = self.margin_sum.sum() * self.temperature
+        cosines = self.positive_logit.sum() * self.temperature
+        return Sums(info_nce, margins, cosines, self.a.sum(dim=0), self.positive_sum)
 
     def own(self) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the anchors (M, D), in the caller's order, and of τ, 0-d, where wanted; once."""
@@ -254,7 +260,7 @@ class TorchProducts:
         if need_temperature:  # −1/τ · Σ_ij S_ij ∂InfoNCE/∂S_ij
             along = torch.dot((self.a * gradient).sum(dim=1), self.row_scale)  # with the margin loss
             share = self.temperature * (self.options.bml_weight / self.batch.size**2)
-            of_temperature = (self.slope_times_delta * share - along) / self.temperature
+            of_temperature = (self.slope_times_delta.sum() * share - along) / self.temperature
         if not need_anchors:
             return None, of_temperature
         through_norm(gradient, self.a, self.anchor_scale * self.row_scale)
@@ -266,7 +272,7 @@ class TorchProducts:
     def _logits(self, columns: Columns, rows: slice) -> Tensor:
         """a Xᵀ/τ for the rows of a chunk, with log n_k on the centroids' columns, (R, n+N+K)."""
         out, a, units = columns.buffer[: rows.stop - rows.start], self.a[rows], columns.units
-        others, hard = out[:, : len(units)], out[:, len(units) :]
+        others, hard = out[:, : units.shape[0]], out[:, units.shape[0] :]
         scale = 1 / self.temperature
         torch.addmm(others, a, units.T, beta=0, alpha=1 if isinstance(scale, Tensor) else scale, out=others)
         if isinstance(scale, Tensor):
@@ -274,7 +280,10 @@ class TorchProducts:
         if hard.shape[1]:
             assert self.centroids is not None
             cosines = a @ self.centroids.T if self.centroid_cosines is None else self.centroid_cosines[rows]
-            torch.mul(cosines, scale, out=hard).add_(self.log_counts)
+            if isinstance(scale, Tensor):
+                torch.addcmul(self.log_counts, cosines, scale, out=hard)
+            else:
+                torch.add(self.log_counts, cosines, alpha=scale, out=hard)
             if self.own_bonus is not None:
                 hard.scatter_add_(1, self.own_hard[rows], self.own_bonus[rows])
         return out
@@ -285,7 +294,7 @@ class TorchProducts:
         It is asked about some rows at a time, so that a mask and its temporaries stay within the workspace.
         """
         assert self.rule is not None
-        width = len(columns.places)
+        width = columns.side.places.shape[0]
         step = max(1, self.options.workspace_bytes // (12 * width * self.dtype.itemsize))
         if columns.borders is not None:
             step = min(step, _MATE_ROWS)
@@ -297,18 +306,8 @@ class TorchProducts:
                 low, high = columns.borders[0][first], columns.borders[1][some.stop - 1]
             local = slice(first - rows.start, some.stop - rows.start)
             cells = values[local, low:high]
-            decision = self.rule(
-                Pairs(
-                    cells,
-                    self.positive_logit[some, None],
-                    self.temperature,
-                    self.cluster_ids[some, None] if self.cluster_ids is not None else None,
-                    columns.ids[None, low:high] if columns.ids is not None else None,
-                    self.nearest_cosine[some, None] if self.nearest_cosine is not None else None,
-                    self.places[some, None],
-                    columns.places[None, low:high],
-                )
-            )
+            pairs = Pairs(cells, self.temperature, self.side, columns.side, some, slice(low, high))
+            decision = self.rule(pairs)
             if decision.held is not None:
                 self.has_margins = True
                 held.append(self._hold(columns, values, decision.held, some, local, low))
@@ -321,36 +320,39 @@ class TorchProducts:
     ) -> Held:
         """Slopes of the margin loss for pairs (rows, width) bool; adds the margins beyond Δ = 0 to the sums.
 
-        Per pair and in units of logits, relu(Δ+α) + relu(−Δ−β) = slope · Δ + α[Δ > −α] − β[Δ < −β] with
-        slope = [Δ > −α] − [Δ < −β]. A sentence as its own mate is harmless: Δ_ii = 0 is what the cell would
-        add anyway, and its slope on S_ii cancels against its slope on s_i.
+        Per pair and in units of logits it is relu(Δ+α) + relu(−Δ−β), whose slope is [Δ > −α] − [Δ < −β]. A
+        sentence as its own mate is harmless: Δ_ii = 0 is what the cell would add anyway, and its slope on
+        S_ii cancels against its slope on s_i.
         """
         alpha, beta = self.options.bml_alpha / self.temperature, self.options.bml_beta / self.temperature
+        at_zero = self.options.margin_at_zero / self.temperature
         positive = self.positive_logit[rows]
-        place: Tensor | slice
-        count = pairs.count_nonzero()
         # Where few pairs are held, those alone. On a GPU, to know would be to wait for the device.
-        if values.device.type == "cpu" and count * _FEW < pairs.numel():
+        if values.device.type == "cpu" and int(pairs.count_nonzero()) * _FEW < pairs.numel():
             i, j = pairs.nonzero(as_tuple=True)
-            place, cells = i + local.start, torch.add(j, i + local.start, alpha=values.shape[1]).add_(low)
-            delta = values.view(-1)[cells] - positive[i]
-            above, below = delta > -alpha, delta < -beta
-        else:
-            place, cells = local, values[local, low : low + pairs.shape[1]]
-            delta = cells - positive[:, None]
-            above, below = (delta > -alpha).logical_and_(pairs), (delta < -beta).logical_and_(pairs)
-        above, below = above.to(self.dtype), below.to(self.dtype)
-        slope = above - below
+            place = i + local.start if local.start else i
+            cells = torch.add(j, place, alpha=values.shape[1])
+            if low:
+                cells += low
+            delta = values.view(-1)[cells].sub_(positive[i])
+            above, below = (delta + alpha).clamp_min_(0.0), (delta + beta).clamp_max_(0.0)
+            margins, slope = above - below, above.sign_().add_(below.sign_())
+            if columns.totals:
+                self.slope_sum[rows].index_add_(0, i, slope)
+                self.margin_sum[rows].index_add_(0, i, margins.sub_(at_zero))
+                if self.batch.needs[3]:
+                    self.slope_times_delta[rows].index_add_(0, i, slope * delta)
+            return Held(place, cells, slope)
+        cells = values[local, low : low + pairs.shape[1]]
+        delta = cells - positive[:, None]
+        above, below = (delta + alpha).clamp_min_(0.0), (delta + beta).clamp_max_(0.0)
+        margins, slope = above - below, above.sign_().add_(below.sign_()).mul_(pairs)
         if columns.totals:
-            if isinstance(place, slice):
-                self.slope_sum[rows] += slope.sum(dim=1)
-            else:
-                self.slope_sum.index_add_(0, place + (rows.start - local.start), slope)
-            pull = torch.dot(slope.view(-1), delta.view(-1))
-            self.slope_times_delta += pull
-            at_zero = count.to(self.dtype) * (self.options.margin_at_zero / self.temperature)
-            self.margin_sum += pull + above.sum() * alpha - below.sum() * beta - at_zero
-        return Held(place, cells, slope)
+            self.slope_sum[rows] += slope.sum(dim=1)
+            self.margin_sum[rows] += margins.sub_(at_zero).mul_(pairs).sum(dim=1)
+            if self.batch.needs[3]:
+                self.slope_times_delta[rows] += delta.mul_(slope).sum(dim=1)
+        return Held(local, cells, slope)
 
 
 def _unsorted(rows: Tensor, order: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ from ..kernels import chunk_launchers as launchers
 from ..kernels.launch import padded
 from ..kernels.weights import SAFE_TEMPERATURE
 from .norms import common_dtype, inverse_norms, kept_dtype, unit_stride
-from .problem import SAFE_WEIGHT, Batch, Block
+from .problem import SAFE_WEIGHT, Batch, Block, Sums
 
 _LOG2_E = math.log2(math.e)
 
@@ -262,12 +262,12 @@ class TritonProducts:
                 launchers.through_norm(gradient, source.raw, source.inverse, out, scaled=True)
         return through[0], through[1]
 
-    def sums(self) -> Tensor:
-        """What `combine` takes."""
+    def sums(self) -> Sums:
+        """Over the rows of this process."""
         margin = self.log_others / _LOG2_E - self.positive_cosine / self.temperature
         info_nce = torch.logaddexp(margin, torch.zeros_like(margin)).sum()  # log(1 + Σ_others / E_ii)
-        numbers = torch.stack([info_nce, self.margin_sum.sum(), self.positive_cosine.sum()])
-        return torch.cat([numbers, self.anchor_sum, self.positive_sum])
+        cosines = self.positive_cosine.sum()
+        return Sums(info_nce, self.margin_sum.sum(), cosines, self.anchor_sum, self.positive_sum)
 
     def own(self) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the anchors (M, D), in the caller's order, and of τ, 0-d, where wanted."""
