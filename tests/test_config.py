@@ -124,27 +124,27 @@ def test_the_table_is_all_presets_and_a_template_replaces_theirs():
     assert TrainConfig.from_settings(settings).build_prompt().templates == ("[X] [MASK]", "[MASK] [X]")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("batch_sise: 3", "expected a setting of `clusterns train`, got 'batch_sise'"),
-        ("batch_size: many", "batch_size: expected int, got 'many'"),
-        ("batch_size: 2.5", "batch_size: expected int, got 2.5"),
-        ("batch_size: true", "batch_size: expected int, got True"),
-        ("hard_negatives: 1", "hard_negatives: expected bool, got 1"),
-        ("temperature: warm", "temperature: expected float, got 'warm'"),
-        ("temperature: true", "temperature: expected float, got True"),
-        ("temperature: null", "temperature: expected float, got None"),
-        ("false_negatives: drop", "false_negatives: expected one of bml, exclude, keep, got 'drop'"),
-        ("preset: bert-huge", "preset: expected one of bert-base, bert-large"),
-        ("- batch_size", "expected settings by name, got list"),
-        ("a: [", "expected YAML or JSON"),
-        ("", "expected settings by name, got an empty file"),
-        ("# later\n", "expected settings by name, got an empty file"),
-        ("seed: 1\nepochs: 2\nseed: 2", "expected each setting once, got 'seed' twice"),
-        ('{"batch-size": 8, "batch_size": 9}', "expected each setting once, got 'batch_size' twice"),
-    ],
-)
+BAD_FILES = {
+    "batch_sise: 3": "expected a setting of `clusterns train`, got 'batch_sise'",
+    "batch_size: many": "batch_size: expected int, got 'many'",
+    "batch_size: 2.5": "batch_size: expected int, got 2.5",
+    "batch_size: true": "batch_size: expected int, got True",
+    "hard_negatives: 1": "hard_negatives: expected bool, got 1",
+    "temperature: warm": "temperature: expected float, got 'warm'",
+    "temperature: true": "temperature: expected float, got True",
+    "temperature: null": "temperature: expected float, got None",
+    "false_negatives: drop": "false_negatives: expected one of bml, exclude, keep, got 'drop'",
+    "preset: bert-huge": "preset: expected one of bert-base, bert-large",
+    "- batch_size": "expected settings by name, got list",
+    "a: [": "expected YAML or JSON",
+    "": "expected settings by name, got an empty file",
+    "# later\n": "expected settings by name, got an empty file",
+    "seed: 1\nepochs: 2\nseed: 2": "expected each setting once, got 'seed' twice",
+    '{"batch-size": 8, "batch_size": 9}': "expected each setting once, got 'batch_size' twice",
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_FILES.items(), ids=BAD_FILES)
 def test_bad_config_file(tmp_path, content, message):
     path = tmp_path / "run.yaml"
     path.write_text(content)
@@ -153,33 +153,33 @@ def test_bad_config_file(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--batch-size 0", "batch_size: expected at least 2, got 0"),
-        ("--max-steps 0", "max_steps: expected at least 1, got 0"),
-        ("--patience -1", "patience: expected at least 0, got -1"),
-        ("--learning-rate 0", "learning_rate.*got 0"),
-        ("--learning-rate nan", "learning_rate.*got nan"),
-        ("--max-grad-norm -1", "max_grad_norm.*-1"),
-        ("--seed -1", "--seed: expected at least 0, got -1"),
-        ("--seed 4294967296", "--seed: expected 0 to 4294967295, got 4294967296"),
-        ("--learn-temperature --temperature 0.005", "--temperature to learn: expected .* got 0.005"),
-        ("--learn-temperature --temperature 2", "number at least 0.01 and at most 1, got 2.0"),
-        ("--mini-batch-size 0", "mini_batch_size: expected at least 1"),
-        ("--keep-checkpoints 0", "keep_checkpoints: expected at least 1"),
-        ("--accumulation-steps 0", "accumulation_steps: expected at least 1"),
-        ("--mlm-probability 1", "mlm_probability: expected a finite number above 0 and at most 0.99"),
-        ("--batch-size 16 --num-clusters 32", "num_clusters: expected at most batch_size 16, of which the"),
-        ("--prompt bert --template [X][MASK]", "template: expected none with the prompt 'bert'"),
-        ("--second-template [X][MASK]", "second_template: expected a template for view 1"),
-        ("--denoise frozen", "denoise: expected 'none' without a prompt"),
-        ("--mlm-weight 0.1 --mini-batch-size 8", "mlm_weight: expected 0 with mini_batch_size"),
-        ("--resume --overwrite-output-dir", "--resume: expected no --overwrite-output-dir with it"),
-        ("--model ~nosuchuser/x", "--model: expected the home folder of a user that exists, got ~nosuch"),
-        *((f"--{name} ''", f"^--{name}: expected a path, got an empty one$") for name in PATHS),
-    ],
-)
+BAD_FLAGS = {
+    "--batch-size 0": "batch_size: expected at least 2, got 0",
+    "--max-steps 0": "max_steps: expected at least 1, got 0",
+    "--patience -1": "patience: expected at least 0, got -1",
+    "--learning-rate 0": "learning_rate.*got 0",
+    "--learning-rate nan": "learning_rate.*got nan",
+    "--max-grad-norm -1": "max_grad_norm.*-1",
+    "--seed -1": "--seed: expected at least 0, got -1",
+    "--seed 4294967296": "--seed: expected 0 to 4294967295, got 4294967296",
+    "--learn-temperature --temperature 0.005": "--temperature to learn: expected .* got 0.005",
+    "--learn-temperature --temperature 2": "number at least 0.01 and at most 1, got 2.0",
+    "--mini-batch-size 0": "mini_batch_size: expected at least 1",
+    "--keep-checkpoints 0": "keep_checkpoints: expected at least 1",
+    "--accumulation-steps 0": "accumulation_steps: expected at least 1",
+    "--mlm-probability 1": "mlm_probability: expected a finite number above 0 and at most 0.99",
+    "--batch-size 16 --num-clusters 32": "num_clusters: expected at most batch_size 16, of which the",
+    "--prompt bert --template [X][MASK]": "template: expected none with the prompt 'bert'",
+    "--second-template [X][MASK]": "second_template: expected a template for view 1",
+    "--denoise frozen": "denoise: expected 'none' without a prompt",
+    "--mlm-weight 0.1 --mini-batch-size 8": "mlm_weight: expected 0 with mini_batch_size",
+    "--resume --overwrite-output-dir": "--resume: expected no --overwrite-output-dir with it",
+    "--model ~nosuchuser/x": "--model: expected the home folder of a user that exists, got ~nosuch",
+    **{f"--{name} ''": f"^--{name}: expected a path, got an empty one$" for name in PATHS},
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS.items(), ids=BAD_FLAGS)
 def test_settings_out_of_range_or_not_to_go_together(flags, message):
     with pytest.raises(ValueError, match=message):
         parse("--model", "m", *shlex.split(flags))

@@ -367,21 +367,21 @@ def test_files_and_models_that_are_none(place, tmp_path, capsys, names, words):
     assert words in refused(capsys, command(place, tmp_path / "run", **there))
 
 
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        ("--temperature 0", "temperature: expected a finite number above 0"),
-        ("--num-clusters 1", "num_clusters: expected at least 2 with hard_negatives"),
-        ("--batch-size 1 --num-clusters 0", "batch_size: expected at least 2, got 1"),
-        ("--accumulation-steps 13", "accumulation_steps: expected at most 12, the batches of 32 in 1 epochs"),
-        ("--device toaster", "--device: expected a device of this machine, got 'toaster'"),
-        ("--sts-dir .", "sts-dev.csv"),
-        ("--precision fp16", "--precision: expected bf16 or fp32 on cpu, got fp16"),
-        ("--backend triton --template [X]", "template: expected one [MASK] or <mask>, got none"),
-        ("--text-columns a,b", "text"),
-        ("--backend triton", "backend: 'triton' cannot run"),
-    ],
-)
+REFUSED = {
+    "--temperature 0": "temperature: expected a finite number above 0",
+    "--num-clusters 1": "num_clusters: expected at least 2 with hard_negatives",
+    "--batch-size 1 --num-clusters 0": "batch_size: expected at least 2, got 1",
+    "--accumulation-steps 13": "accumulation_steps: expected at most 12, the batches of 32 in 1 epochs",
+    "--device toaster": "--device: expected a device of this machine, got 'toaster'",
+    "--sts-dir .": "sts-dev.csv",
+    "--precision fp16": "--precision: expected bf16 or fp32 on cpu, got fp16",
+    "--backend triton --template [X]": "template: expected one [MASK] or <mask>, got none",
+    "--text-columns a,b": "text",
+    "--backend triton": "backend: 'triton' cannot run",
+}
+
+
+@pytest.mark.parametrize(("more", "words"), REFUSED.items(), ids=REFUSED)
 def test_options_that_cannot_be_had(place, tmp_path, capsys, more, words, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("CLUSTERNS_DISABLE_TRITON", "1")
@@ -465,15 +465,15 @@ def test_help_and_version(given, monkeypatch):
     assert (b"--bml-weight" in sys.stdout.buffer.getvalue()) == (given == "train --help")
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ("train --batch 8", "unrecognized arguments: --batch 8"),  # a part of a flag is no flag
-        ("train --batch-size many", "argument --batch-size: invalid int value: 'many'"),
-        ("trian", "argument COMMAND: invalid choice: 'trian'"),
-        ("report m --out page.html --sentences s.txt", "the following arguments are required: --output"),
-    ],
-)
+NO_COMMANDS = {
+    "train --batch 8": "unrecognized arguments: --batch 8",  # a part of a flag is no flag
+    "train --batch-size many": "argument --batch-size: invalid int value: 'many'",
+    "trian": "argument COMMAND: invalid choice: 'trian'",
+    "report m --out page.html --sentences s.txt": "the following arguments are required: --output",
+}
+
+
+@pytest.mark.parametrize(("given", "words"), NO_COMMANDS.items(), ids=NO_COMMANDS)
 def test_bad_command_lines_are_one_line(capsys, given, words):
     with pytest.raises(SystemExit) as ended:
         main(given.split())
