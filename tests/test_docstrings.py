@@ -84,8 +84,10 @@ def test_repeated_and_trivial_pairs_are_not_held_out(packages: Path) -> None:
     own = '    """Say the very same thing again.\n\n    But describe it in its own way.\n    """\n'
     functions = (f"def f{index}():\n{text}" for index, text in enumerate([twice, twice, near, own]))
     (packages / "more.py").write_text("".join(functions))
-    corpus = docstring_corpus(roots=[packages], pairs=1_000, progress=False)
-    assert not {"Say the very same thing again.", "Open the red door to the garden."} & set(corpus.queries)
+    options = {"roots": [packages], "pairs": 1_000, "progress": False}  # a tenth is drawn
+    drawn = {query for seed in range(25) for query in docstring_corpus(**options, seed=seed).queries}
+    assert len(drawn) == 72
+    assert not {"Say the very same thing again.", "Open the red door to the garden."} & drawn
 
 
 def test_docstrings_as_the_parser_sees_them(tmp_path: Path) -> None:
