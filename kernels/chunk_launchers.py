@@ -6,6 +6,8 @@ gives, which owns the workspace. No function waits for the device.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .launch import Tiles, cdiv, launch, padded
@@ -21,49 +23,22 @@ def column_tiles(y: Tensor, x: Tensor) -> int:
     return cdiv(y.shape[0], _weight_tiles(x, y).blocks["BLOCK_N"])
 
 
-def weigh(
-    mode: str,
-    x: Tensor,
-    y: Tensor,
-    x_inverse: Tensor,
-    y_inverse: Tensor,
-    temperature: float | Tensor,
-    partial: Tensor,
-    weights: Tensor | None = None,
-    *,
-    own: Tensor | None = None,
-    cluster_ids: tuple[Tensor, Tensor] | None = None,
-    uses: Tensor | None = None,
-    hard_ids: Tensor | None = None,
-    hard_negative_weight: float = 0.0,
-    reference: Tensor | None = None,
-) -> None:
+def weigh(mode: str, x: Tensor, y: Tensor, **given: Any) -> None:
     """Row "maxima" or "totals" of x (R, D) against y (n, D), or totals and "weights" (R, padded(n)).
 
-    partial: (column_tiles, R) float32. own: (R,) columns that are left out. cluster_ids: of rows and columns,
-    equal ones are left out too. uses, hard_ids: y are centroids, each standing `uses` times. reference: (R,),
-    the base-2 logit subtracted from each row.
+    given: tensors and numbers by the names of `weights_kernel`'s parameters. own (R,): columns that are left
+    out; row_ids, column_ids: equal ones are left out too; uses, hard_ids: y are centroids, each standing
+    `uses` times; reference (R,): the base-2 logit subtracted from each row; partial: (column_tiles, R)
+    float32.
     """
     rows, columns = x.shape[0], y.shape[0]
-    row_ids, column_ids = cluster_ids or (None, None)
     launch(
         weights_kernel,
         lambda block: (cdiv(rows, block["BLOCK_M"]) * cdiv(columns, block["BLOCK_N"]),),
         _weight_tiles(x, y),
         x=x,
         y=y,
-        x_inverse=x_inverse,
-        y_inverse=y_inverse,
-        own=own,
-        row_ids=row_ids,
-        column_ids=column_ids,
-        uses=uses,
-        hard_ids=hard_ids,
-        reference=reference,
-        weights=weights,
-        partial=partial,
-        temperature=temperature,
-        hard_negative_weight=float(hard_negative_weight),
+        **given,
         num_rows=rows,
         num_columns=columns,
         dim=x.shape[1],
@@ -73,54 +48,26 @@ def weigh(
     )
 
 
-def add_margins(
-    x: Tensor,
-    y: Tensor,
-    x_inverse: Tensor,
-    y_inverse: Tensor,
-    x_order: Tensor | None,
-    y_order: Tensor,
-    borders: tuple[Tensor, Tensor],
-    own: Tensor,
-    positive: Tensor,
-    margins: tuple[float, float],
-    *,
-    values: tuple[Tensor, Tensor] | None = None,
-    out: Tensor | None = None,
-    out_scale: float = 1.0,
-    transposed: bool = False,
-) -> None:
-    """Margin loss of rows with their cluster-mates, see `margins_kernel` for every argument.
+def add_margins(x: Tensor, y: Tensor, borders: tuple[Tensor, Tensor], **given: Any) -> None:
+    """Margin loss of rows with their cluster-mates.
 
-    borders, own: (R,) int64 by sorted row. values: (R,) float32 sums of the slopes and of the margins. out:
-    the gradient of the unit rows, added to.
+    borders, own: (R,) int64 by sorted row. given: by the names of `margins_kernel`'s parameters, which say
+    what each is; slope_sum and margin (R,) float32 for the values, out for the gradient of the unit rows,
+    added to.
     """
-    rows, dim = borders[0].shape[0], x.shape[1]
-    slope_sum, margin = values or (None, None)
+    rows, dim, out = borders[0].shape[0], x.shape[1], given.get("out")
     launch(
         margins_kernel,
-        lambda block: (cdiv(rows, block["BLOCK_M"]), cdiv(dim, block["BLOCK_OUT"]) if out is not None else 1),
+        lambda block: (cdiv(rows, block["BLOCK_M"]), 1 if out is None else cdiv(dim, block["BLOCK_OUT"])),
         _margin_tiles(x),
         x=x,
         y=y,
-        x_inverse=x_inverse,
-        y_inverse=y_inverse,
-        x_order=x_order,
-        y_order=y_order,
         low=borders[0],
         high=borders[1],
-        own=own,
-        positive=positive,
-        out=out,
-        slope_sum=slope_sum,
-        margin=margin,
-        alpha=float(margins[0]),
-        beta=float(margins[1]),
-        out_scale=float(out_scale),
+        **given,
         num_rows=rows,
-        num_columns=y_order.shape[0],
+        num_columns=given["y_order"].shape[0],
         dim=dim,
-        TRANSPOSED=transposed,
     )
 
 

@@ -159,6 +159,31 @@ def update(
     return counts, result
 
 
+def similarity(x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """cos(x_i, y_j)/τ (M, padded(N)) float32, 1/‖x‖ (M,) and 1/‖y‖ (padded(N),)."""
+    return compare(x, y, temperature=temperature)[:3]
+
+
+def nearest_centroids(points: Tensor, centroids: Tensor, workspace_bytes: int) -> tuple[Tensor, ...]:
+    """Nearest and runner-up ids (B,), their cosines (B,), and 1/‖point‖ (B,).
+
+    In row chunks, so that the best of each tile of centroids stays within the workspace.
+    """
+    clusters = centroids.shape[0]
+    row_bytes = 2 * cdiv(clusters, _CENTROID_TILE) * 8  # `_partial`
+    found = []
+    for chunk in points.split(max(1, workspace_bytes // row_bytes)):
+        each = assign(chunk, centroids, new_counters(chunk, clusters).zero_())
+        found.append((*each[:4], each.x_inverse))
+    return found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
+
+
+def cluster_sums(points: Tensor, centroids: Tensor, workspace_bytes: int) -> tuple[Tensor, Tensor]:
+    """Members (K,) of each cluster of points around centroids, and their sum (K, D), both float32."""
+    nearest, _, cosine, _, inverse = nearest_centroids(points, centroids, workspace_bytes)
+    return update(points, inverse, cosine[None, None], nearest[None, None], centroids, "sums", 0.0)
+
+
 def _launch_cosines(x: Tensor, partial: tuple[Tensor, Tensor], **given: Any) -> None:
     """Launch `cosine_kernel` for what is given of its arguments."""
     sources = [given.get(name) for name in ("y", "negatives", "centroids")]
@@ -185,11 +210,6 @@ def _launch_cosines(x: Tensor, partial: tuple[Tensor, Tensor], **given: Any) -> 
         centroid_blocks=centroid_cosines.shape[1] // 16 if centroid_cosines is not None else 0,
         **given,
     )
-
-
-def partial_bytes(num_centroids: int) -> int:
-    """Scratch memory per row of `assign`."""
-    return 2 * cdiv(num_centroids, _CENTROID_TILE) * 8
 
 
 def _partial(x: Tensor, centroids: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,13 @@
-"""Launchers of the objective: its value and its gradients.
+"""Launchers of the objective where its cosines fit the workspace: all rows and columns are one chunk.
 
-Arguments are checked by the callers (`clusterns.checks`). Embeddings are (rows, D) of one dtype with a
-unit column stride; every output is new unless said otherwise. No function waits for the device.
+    cosines of the batch; with centroids to move also the assignment to the old ones,
+    the update, and the assignment to the new ones                                       1 to 3 launches
+    InfoNCE, margin loss and everything that is summed up                                1 launch
+    both (or all three) gradients                                                        1 launch
+
+The cosines are kept for the gradients, B·(B+N+K) float32. Arguments are checked by the callers
+(`clusterns.checks`). Embeddings are (rows, D) of one dtype with a unit column stride; every output is new
+unless said otherwise. No function waits for the device.
 """
 
 from __future__ import annotations
@@ -11,120 +17,119 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import cosine_launchers
 from .gradient import gradient_kernel
-from .launch import LARGE_BATCH, Tiles, cdiv, launch, new_float32
+from .launch import LARGE_BATCH, Tiles, cdiv, launch, new_float32, padded
 from .objective import objective_kernel
 from .tiles import BML, EXCLUDE, KEEP
 
 FALSE_NEGATIVES = {"keep": KEEP.value, "exclude": EXCLUDE.value, "bml": BML.value}
 
 
-class Numbers(NamedTuple):
-    """Numbers of the objective: τ (or a 0-dim tensor), w, "keep", "exclude" or "bml", λ, α, β."""
+class State(NamedTuple):
+    """What the forward leaves to the backward; what an assignment gives is empty without one."""
 
-    temperature: float | Tensor
-    hard_negative_weight: float
-    false_negatives: str
-    bml_weight: float
-    bml_alpha: float
-    bml_beta: float
-
-    def arguments(self) -> dict[str, Any]:
-        """What both kernels take."""
-        return {
-            "temperature": self.temperature,
-            "hard_negative_weight": float(self.hard_negative_weight),
-            "bml_weight": float(self.bml_weight),
-            "alpha": float(self.bml_alpha),
-            "beta": float(self.bml_beta),
-            "FALSE_NEGATIVES": FALSE_NEGATIVES[self.false_negatives],
-        }
+    cosines: Tensor  # (B, padded(padded(B) + N)) float32
+    x_inverse: Tensor  # (B,)
+    y_inverse: Tensor  # as a row of the cosines
+    counters: Tensor  # how often each centroid is a hard negative, see `tiles.counters`
+    row_state: Tensor  # (4, B), see `objective.ROW_STATE`
+    nearest: Tensor  # (B,) int64
+    runner_up: Tensor  # (B,) int64
+    centroid_cosines: Tensor  # (B, padded(K))
+    centroid_inverse: Tensor  # (K,)
+    centroids: Tensor  # (K, D) as they were in this step
 
 
-def evaluate(
-    cosines: Tensor,
-    num_negatives: int,
-    counters: Tensor,
-    numbers: Numbers,
-    *,
-    num_centroids: int = 0,
-    centroid_cosines: Tensor | None = None,
-    cluster_ids: Tensor | None = None,
-    hard_ids: Tensor | None = None,
-    nearest: Tensor | None = None,
-    nearest_cosine: Tensor | None = None,
-    runner_up_cosine: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, terms and row state of the objective over the cosines of `compare`.
+def forward(
+    x: Tensor,
+    y: Tensor,
+    negatives: Tensor | None,
+    temperature: float | Tensor,
+    centroids: Tensor | None,
+    cluster_ids: Tensor | None,
+    hard_ids: Tensor | None,
+    assigns: bool,
+    has_hard: bool,
+    keeps_centroids: bool,
+    statistic: str,
+    momentum: float,
+    *numbers: Any,
+) -> tuple[Tensor, ...]:
+    """Loss, 0-dim, terms (8,) named by `objective.TERMS`, and the fields of `State`.
 
-    centroid_cosines (B, padded(K)) and hard_ids (B,) put the hard negatives in; cluster_ids (B,) mark false
-    negatives; nearest and the cosines (B,) fill the terms about the clusters. Returns the 0-dim loss, the
-    terms (8,) named by `objective.TERMS`, and (4, B) that `differentiate` needs.
+    With a `statistic` the centroids (K, D) are moved first, in place. cluster_ids and hard_ids (B,) mark
+    false negatives and put the hard negatives in; where None they are those of an assignment, if it
+    `assigns`.
+    numbers: w, "keep", "exclude" or "bml", λ, α, β.
     """
-    rows = cosines.shape[0]
-    loss, terms = new_float32(cosines), new_float32(cosines, 8)
-    row_state = new_float32(cosines, 4, rows)
+    rows, clusters = x.shape[0], 0 if centroids is None else centroids.shape[0]
+    counters = cosine_launchers.new_counters(x, clusters)
+    cosines, x_inverse, y_inverse, best_cosine, best_id = cosine_launchers.compare(
+        x, y, negatives, centroids if statistic else None, counters
+    )
+    kept = new_float32(x, 0, 0)
+    if centroids is not None and statistic:
+        _, kept = cosine_launchers.update(x, x_inverse, best_cosine, best_id, centroids, statistic, momentum)
+        torch.autograd.graph.increment_version(centroids)
+    elif centroids is not None and keeps_centroids:
+        kept = centroids.clone()  # the state may move on before the backward
+    if centroids is not None and assigns:
+        found = cosine_launchers.assign(
+            x, centroids, counters, keep_cosines=has_hard, count_uses=hard_ids is None
+        )
+    else:
+        found = cosine_launchers.Assignment.new(x, 0, 0, False)
+    if hard_ids is not None:
+        uses = counters[padded(clusters) : padded(clusters) + clusters]
+        uses.scatter_add_(0, hard_ids.long(), torch.ones_like(hard_ids, dtype=torch.int32))
+    loss, terms, row_state = new_float32(x), new_float32(x, 8), new_float32(x, 4, rows)
+    state = State(
+        cosines, x_inverse, y_inverse, counters, row_state, found.nearest, found.runner_up, found.cosines,
+        found.centroid_inverse, kept,
+    )  # fmt: skip
+    explicit = 0 if negatives is None else negatives.shape[0]
     launch(
         objective_kernel,
         lambda block: (cdiv(rows, block["BLOCK_M"]),),
         Tiles({"BLOCK_M": 4, "BLOCK_N": 256}, num_warps=8, num_stages=1),
-        cosines=cosines,
-        centroid_cosines=centroid_cosines,
-        cluster_ids=cluster_ids,
-        hard_ids=hard_ids,
-        counters=counters,
-        nearest=nearest,
-        nearest_cosine=nearest_cosine,
-        runner_up_cosine=runner_up_cosine,
-        row_state=row_state,
-        row_terms=new_float32(cosines, 8, rows),
+        **_common(state, cluster_ids, hard_ids, assigns, has_hard, temperature, numbers),
+        nearest=found.nearest if assigns else None,
+        nearest_cosine=found.nearest_cosine if assigns else None,
+        runner_up_cosine=found.runner_up_cosine if assigns else None,
+        row_terms=new_float32(x, 8, rows),
         loss=loss,
         terms=terms,
-        **numbers.arguments(),
-        num_rows=rows,
-        num_negatives=num_negatives,
-        num_centroids=num_centroids,
-        cosine_blocks=cosines.shape[1] // 16,
-        centroid_blocks=centroid_cosines.shape[1] // 16 if centroid_cosines is not None else 0,
-        HAS_NEGATIVES=num_negatives > 0,
+        num_negatives=explicit,
+        HAS_NEGATIVES=explicit > 0,
     )
-    return loss, terms, row_state
+    return (loss, terms, *state)
 
 
-def differentiate(
+def backward(
     upstream: Tensor,
     x: Tensor,
     y: Tensor,
     negatives: Tensor | None,
-    cosines: Tensor,
-    x_inverse: Tensor,
-    y_inverse: Tensor,
-    row_state: Tensor,
-    counters: Tensor,
-    numbers: Numbers,
+    temperature: float | Tensor,
+    cluster_ids: Tensor | None,
+    hard_ids: Tensor | None,
+    has_hard: bool,
     needs: tuple[bool, bool, bool],
-    *,
-    centroids: Tensor | None = None,
-    centroid_cosines: Tensor | None = None,
-    centroid_inverse: Tensor | None = None,
-    cluster_ids: Tensor | None = None,
-    hard_ids: Tensor | None = None,
-    num_centroids: int = 0,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `evaluate`'s loss times `upstream` (0-dim), in the order of `needs`.
+    *numbers_and_state: Any,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, y and negatives, where needed, times `upstream` (0-dim); contiguous, in x's dtype.
 
-    The other arguments are what `compare`, `assign` and `evaluate` returned. Contiguous, in x's dtype.
+    The other arguments as in `forward`, and its `State`.
     """
-    dim, inputs = x.shape[1], (x, y, negatives)
+    *numbers, fields = numbers_and_state
+    state, dim, inputs = State(*fields), x.shape[1], (x, y, negatives)
     gradients = [
         torch.empty_like(z, memory_format=torch.contiguous_format) if need and z is not None else None
         for need, z in zip(needs, inputs, strict=True)
     ]
     counts = [out.shape[0] for out in gradients if out is not None]
-    if not counts:
-        return None, None, None
-    if not needs[0]:  # the centroids pull on the anchors alone
-        hard_ids = centroid_cosines = None
+    has_hard = has_hard and needs[0]  # the centroids pull on the anchors alone
     launch(
         gradient_kernel,
         lambda block: (sum(cdiv(count, block["BLOCK_M"]) for count in counts) * cdiv(dim, block["BLOCK_D"]),),
@@ -132,31 +137,55 @@ def differentiate(
         x=x,
         y=y,
         negatives=negatives,
-        centroids=centroids if hard_ids is not None else None,
+        centroids=state.centroids if has_hard else None,
         x_gradient=gradients[0],
         y_gradient=gradients[1] if gradients[1] is not None else gradients[2],
         negatives_gradient=gradients[2],
-        cosines=cosines,
-        centroid_cosines=centroid_cosines,
-        x_inverse=x_inverse,
-        y_inverse=y_inverse,
-        centroid_inverse=centroid_inverse if hard_ids is not None else None,
-        row_state=row_state,
-        cluster_ids=cluster_ids,
-        hard_ids=hard_ids,
-        counters=counters,
+        x_inverse=state.x_inverse,
+        y_inverse=state.y_inverse,
+        centroid_inverse=state.centroid_inverse if has_hard else None,
+        **_common(state, cluster_ids, hard_ids, state.nearest.shape[0] > 0, has_hard, temperature, numbers),
         upstream=upstream,
-        **numbers.arguments(),
-        num_rows=x.shape[0],
-        num_negatives=negatives.shape[0] if negatives is not None else 0,
-        num_centroids=num_centroids,
+        num_negatives=0 if negatives is None else negatives.shape[0],
         dim=dim,
-        cosine_blocks=cosines.shape[1] // 16,
-        centroid_blocks=centroid_cosines.shape[1] // 16 if centroid_cosines is not None else 0,
         NEED_Y=gradients[1] is not None,
         FLOAT16=x.dtype == torch.float16,
     )
-    return gradients[0], gradients[1], gradients[2]
+    return tuple(gradients)
+
+
+def _common(
+    state: State,
+    cluster_ids: Tensor | None,
+    hard_ids: Tensor | None,
+    assigned: bool,
+    has_hard: bool,
+    temperature: float | Tensor,
+    numbers: Any,
+) -> dict[str, Any]:
+    """What both kernels take."""
+    weight, word, bml_weight, alpha, beta = numbers
+    if assigned:
+        cluster_ids = state.nearest if cluster_ids is None else cluster_ids
+        hard_ids = state.runner_up if hard_ids is None else hard_ids
+    return {
+        "cosines": state.cosines,
+        "centroid_cosines": state.centroid_cosines if has_hard else None,
+        "cluster_ids": None if word == "keep" else cluster_ids,
+        "hard_ids": hard_ids if has_hard else None,
+        "counters": state.counters,
+        "row_state": state.row_state,
+        "temperature": temperature,
+        "hard_negative_weight": float(weight),
+        "bml_weight": float(bml_weight),
+        "alpha": float(alpha),
+        "beta": float(beta),
+        "num_rows": state.cosines.shape[0],
+        "num_centroids": state.centroid_inverse.shape[0],
+        "cosine_blocks": state.cosines.shape[1] // 16,
+        "centroid_blocks": state.centroid_cosines.shape[1] // 16 if has_hard else 0,
+        "FALSE_NEGATIVES": FALSE_NEGATIVES[word],
+    }
 
 
 def _gradient_tiles(x: Tensor) -> Tiles:

@@ -183,8 +183,8 @@ def operator_samples():
         "backward": (*found, None, None, True, [True, False, True], *numbers, state),
         "backward given": (*found, nearest, runner_up, True, [True, True, False], *numbers, state),
         "similarity": (*alone[:2], 0.3, None),
-        "assign": (anchors.detach(), centroids),
-        "cluster_sums": (anchors.detach(), centroids),
+        "nearest_centroids": (anchors.detach(), centroids, 2**20),
+        "cluster_sums": (anchors.detach(), centroids, 2**20),
         "sweep": (
             *views, *fixed, nearest, centroids, runner_up, *numbers, 3000, [True, False, True, False],
             "triton-chunked",

@@ -101,9 +101,7 @@ def test_the_lowest_id_wins_a_tie_within_and_across_tiles():
 
 
 def test_assignment_in_row_chunks(monkeypatch):
-    from clusterns.objective import whole
-
-    monkeypatch.setattr(whole, "WORKSPACE_BYTES", 33 * cosine_launchers.partial_bytes(40))
+    monkeypatch.setattr(operators, "WORKSPACE_BYTES", 33 * 32)
     x, c = points(100, 8), points(40, 8, seed=1)
     found = operators.nearest_centroids(x, c)
     assert_assigned(x, c, found[:2], found[2:])

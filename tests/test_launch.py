@@ -40,14 +40,13 @@ BATCH_SIZES |= {"cosine_blocks", "centroid_blocks"}
 def record(batch, dtype=torch.float32, dim=24):
     """The launches of a loss and its gradient on tensors without storage."""
     x = torch.empty(batch, dim, dtype=dtype, device="meta")
-    counters = torch.empty(64, dtype=torch.int32, device="meta")
-    numbers = objective_launchers.Numbers(0.05, 0.0, "keep", 0.0, 0.0, 0.0)
+    numbers = (0.0, "keep", 0.0, 0.0, 0.0)
     with launch.recording() as launches:
-        cosines, x_inverse, y_inverse, _, _ = cosine_launchers.compare(x, x)
-        loss, _, state = objective_launchers.evaluate(cosines, 0, counters, numbers)
-        objective_launchers.differentiate(
-            loss, x, x, None, cosines, x_inverse, y_inverse, state, counters, numbers, (True, True, False)
+        loss, _, *state = objective_launchers.forward(
+            x, x, None, 0.05, None, None, None, False, False, False, "", 0.0, *numbers
         )
+        needs = (True, True, False)
+        objective_launchers.backward(loss, x, x, None, 0.05, None, None, False, needs, *numbers, state)
     return launches
 
 

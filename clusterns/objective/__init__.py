@@ -8,6 +8,6 @@ In the order of reading, which is that of the imports; `clusterns.reference` and
     triton_products.py  the same in Triton, for batches whose cosines do not fit the workspace
     ranks.py            whose columns the rows meet: one process's own, all ranks', or those that go around
     sweep.py            the loop over blocks of columns and chunks of rows
-    whole.py            in Triton, for batches whose cosines fit: four launches forward, one backward
-    operators.py        sweep and launchers as operators of torch, which `torch.compile` takes whole
+    operators.py        sweep and launchers for autograd, and as operators that `torch.compile` takes whole;
+                        with them the batch whose cosines fit: four launches forward, one backward
 """

@@ -8,6 +8,7 @@ without a GPU nobody waits for Triton.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..checks import check_differentiated_once
 from .norms import common_dtype, compute_dtype, kept_dtype, through_norm, unit_stride, without_autocast
-from .problem import Clusters, Options
+from .problem import WORKSPACE_BYTES, Clusters, Options
 from .sweep import sweep
 
 if TYPE_CHECKING:
@@ -26,22 +27,39 @@ _EXACT_STRIDES = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed
 _library = torch.library.Library("clusterns", "DEF")
 
 
-def _operator(schema: str, fake: Any):
-    """Make an operator of the decorated function, with that schema and fake implementation."""
+def _operator(schema: str, function: Any, fake: Any) -> Any:
+    """Make an operator of a function; returns what calls either, the operator within a compiler alone."""
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(_EXACT_STRIDES,))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"clusterns::{name}", fake)
+    operator = getattr(torch.ops.clusterns, name)
 
-    def decorate(function):
-        name = schema.split("(")[0]
-        _library.define(schema, tags=(_EXACT_STRIDES,))
-        _library.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"clusterns::{name}", fake)
-        operator = getattr(torch.ops.clusterns, name)
+    def call(*arguments):
+        return (operator if torch.compiler.is_compiling() else function)(*arguments)
 
-        def call(*arguments):
-            return (operator if torch.compiler.is_compiling() else function)(*arguments)
+    return call
 
-        return call
 
-    return decorate
+def _launcher(module: str, schema: str, place: int | None = None) -> Any:
+    """An operator that is the launcher of its name in a module of `clusterns.kernels`.
+
+    place: where τ stands, in the schema as a number and a tensor.
+    """
+    name = schema.split("(")[0]
+
+    def function(*arguments):
+        launcher = getattr(import_module(f"clusterns.kernels.{module}"), name)
+        if place is not None:
+            tau = _joined(*arguments[place : place + 2])
+            arguments = (*arguments[:place], tau, *arguments[place + 2 :])
+        return tuple(_empty(arguments[0], 0, 0) if each is None else each for each in launcher(*arguments))
+
+    def fake(*arguments):
+        with import_module("clusterns.kernels.launch").recording():  # all but the launches
+            return function(*arguments)
+
+    return _operator(schema, function, fake)
 
 
 def _split(temperature: float | Tensor) -> tuple[float, Tensor | None]:
@@ -51,10 +69,6 @@ def _split(temperature: float | Tensor) -> tuple[float, Tensor | None]:
 
 def _joined(temperature: float, tensor: Tensor | None) -> float | Tensor:
     return temperature if tensor is None else tensor
-
-
-def _padded(count):
-    return (count + 15) // 16 * 16
 
 
 def _empty(like: Tensor, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -81,12 +95,6 @@ def _fake_sweep(anchors, positives, negatives, temperature, tensor, ids, centroi
     return (_empty(anchors, dtype=dtype), _empty(anchors, 4, dtype=dtype), *gradients)
 
 
-@_operator(
-    f"sweep(Tensor anchors, Tensor positives, Tensor? negatives, {_TAU}, Tensor? ids, Tensor? centroids, "
-    f"Tensor? hard_ids, {_NUMBERS}, int workspace_bytes, bool[] needs, str backend) -> (Tensor loss, "
-    "Tensor terms, Tensor anchors, Tensor positives, Tensor negatives, Tensor temperature)",
-    _fake_sweep,
-)
 def _sweep(anchors, positives, negatives, temperature, tensor, ids, centroids, hard_ids, *rest):
     *numbers, needs, backend = rest
     clusters, tau = Clusters(ids, centroids, hard_ids), _joined(temperature, tensor)
@@ -95,6 +103,15 @@ def _sweep(anchors, positives, negatives, temperature, tensor, ids, centroids, h
     if backend == "torch" and needs[2]:  # a part of one tensor with that of the positives
         gradients[2] = gradients[2].clone()
     return (found.loss, found.terms, *gradients)
+
+
+_sweep_operator = _operator(
+    f"sweep(Tensor anchors, Tensor positives, Tensor? negatives, {_TAU}, Tensor? ids, Tensor? centroids, "
+    f"Tensor? hard_ids, {_NUMBERS}, int workspace_bytes, bool[] needs, str backend) -> (Tensor loss, "
+    "Tensor terms, Tensor anchors, Tensor positives, Tensor negatives, Tensor temperature)",
+    _sweep,
+    _fake_sweep,
+)
 
 
 class Sweep(torch.autograd.Function):
@@ -128,7 +145,7 @@ class Sweep(torch.autograd.Function):
         whole = torch.compiler.is_compiling() and ranks is None and isinstance(options.false_negatives, str)
         with torch.no_grad(), without_autocast(anchors.device):
             if whole:
-                loss, terms, *found = torch.ops.clusterns.sweep(
+                loss, terms, *found = _sweep_operator(
                     anchors, positives, negatives, *_split(temperature), *clusters[:3], *options, list(needs),
                     backend,
                 )  # fmt: skip
@@ -157,67 +174,22 @@ class Sweep(torch.autograd.Function):
 # --- a batch whose cosines fit the workspace, on Triton ----------------------------------------------------
 
 
-def _fake_forward(anchors, positives, negatives, tau, tensor, centroids, ids, hard_ids, *rest):
-    assigns, has_hard, keeps, statistic, *_ = rest
-    (rows, dim), clusters = anchors.shape, centroids.shape[0] if centroids is not None else 0
-    columns = rows if negatives is None else _padded(rows) + negatives.shape[0]
-    assigned, kept = rows if assigns else 0, statistic or keeps
-    return (
-        _empty(anchors),
-        _empty(anchors, 8),
-        _empty(anchors, rows, _padded(columns)),
-        _empty(anchors, rows),
-        _empty(anchors, _padded(columns)),
-        _empty(anchors, 2 * _padded(clusters) + 16 + (rows + 15) // 16, dtype=torch.int32),
-        _empty(anchors, 4, rows),
-        _empty(anchors, assigned, dtype=torch.int64),
-        _empty(anchors, assigned, dtype=torch.int64),
-        _empty(anchors, *((rows, _padded(clusters)) if assigns and has_hard else (0, 0))),
-        _empty(anchors, clusters if assigns else 0),
-        _empty(anchors, *((clusters, dim) if kept else (0, 0))),
-    )
-
-
-@_operator(
+_forward = _launcher(
+    "objective_launchers",
     f"forward(Tensor anchors, Tensor positives, Tensor? negatives, {_TAU}, Tensor(a!)? centroids, "
-    f"Tensor? ids, Tensor? hard_ids, bool assigns, bool has_hard, bool keeps_centroids, str statistic, "
+    "Tensor? ids, Tensor? hard_ids, bool assigns, bool has_hard, bool keeps_centroids, str statistic, "
     f"float momentum, {_NUMBERS}) -> (Tensor loss, Tensor terms, Tensor cosines, Tensor anchor_inverse, "
     "Tensor positive_inverse, Tensor counters, Tensor row_state, Tensor nearest, Tensor runner_up, "
-    "Tensor centroid_cosines, Tensor centroid_inverse, Tensor moved)",
-    _fake_forward,
+    "Tensor centroid_cosines, Tensor centroid_inverse, Tensor centroids)",
+    place=3,
 )
-def _forward(anchors, positives, negatives, temperature, tensor, *rest):
-    from . import whole
-
-    return whole.forward(anchors, positives, negatives, _joined(temperature, tensor), *rest)
-
-
-def _fake_backward(
-    upstream, anchors, positives, negatives, tau, tensor, ids, hard_ids, has_hard, needs, *rest
-):
-    inputs = (anchors, positives, negatives)
-    return tuple(
-        anchors.new_empty(z.shape if need else (0, 0)) for z, need in zip(inputs, needs, strict=True)
-    )
-
-
-@_operator(
+_backward = _launcher(
+    "objective_launchers",
     f"backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor? negatives, {_TAU}, Tensor? ids, "
     f"Tensor? hard_ids, bool has_hard, bool[] needs, {_NUMBERS}, Tensor[] state) -> "
     "(Tensor anchors, Tensor positives, Tensor negatives)",
-    _fake_backward,
+    place=4,
 )
-def _backward(
-    upstream, anchors, positives, negatives, temperature, tensor, ids, hard_ids, has_hard, needs, *rest
-):
-    from . import whole
-
-    *numbers, state = rest
-    found = whole.backward(
-        upstream, anchors, positives, negatives, _joined(temperature, tensor), ids, hard_ids, has_hard,
-        tuple(needs), tuple(numbers), whole.State(*state),
-    )  # fmt: skip
-    return tuple(anchors.new_empty((0, 0)) if gradient is None else gradient for gradient in found)
 
 
 class _Whole(torch.autograd.Function):
@@ -299,19 +271,20 @@ def whole_batch(
 # --- similarity and assignment on their own ----------------------------------------------------------------
 
 
-def _fake_similarity(x, y, *_):
-    rows, columns = x.shape[0], _padded(y.shape[0])
-    return _empty(x, rows, columns), _empty(x, rows), _empty(x, columns)
-
-
-@_operator(
+_similarity = _launcher(
+    "cosine_launchers",
     f"similarity(Tensor x, Tensor y, {_TAU}) -> (Tensor cosines, Tensor x_inverse, Tensor y_inverse)",
-    _fake_similarity,
+    place=2,
 )
-def _similarity(x, y, temperature, tensor):
-    from . import whole
-
-    return whole.similarity(x, y, _joined(temperature, tensor))
+_nearest_centroids = _launcher(
+    "cosine_launchers",
+    "nearest_centroids(Tensor points, Tensor centroids, int workspace_bytes) -> (Tensor nearest, "
+    "Tensor runner_up, Tensor nearest_cosine, Tensor runner_up_cosine, Tensor inverse)",
+)
+_cluster_sums = _launcher(
+    "cosine_launchers",
+    "cluster_sums(Tensor points, Tensor centroids, int workspace_bytes) -> (Tensor counts, Tensor sums)",
+)
 
 
 class _CosineSimilarity(torch.autograd.Function):
@@ -357,43 +330,15 @@ def cosine_similarity_matrix(a: Tensor, b: Tensor, temperature: float | Tensor) 
     return _CosineSimilarity.apply(unit_stride(a.to(dtype)), unit_stride(b.to(dtype)), temperature)
 
 
-def _fake_assign(points, centroids):
-    rows = points.shape[0]
-    kinds = (torch.int64, torch.int64, torch.float32, torch.float32, torch.float32)
-    return tuple(_empty(points, rows, dtype=kind) for kind in kinds)
-
-
-@_operator(
-    "assign(Tensor points, Tensor centroids) -> (Tensor nearest, Tensor runner_up, Tensor nearest_cosine, "
-    "Tensor runner_up_cosine, Tensor inverse)",
-    _fake_assign,
-)
-def _assign(points, centroids):
-    from . import whole
-
-    return whole.assign(points, centroids)
-
-
 @torch.no_grad()
 def nearest_centroids(points: Tensor, centroids: Tensor) -> tuple[Tensor, ...]:
     """Nearest and runner-up ids (B,) int64 and their cosines (B,) float32, on Triton."""
-    return _assign(unit_stride(points.detach()), unit_stride(centroids.detach().float()))[:4]
-
-
-def _fake_cluster_sums(points, centroids):
-    return _empty(points, centroids.shape[0]), _empty(points, *centroids.shape)
-
-
-@_operator(
-    "cluster_sums(Tensor points, Tensor centroids) -> (Tensor counts, Tensor sums)", _fake_cluster_sums
-)
-def _cluster_sums(points, centroids):
-    from . import whole
-
-    return whole.cluster_sums(points, centroids)
+    views = unit_stride(points.detach()), unit_stride(centroids.detach().float())
+    return _nearest_centroids(*views, WORKSPACE_BYTES)[:4]
 
 
 @torch.no_grad()
 def cluster_sums(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Members (K,) of each cluster of points around centroids, and their sum (K, D), float32, on Triton."""
-    return _cluster_sums(unit_stride(points.detach()), unit_stride(centroids.detach().float()))
+    views = unit_stride(points.detach()), unit_stride(centroids.detach().float())
+    return _cluster_sums(*views, WORKSPACE_BYTES)

@@ -108,6 +108,11 @@ class TritonProducts:
         self.temperature = tau.float() if isinstance(tau, Tensor) else tau
         self.needs_maximum = not self.options.is_safe(tau, 1 / SAFE_TEMPERATURE.value)
         self.slope_scale = self.options.bml_weight / batch.size**2
+        self.margins = {
+            "alpha": float(self.options.bml_alpha),
+            "beta": float(self.options.bml_beta),
+            "out_scale": float(self.slope_scale),
+        }
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
@@ -248,10 +253,9 @@ class TritonProducts:
         positives, mates = columns.sources[0], columns.mates
         if mates is not None and self.slope_scale and columns.gradients[0] is not None:
             launchers.add_margins(
-                positives.raw, self.anchors, positives.inverse, self.anchor_inverse, mates.order,
-                self.row_numbers, mates.of_columns, mates.owner, self.positive_cosine,
-                (self.options.bml_alpha, self.options.bml_beta),
-                out=columns.gradients[0], out_scale=self.slope_scale, transposed=True,
+                positives.raw, self.anchors, mates.of_columns, x_inverse=positives.inverse,
+                y_inverse=self.anchor_inverse, x_order=mates.order, y_order=self.row_numbers, own=mates.owner,
+                positive=self.positive_cosine, out=columns.gradients[0], TRANSPOSED=True, **self.margins,
             )  # fmt: skip
         # Those that ranks add up stay in float32.
         dtype = torch.float32 if self.batch.shared else kept_dtype(self.dtype)
@@ -319,20 +323,17 @@ class TritonProducts:
         partial = torch.empty((sum(tiles), len(x)), dtype=torch.float32, device=x.device)
         pieces = zip(columns.sources, columns.buffers, partial.split(tiles), strict=True)
         for place, (source, buffer, part) in enumerate(pieces):
-            ids = None
-            if place == 0 and self.excludes:
-                assert self.cluster_ids is not None
-                assert columns.ids is not None
-                ids = (self.cluster_ids[rows], columns.ids)
+            more: dict[str, Tensor | None] = {}
+            if place == 0:
+                more["own"] = columns.own[rows] if columns.own is not None else None
+            if place == 0 and self.excludes and self.cluster_ids is not None:
+                more.update(row_ids=self.cluster_ids[rows], column_ids=columns.ids)
+            if source.is_centroids:
+                more.update(uses=self.uses, hard_ids=self.hard_ids[rows])
             launchers.weigh(
-                mode, x, source.raw, x_inverse, source.inverse, self.temperature, part,
-                buffer if mode == "weights" else None,
-                own=columns.own[rows] if place == 0 and columns.own is not None else None,
-                cluster_ids=ids,
-                uses=self.uses if source.is_centroids else None,
-                hard_ids=self.hard_ids[rows] if source.is_centroids else None,
-                hard_negative_weight=self.options.hard_negative_weight,
-                reference=reference,
+                mode, x, source.raw, x_inverse=x_inverse, y_inverse=source.inverse, partial=part,
+                weights=buffer if mode == "weights" else None, temperature=self.temperature,
+                hard_negative_weight=float(self.options.hard_negative_weight), reference=reference, **more,
             )  # fmt: skip
         return partial
 
@@ -343,16 +344,16 @@ class TritonProducts:
         if mates is None or (out is None and not columns.totals):
             return
         x, x_inverse = weights.x, weights.x_inverse
-        values = (torch.empty_like(x_inverse), torch.empty_like(x_inverse)) if columns.totals else None
+        slope_sum, margin = (torch.empty_like(x_inverse) if columns.totals else None for _ in range(2))
         low, high = mates.of_rows
         launchers.add_margins(
-            x, positives.raw, x_inverse, positives.inverse, None, mates.order, (low[rows], high[rows]),
-            mates.own[rows], self.positive_cosine[rows], (self.options.bml_alpha, self.options.bml_beta),
-            values=values, out=out, out_scale=self.slope_scale,
+            x, positives.raw, (low[rows], high[rows]), x_inverse=x_inverse, y_inverse=positives.inverse,
+            y_order=mates.order, own=mates.own[rows], positive=self.positive_cosine[rows], out=out,
+            slope_sum=slope_sum, margin=margin, **self.margins,
         )  # fmt: skip
-        if values is not None:
-            self.slope_sum[rows] += values[0]
-            self.margin_sum[rows] += values[1]
+        if slope_sum is not None and margin is not None:
+            self.slope_sum[rows] += slope_sum
+            self.margin_sum[rows] += margin
 
 
 def _accumulate(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
