@@ -20,16 +20,18 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import shutil
+import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from ablation_tables import write_comparison, write_search
-from machine import machine, write_json
+from report import machine, new_figure, save_figure, write, write_csv, write_json
+from scipy.stats import ttest_rel
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,31 +41,33 @@ from clusterns.evaluation.correlation import spearman
 from clusterns.evaluation.sts import SEVEN, load_sts
 from clusterns.evaluation.sts_scores import Vectors, sentences_of
 from clusterns.files import holding
-from clusterns.functional import NearestCentroids
+from clusterns.objective.problem import Clusters
 from clusterns.train import train
 from clusterns.training.config import TrainConfig
 
 SEARCH_SEED = 1000
+BASELINE = "SimCSE"
+Found = dict[str, dict[int, dict[str, Any]]]
 
 
 class NearestAsHardNegative(ClusterNSLoss):
     """The nearest centroid is the hard negative, not the runner-up."""
 
-    def assign(self, points: Tensor, **options: Any) -> tuple[NearestCentroids, Tensor | None]:
+    def assign(self, points: Tensor, **options: Any) -> Clusters:
         """See `OnlineKMeans.assign`."""
-        found, cosines = super().assign(points, **options)
-        return found._replace(runner_up=found.nearest, runner_up_cosine=found.nearest_cosine), cosines
+        found = super().assign(points, **options)
+        return found._replace(hard_ids=found.ids, runner_up_cosine=found.nearest_cosine)
 
 
 class RandomClusters(ClusterNSLoss):
     """Sentences belong to clusters at random, and any other centroid is their hard negative."""
 
-    def assign(self, points: Tensor, **options: Any) -> tuple[NearestCentroids, Tensor | None]:
+    def assign(self, points: Tensor, **options: Any) -> Clusters:
         """See `OnlineKMeans.assign`."""
-        found, cosines = super().assign(points, **options)
-        nearest = torch.randint_like(found.nearest, self.num_clusters)
-        step = torch.randint_like(nearest, 1, self.num_clusters)
-        return found._replace(nearest=nearest, runner_up=(nearest + step) % self.num_clusters), cosines
+        found = super().assign(points, **options)
+        ids = torch.randint_like(found.ids, self.num_clusters)
+        step = torch.randint_like(ids, 1, self.num_clusters)
+        return found._replace(ids=ids, hard_ids=(ids + step) % self.num_clusters)
 
 
 class NearestConfig(TrainConfig):
@@ -133,12 +137,22 @@ def one_run(
     *,
     with_test: bool,
 ) -> None:
-    """Make a run, unless there is its result already or another process is at it."""
+    """Make a run, unless there is its result already or another process is at it.
+
+    Train, score, keep the figures and the log, drop the weights.
+    """
     file = folder / "result.json"
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(BlockingIOError), holding(folder / ".lock"):
         if not file.is_file():
-            run(kind, settings, seed, folder, wanted, with_test=with_test)
+            began = time.perf_counter()
+            result = trained(kind, settings, seed, folder, wanted)
+            if with_test:
+                result["test"] = seven_sets(folder / "model", wanted.data / "sts_raw")
+            result |= {"seconds": time.perf_counter() - began, "machine": machine()}
+            shutil.move(folder / "model" / "log.jsonl", folder / "log.jsonl")
+            shutil.rmtree(folder / "model")
+            write_json(file, result)
     if file.is_file() and (found := read(file)["protocol"]) != protocol(wanted):
         raise SystemExit(f"--output: expected runs of {protocol(wanted)}, got {file} of {found}")
 
@@ -158,17 +172,10 @@ def slug(name: str) -> str:
     return name.replace(", ", "-").replace(" ", "-").lower()
 
 
-def run(
-    kind: type[TrainConfig],
-    settings: dict[str, Any],
-    seed: int,
-    folder: Path,
-    wanted: argparse.Namespace,
-    *,
-    with_test: bool,
-) -> None:
-    """Train, score, keep the figures and the log, drop the weights."""
-    began = time.perf_counter()
+def trained(
+    kind: type[TrainConfig], settings: dict[str, Any], seed: int, folder: Path, wanted: argparse.Namespace
+) -> dict[str, Any]:
+    """Train into folder/model; what the training says."""
     given = {
         "model": str(wanted.model),
         "train_file": str(wanted.data / "wiki_sentences.txt"),
@@ -190,11 +197,12 @@ def run(
     }
     if kind is not TrainConfig:
         given["backend"] = "torch"  # the fused kernels assign on their own
-    with quiet():
+    # Without the training's own lines and bars.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         scores = train(kind.from_settings(given))
     log = (folder / "model" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in log]
-    result = {
+    return {
         "protocol": protocol(wanted),
         "settings": settings,
         "seed": seed,
@@ -203,12 +211,6 @@ def run(
         "clustering_started": [r["step"] for r in records if r.get("event") == "clustering starts"],
         "last": next(r for r in reversed(records) if "loss" in r),
     }
-    if with_test:
-        result["test"] = seven_sets(folder / "model", wanted.data / "sts_raw")
-    result |= {"seconds": time.perf_counter() - began, "machine": machine(gpu=True)}
-    shutil.copy(folder / "model" / "log.jsonl", folder / "log.jsonl")
-    shutil.rmtree(folder / "model")
-    write_json(folder / "result.json", result)
 
 
 def seven_sets(model: Path, sts_dir: Path) -> dict[str, float]:
@@ -225,13 +227,6 @@ def seven_sets(model: Path, sts_dir: Path) -> dict[str, float]:
     return found | {"avg": sum(found.values()) / len(found)}
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the training's own lines and bars."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
 def compare(wanted: argparse.Namespace) -> None:
     """All variants, seed after seed, so that an interruption leaves whole seeds."""
     names = wanted.variants or list(VARIANTS)
@@ -242,17 +237,17 @@ def compare(wanted: argparse.Namespace) -> None:
             kind, settings = VARIANTS[name]
             one_run(kind, settings, seed, wanted.output / slug(name) / str(seed), wanted, with_test=True)
             # Those that another process made meanwhile, too.
-            found = {each: results_by_seed(wanted.output / slug(each), seeds) for each in names}
+            found = {each: results(wanted.output / slug(each)) for each in names}
             if any(found.values()):
                 write_comparison(found, wanted.output, described(wanted))
     if (wanted.output / "comparison.md").is_file():
         print((wanted.output / "comparison.md").read_text(encoding="utf-8"))
 
 
-def results_by_seed(folder: Path, seeds: Iterable[int]) -> dict[int, dict[str, Any]]:
-    """What runs of a variant there are."""
-    files = {seed: folder / str(seed) / "result.json" for seed in seeds}
-    return {seed: read(file) for seed, file in files.items() if file.is_file()}
+def results(folder: Path) -> dict[int, dict[str, Any]]:
+    """What runs there are of a variant, or of some settings, by seed."""
+    found = [read(file) for file in folder.glob("*/result.json")]
+    return {result["seed"]: result for result in sorted(found, key=lambda result: result["seed"])}
 
 
 def search(wanted: argparse.Namespace) -> None:
@@ -282,12 +277,8 @@ def search_folder(wanted: argparse.Namespace, name: str) -> Path:
 
 def searched(wanted: argparse.Namespace, names: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
     """What runs of these settings there are, of whatever seeds."""
-    found = {}
-    for name in names:
-        files = sorted(search_folder(wanted, name).glob("*/result.json"))
-        if files:
-            found[name] = [read(file) for file in files]
-    return found
+    found = {name: list(results(search_folder(wanted, name)).values()) for name in names}
+    return {name: runs for name, runs in found.items() if runs}
 
 
 def best_so_far(wanted: argparse.Namespace, names: Iterable[str]) -> list[str]:
@@ -299,7 +290,111 @@ def best_so_far(wanted: argparse.Namespace, names: Iterable[str]) -> list[str]:
 
 def described(wanted: argparse.Namespace) -> dict[str, Any]:
     """What the tables say of their origin."""
-    return protocol(wanted) | machine(gpu=True)
+    return protocol(wanted) | machine()
+
+
+# --- tables and figure -------------------------------------------------------------------------------------
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation of a sample."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"
+
+
+def paired(found: Found, name: str, figure: str) -> tuple[float, float, int]:
+    """Mean difference to the baseline over the seeds of both, p of the paired t-test, number of seeds."""
+    seeds = [seed for seed in found[name] if seed in found.get(BASELINE, {})]
+    mine, base = ([figure_of(found[each][seed], figure) for seed in seeds] for each in (name, BASELINE))
+    if not seeds or name == BASELINE:
+        return math.nan, math.nan, len(seeds)
+    difference = statistics.fmean(a - b for a, b in zip(mine, base, strict=True))
+    p = float(ttest_rel(mine, base).pvalue) if len(seeds) > 1 else math.nan
+    return difference, p, len(seeds)
+
+
+def figure_of(result: dict[str, Any], name: str) -> float:
+    """STS-B dev, or a test figure."""
+    return result["dev"] if name == "dev" else result["test"][name]
+
+
+def row_of(result: dict[str, Any]) -> dict[str, Any]:
+    """A run's own columns."""
+    started = next(iter(result["clustering_started"]), "")
+    row = {"seed": result["seed"], "dev": result["dev"], "clustering_started": started}
+    return row | {"seconds": round(result["seconds"], 1)}
+
+
+def write_comparison(found: Found, folder: Path, origin: dict[str, Any]) -> None:
+    """comparison.csv (a row a run), comparison.md and comparison.png of what there is so far."""
+    names = [name for name in found if found[name]]  # of other processes' runs some may be missing
+    sets = list(next(iter(found[names[0]].values()))["test"])
+    columns = ["variant", "seed", "dev", *sets, "clustering_started", "seconds", "commit", "cpu"]
+    rows = [
+        {**result["machine"], **result["test"], **row_of(result), "variant": name}
+        for name in names
+        for _, result in sorted(found[name].items())
+    ]
+    write_csv(folder / "comparison.csv", columns, rows)
+    lines = [
+        "| variant | seeds | STS-B dev | test avg | − SimCSE, dev (p) | − SimCSE, test avg (p) |",
+        "|:--|--:|--:|--:|--:|--:|",
+    ]
+    for name in names:
+        results = list(found[name].values())
+        cells = [spread([figure_of(result, each) for result in results]) for each in ("dev", "avg")]
+        for each in ("dev", "avg"):
+            difference, p, _ = paired(found, name, each)
+            cells.append("" if math.isnan(difference) else f"{difference:+.2f} ({p:.3f})")
+        lines.append(f"| {name} | {len(results)} | {' | '.join(cells)} |")
+    lines += ["", "Spearman × 100, mean ± standard deviation over seeds; p of a paired t-test.", ""]
+    write(
+        folder / "comparison.md",
+        "\n".join([*lines, *with_origin("commits of the runs: comparison.csv", origin)]),
+    )
+    draw(found, names, folder / "comparison.png")
+
+
+def draw(found: Found, names: list[str], file: Path) -> None:
+    """A dot for each seed, lines between the runs of one seed, a bar for the mean."""
+    figure, ((*axes,),) = new_figure(1, 2, (11, 4.5))
+    for axis, name, title in zip(axes, ("dev", "avg"), ("STS-B dev", "seven test sets, mean"), strict=True):
+        for seed in sorted({seed for each in names for seed in found[each]}):
+            points = [(x, found[each].get(seed)) for x, each in enumerate(names)]
+            points = [(x, figure_of(result, name)) for x, result in points if result]
+            axis.plot(*zip(*points, strict=True), "o-", lw=0.6, ms=4, alpha=0.6, label=f"seed {seed}")
+        for x, each in enumerate(names):
+            mean = statistics.fmean(figure_of(result, name) for result in found[each].values())
+            axis.plot([x - 0.3, x + 0.3], [mean, mean], color="black", lw=2)
+        axis.set_xticks(range(len(names)), names, rotation=35, ha="right")
+        axis.set_title(title)
+        axis.set_ylabel("Spearman × 100")
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].legend(fontsize=7)
+    save_figure(figure, file)
+
+
+def write_search(found: dict[str, list[dict[str, Any]]], folder: Path, origin: dict[str, Any]) -> None:
+    """search.csv and search.md: dev for each seed, ranked by the first, which all settings have."""
+    rows = [{**row_of(result), "settings": name} for name, results in found.items() for result in results]
+    write_csv(folder / "search.csv", ["settings", "seed", "dev", "clustering_started"], rows)
+    seeds = sorted({result["seed"] for results in found.values() for result in results})
+    lines = [f"| settings | {' | '.join(f'seed {seed}' for seed in seeds)} | clustering starts at step |"]
+    lines.append(f"|:--|{'--:|' * (len(seeds) + 1)}")
+    for name, results in sorted(found.items(), key=lambda item: -item[1][0]["dev"]):
+        dev = {result["seed"]: f"{result['dev']:.2f}" for result in results}
+        started = next(iter(results[0]["clustering_started"]), "never")
+        lines.append(f"| {name} | {' | '.join(dev.get(seed, '') for seed in seeds)} | {started} |")
+    lines += ["", "STS-B dev, Spearman × 100.", ""]
+    write(folder / "search.md", "\n".join([*lines, *with_origin("commits of the runs: result.json", origin)]))
+
+
+def with_origin(commits: str, origin: dict[str, Any]) -> list[str]:
+    """Lines that say where a table is from."""
+    return [f"This table was written by ({commits})", "", "```json", json.dumps(origin), "```", ""]
+
+
+# --- as a script -------------------------------------------------------------------------------------------
 
 
 def main() -> int:

@@ -22,21 +22,18 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from contenders import SETTINGS
-from gpu_contenders import Case, make_views
-from machine import machine, write_csv
+from contenders import MARGINS, TAU, WORKSPACE_BYTES, Case, make_views, unit_formula
+from parity import relative
+from report import RESULTS, machine, write_csv
 from torch import Tensor
 from tqdm import tqdm
 
-from clusterns import fused
-from clusterns.functional import nearest_centroids, objective
-from clusterns.options import WORKSPACE_BYTES
+import clusterns
 
-WEIGHTS = (1e-2, SETTINGS.bml_weight)  # λ: one at which the margin loss has a say, and the published one
-OUTPUT = Path("bench/results/exactness.csv")
+WEIGHTS = (1e-2, MARGINS["bml_weight"])  # λ: one at which the margin loss has a say, and the published one
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTERPRETED_AT_MOST = 300  # rows of a batch, on a CPU
-FUSED_AT_MOST = 16384  # rows: the fused regime keeps 4·B² bytes
+WHOLE_AT_MOST = 16384  # rows: a single chunk keeps 4·B² bytes
 REFERENCE_AT_MOST = 1024  # rows at which the float64 truth is held against the reference
 NEGATIVES = 96
 LOSS_SCALE = 4096.0  # of float16, whose small gradients vanish without one, in training too
@@ -87,7 +84,7 @@ def make_problem(case: Case, device: torch.device, bml_weight: float) -> Problem
     """Views around centers, explicit negatives of the same kind, clusters as float64 sees them."""
     anchors, positives, centers = make_views(case, device)
     other = make_views(Case("step", NEGATIVES, case.dim, case.clusters, case.dtype), device).positives
-    found = nearest_centroids(anchors.detach().double(), centers.double())
+    found = clusterns.nearest_centroids(anchors.detach().double(), centers.double())
     return Problem((anchors, positives, other), centers, found.nearest, found.runner_up, bml_weight)
 
 
@@ -96,21 +93,18 @@ def ours(
 ) -> list[Tensor]:
     """Loss and gradients by a backend."""
     leaves = problem.leaves(dtype)
-    loss = objective(
-        leaves[0],
-        leaves[1],
-        temperature=SETTINGS.temperature,
+    loss = clusterns.info_nce(
+        *leaves[:2],
+        temperature=TAU,
         negatives=leaves[2],
         centroids=problem.centroids.to(dtype or torch.float32),
         hard_negative_ids=problem.hard_negative_ids,
         cluster_ids=problem.cluster_ids,
         false_negatives="bml",
-        bml_weight=problem.bml_weight,
-        bml_alpha=SETTINGS.bml_alpha,
-        bml_beta=SETTINGS.bml_beta,
         workspace_bytes=workspace_bytes,
         backend=backend,
-    ).loss
+        **{**MARGINS, "bml_weight": problem.bml_weight},
+    )
     return [loss.detach(), *differentiate(loss, leaves)]
 
 
@@ -122,31 +116,19 @@ def differentiate(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
 
 def eager(problem: Problem) -> list[Tensor]:
-    """Loss and gradients in plain torch: `baselines.eager_formula` with given clusters and negatives."""
+    """Loss and gradients in plain torch."""
     leaves = problem.leaves()
     a, p, n = (F.normalize(z, dim=1) for z in leaves)
     c = F.normalize(problem.centroids, dim=1).to(a.dtype)
-    uses = problem.hard_negative_ids.bincount(minlength=len(c)).float().log()
-    cosines, to_negatives, to_centroids = a @ p.T, a @ n.T, a @ c.T
-    tau = SETTINGS.temperature
-    logits = torch.cat([cosines / tau, to_negatives / tau, to_centroids / tau + uses], dim=1)
-    loss = F.cross_entropy(logits, torch.arange(len(a), device=a.device))
-    del logits
-    mates = problem.cluster_ids[:, None] == problem.cluster_ids[None, :]
-    delta = (cosines - cosines.diagonal()[:, None]) * mates
-    bml = (F.relu(delta + SETTINGS.bml_alpha) + F.relu(-delta - SETTINGS.bml_beta)).mean(dtype=torch.float32)
-    loss = loss + problem.bml_weight * bml
+    info_nce, margins = unit_formula(a, p, c, (problem.cluster_ids, problem.hard_negative_ids), n)
+    loss = info_nce + problem.bml_weight * margins
     return [loss.detach(), *differentiate(loss, leaves)]
 
 
 def errors(found: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
     """By the names of `FIGURES`."""
     loss = abs(float(found[0]) - float(truth[0]))
-    relative = [
-        float((one.double() - other).norm() / other.norm())
-        for one, other in zip(found[1:], truth[1:], strict=True)
-    ]
-    return dict(zip(FIGURES, (loss, *relative), strict=True))
+    return dict(zip(FIGURES, (loss, *map(relative, found[1:], truth[1:])), strict=True))
 
 
 def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -164,17 +146,26 @@ def truth_of(problem: Problem) -> list[Tensor]:
     return found
 
 
+def why_no_triton(device: torch.device) -> str:
+    """Why kernels cannot run on a device, empty if they can: by asking for them."""
+    try:
+        rows = torch.randn(2, 16, device=device)
+        clusterns.info_nce(rows, rows, backend="triton")
+    except (RuntimeError, ImportError) as error:
+        return str(error)
+    return ""
+
+
 def backends(problem: Problem) -> list[tuple[str, str, int]]:
-    """(name, user's word, workspace) of what can run here; every chunked one in four chunks or more."""
-    rows = len(problem.cluster_ids)
-    whole = fused.cosine_bytes(problem.embeddings[0], problem.embeddings[2], problem.centroids)
+    """(name, user's word, workspace) of what can run here; in four chunks or more, and Triton in one too."""
+    rows, device = len(problem.cluster_ids), problem.centroids.device
+    whole = 4 * rows * (rows + sum(len(z) for z in (problem.embeddings[2], problem.centroids)) + 64)
     part = min(WORKSPACE_BYTES, whole // 4)
     found = [("torch", "torch", part)]
-    on_gpu = problem.centroids.is_cuda
-    if fused.why_not(*problem.embeddings) is None and (on_gpu or rows <= INTERPRETED_AT_MOST):
+    if not why_no_triton(device) and (device.type == "cuda" or rows <= INTERPRETED_AT_MOST):
         found.append(("triton-chunked", "triton", part))
-        if rows <= FUSED_AT_MOST:
-            found.append(("triton", "triton", whole))
+        if rows <= WHOLE_AT_MOST:
+            found.append(("triton", "triton", 2 * whole))
     return found
 
 
@@ -223,22 +214,19 @@ def line(row: dict) -> str:
     return f"{text}  {'ok' if row['within'] else 'WORSE'}{'' if row['repeatable'] else ' NOT REPEATABLE'}"
 
 
-def arguments() -> argparse.Namespace:
-    """Command line."""
+def main() -> int:
+    """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="CSV, default %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / "exactness.csv", help="CSV, default %(default)s"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batches", default="64,300,1024,4096", help="comma-separated")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="comma-separated")
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--clusters", type=int, default=128)
     parser.add_argument("--precision", choices=["highest", "high", "medium"], default="highest")
-    return parser.parse_args()
-
-
-def main() -> int:
-    """Measure, write, print."""
-    wanted = arguments()
+    wanted = parser.parse_args()
     device = torch.device(wanted.device)
     torch.set_float32_matmul_precision(wanted.precision)
     batches = sorted(int(each) for each in wanted.batches.split(","))
@@ -247,13 +235,13 @@ def main() -> int:
         for dtype in wanted.dtypes.split(",")
         for batch in batches
     ]
-    reason = fused.why_not(torch.empty(1, device=device))
-    if reason is not None:
+    reason = why_no_triton(device)
+    if reason:
         print(f"no Triton rows: {reason}" + (" (or set TRITON_INTERPRET=1)" if device.type == "cpu" else ""))
     elif device.type == "cpu":
         print(f"Triton rows: by the interpreter, up to B = {INTERPRETED_AT_MOST}")
         round_in_the_interpreter()
-    found = machine(gpu=True)
+    found = machine()
     rows: list[dict] = []
     seen: dict[tuple, tuple[int, dict[str, float]]] = {}
 

@@ -40,12 +40,13 @@ measure() { # the stage's command, which ends by itself, or is interrupted and r
 }
 
 main() {
-    local stage seconds status=0 left=${#stages[@]} workers parallel=() sizes batches=64,300,1024,4096,16384,65536
+    local stage seconds status=0 left=${#stages[@]} workers parallel=() tiny=() sizes batches=64,300,1024,4096,16384,65536
+    [[ $device == cuda ]] || tiny=(--batch 16 32 --dim 64 --clusters 8 --rounds 5)
     "$python" -P - <<'PY' || return 2
 import json, os, pathlib, shutil, sys, sysconfig
 sys.path.insert(0, "bench")
-from machine import machine
-found = machine(gpu=True)
+from report import machine
+found = machine()
 print(json.dumps(found, indent=1))
 compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang")
 header = pathlib.Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
@@ -66,8 +67,7 @@ PY
         local budget=(--device "$device" --output "$out" --seconds "$((seconds - 30))")
         case $stage in
             tests) measure -P -m pytest -p no:cacheprovider -vv -ra "${parallel[@]}" "${gpu_tests[@]}" ;;
-            step) measure bench/gpu_step.py "${budget[@]}" ;;
-            large) measure bench/gpu_large_batch.py "${budget[@]}" ;;
+            step | large) measure bench/run.py "$stage" "${budget[@]}" "${tiny[@]}" ;;
             exactness)
                 [[ $device == cuda ]] || batches=64,300
                 measure bench/exactness.py --device "$device" --batches $batches --output "$out/exactness.csv"

@@ -43,13 +43,6 @@ def spread(samples: Sequence[float]) -> Spread:
     return Spread(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])
 
 
-class Captured(NamedTuple):
-    """A captured run: its replay, and the tensors that a replay writes."""
-
-    replay: Run
-    result: Any
-
-
 class Clock:
     """CPU: wall clock, no graphs. Its figures are not GPU figures."""
 
@@ -107,8 +100,8 @@ class Clock:
                 return each
             calls *= 2
 
-    def capture(self, make: Callable[[], Run]) -> Captured:
-        """Capture a run as a graph; `make` prepares the run."""
+    def capture(self, make: Callable[[], Run]) -> Run:
+        """Capture a run as a graph; `make` prepares the run. The replay returns what it writes."""
         raise RuntimeError("the CPU has no graphs")
 
     def peak_mib(self, run: Run, held_bytes: int = 0) -> float:
@@ -173,7 +166,7 @@ class CudaClock(Clock):
 
         return block
 
-    def capture(self, make: Callable[[], Run]) -> Captured:
+    def capture(self, make: Callable[[], Run]) -> Run:
         """Warm up, then capture on the stream of everything else."""
         run = make()
         for _ in range(3):
@@ -183,10 +176,11 @@ class CudaClock(Clock):
         with torch.cuda.graph(graph, stream=self.stream):
             result = run()
 
-        def replay(held: Run = run) -> None:  # what the graph reads must outlive it
+        def replay(held: Run = run) -> Any:  # what the graph reads must outlive it
             graph.replay()
+            return result
 
-        return Captured(replay, result)
+        return replay
 
     def peak_mib(self, run: Run, held_bytes: int = 0) -> float:
         """From the allocator, so without what the driver and the kernels themselves hold."""

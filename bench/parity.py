@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import corpus
 import torch
-from rivals import HALF, MARGINS, MOMENTUM, TAU, WORKSPACE_BYTES, Built, Case, Views
+from contenders import HALF, MARGINS, MOMENTUM, TAU, WORKSPACE_BYTES, Built, Case, make_views
 from torch import Tensor
 
 import clusterns
@@ -35,6 +36,16 @@ def tolerance(case: Case) -> Tolerance:
     return FLOAT16 if case.dtype == torch.float16 else BFLOAT16
 
 
+def is_of_a_corpus(case: Case) -> bool:
+    """Whether corpus.py has the data and the truth of a case."""
+    return case.kind in {each.kind for each in corpus.CASES}
+
+
+def data_of(case: Case, device: torch.device) -> Any:
+    """What a case's contenders are built on."""
+    return corpus.make_data(case) if is_of_a_corpus(case) else make_views(case, device)
+
+
 class Expected(NamedTuple):
     """Loss and gradients of both views, and centroids after a step; of an assignment the ids alone."""
 
@@ -42,10 +53,12 @@ class Expected(NamedTuple):
     centroids: Tensor | None = None
 
 
-def expected(case: Case, views: Views) -> Expected | None:
+def expected(case: Case, views: Any) -> Any:
     """What float64 gives on the same, already rounded views; None for another loss."""
     if case.kind == "other loss":
         return None
+    if is_of_a_corpus(case):
+        return corpus.expected(case, views)
     anchors, positives = (z.detach().double().requires_grad_() for z in views[:2])
     centroids = views.centers.to(case.dtype if case.kind != "step" else torch.float32).double()
     arguments: dict = {"temperature": TAU}
@@ -79,35 +92,29 @@ def relative(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm())
 
 
-def errors(case: Case, answer: object, built: Built, truth: Expected) -> dict[str, float]:
-    """Relative errors of the loss, the gradients and the way the centroids went; of ids, how many agree."""
+def check(case: Case, answer: Any, built: Built, truth: Any) -> tuple[dict[str, float], str]:
+    """Errors of an answer as columns of a row, and which of them is too large, in words."""
+    if is_of_a_corpus(case):
+        return corpus.errors(built.views, answer, truth)
     if case.kind == "assign":
-        return {"agreement": float((answer.flatten() == truth.answer[0]).double().mean())}  # type: ignore[attr-defined]
-    loss, *gradients = answer  # type: ignore[misc]
+        agreement = float((answer.flatten() == truth.answer[0]).double().mean())
+        few = f"{agreement:.2%} of the ids agree, expected {AGREEMENT:.0%}"
+        return {"agreement": agreement}, "" if agreement >= AGREEMENT else few
+    loss, *gradients = answer
     found = {
         "loss": float(loss),
         "loss_error": relative(loss, truth.answer[0]),
         "gradient_error": max(map(relative, gradients, truth.answer[1:])),
     }
-    if truth.centroids is not None:
-        start = built.views.centers.double()  # type: ignore[attr-defined]
-        found["centroid_error"] = relative(built.centroids.double() - start, truth.centroids - start)  # type: ignore[attr-defined]
-    return found
-
-
-def failure(case: Case, found: dict[str, float]) -> str:
-    """Which error is beyond the tolerance, in words; empty if none is. NaN never passes."""
     allowed = tolerance(case)
-    limits = {
-        "loss_error": allowed.loss,
-        "gradient_error": allowed.gradient,
-        "centroid_error": allowed.gradient,
-    }
-    beyond = [
+    limits = {"loss_error": allowed.loss, "gradient_error": allowed.gradient}
+    if truth.centroids is not None:  # the way they went
+        start = built.views.centers.double()
+        found["centroid_error"] = relative(built.centroids.double() - start, truth.centroids - start)
+        limits["centroid_error"] = allowed.gradient
+    beyond = [  # NaN never passes
         f"{name.replace('_', ' ')} {found[name]:.2g} > {limit:g}"
         for name, limit in limits.items()
-        if name in found and not found[name] <= limit
+        if not found[name] <= limit
     ]
-    if "agreement" in found and not found["agreement"] >= AGREEMENT:
-        beyond.append(f"{found['agreement']:.2%} of the ids agree, expected {AGREEMENT:.0%}")
-    return ", ".join(beyond)
+    return found, ", ".join(beyond)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import datetime
 import io
@@ -164,20 +163,17 @@ def short(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0][:160]}"
 
 
-def arguments(description: str, output: Path | None, **options: object) -> argparse.ArgumentParser:
-    """A command line: `--output`, and an option for each default, whose type and words it takes."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=output, help="default: %(default)s")
-    for name, default in options.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(default, tuple):
-            kind = type(default[0])
-            parser.add_argument(
-                flag, type=kind, nargs="*", default=list(default), help="default: %(default)s"
-            )
-        else:
-            parser.add_argument(flag, type=type(default), default=default, help="default: %(default)s")
-    return parser
+def arithmetic(workspace: int = 2**28, dim: int = 768, clusters: int = 128) -> str:
+    """Floor of time and memory of a large batch, from sizes alone."""
+    lines = [f"ARITHMETIC, NOT MEASURED: bf16, D={dim}, K={clusters}; 6·B²·D at 750 TFLOP/s, no chip's rate"]
+    for batch, limit in [*((4096 * 2**each, workspace) for each in range(7)), (2**20, 8 * workspace)]:
+        row_bytes = 28 * dim + 2 * batch + 4 * clusters + 4 * (batch // 128)
+        rows = min(batch, max(1, limit // row_bytes))
+        rows -= rows % 128 if rows > 128 else 0
+        above = (rows * row_bytes + 4 * batch * dim) / 2**20  # a chunk, a float32 (B, D)
+        milliseconds = 6e3 * batch**2 * dim / 750e12
+        lines.append(f"B={batch:9,} {milliseconds:8.2f} ms, {rows:6,} rows a chunk, {above:5.0f} MiB more")
+    return "\n".join(lines)
 
 
 # --- rows --------------------------------------------------------------------------------------------------
@@ -203,7 +199,7 @@ class Results:
     def __init__(self, folder: Path, found: dict[str, object], name: str, *, on_gpu: bool):
         self.on_gpu, self.machine = on_gpu, found
         # No file of a CPU run looks like GPU figures.
-        self.path = folder / f"{'gpu' if on_gpu else 'cpu'}-{name}.json"
+        self.path = folder / f"{'gpu' if on_gpu else 'cpu'}{'-' * bool(name)}{name}.json"
         self.rows: list[dict] = []
         self.skipped: list[str] = []
 
@@ -237,7 +233,7 @@ class Results:
 
     def ours_are_right(self) -> bool:
         """Whether all of our own rows were measured."""
-        ours = [row for row in self.rows if row["contender"].startswith(OURS)]
+        ours = [row for row in self.rows if row["contender"].lower().startswith(OURS)]
         return bool(ours) and all(row["status"] in ("ok", "left out") for row in ours)
 
     def targets(self) -> list[dict]:
@@ -294,8 +290,9 @@ class Results:
     def draw(self) -> None:
         """Time, achieved rate and memory against B beside the rows, where a kind has several sizes."""
         try:
-            origin = "{gpu}, torch {torch}, commit {commit}".format(**self.machine)
-            draw(self.rows, self.path.with_suffix(".png"), f"{'' if self.on_gpu else 'CPU, '}{origin}")
+            device = self.machine["gpu" if self.on_gpu else "cpu"]
+            title = "{}, torch {torch}, commit {commit}".format(device, **self.machine)
+            draw(self.rows, self.path.with_suffix(".png"), title)
         except Exception as error:  # the figures are on disk; a picture less must not hide them
             print(f"no plot: {short(error)}")
 
@@ -336,7 +333,7 @@ def line(row: dict, short: bool = False) -> str:
 
 
 PANELS = {
-    "device_us": "microseconds (dashed: launched)",
+    "device_us": "microseconds",
     "tflops": "TFLOP/s, counting 6·B²·D",
     "peak_mib": "peak MiB above inputs and gradients",
 }
@@ -365,8 +362,8 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
                 if points:
                     axis.plot(*zip(*sorted(points.items()), strict=True), style, marker="o", ms=4, **more)
 
+            graphs = panel == "device_us" and any(row.get("graph_us") for row in own)
             for index, name in enumerate(names):
-                graphs = panel == "device_us" and any(row.get("graph_us") for row in own)
                 series(name, panel, "--" if graphs else "-", color=f"C{index}", label=name)
                 if graphs:
                     series(name, "graph_us", "-", color=f"C{index}")
@@ -374,7 +371,8 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
                     series(
                         name, "floor_us", ":", color="black", label=None if index else "6·B²·D at the rate"
                     )
-            axis.set(ylabel=PANELS[panel], yscale="linear" if panel == "tflops" else "log")
+            unit = PANELS[panel] + " (dashed: launched)" * graphs
+            axis.set(ylabel=unit, yscale="linear" if panel == "tflops" else "log")
             axis.set_xscale("log", base=2)
             axis.grid(alpha=0.3, which="both")
             if axis.lines:

@@ -14,15 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_data_throughput(tmp_path):
     pytest.importorskip("sentence_transformers")
-    options = "--kinds sentences --rows 300 --batch-size 32 --rounds 1 --steps 2".split()
-    scripts = [str(ROOT / name) for name in ("tests/support/fixed_corpus.py", "bench/data_throughput.py")]
-    done = subprocess.run(
-        [sys.executable, *scripts, *options, "--output", str(tmp_path / "data.json")],
-        capture_output=True, encoding="utf-8", check=False,
-    )  # fmt: skip
+    options = "--kinds sentences --rows 300 --batch-size 32 --rounds 1 --steps 2 --output data.json".split()
+    scripts = [str(ROOT / name) for name in ("tests/support/fixed_corpus.py", "bench/data.py")]
+    command = [sys.executable, *scripts, *options]  # no fork: its loaders start workers of their own
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     content = json.loads((tmp_path / "data.json").read_text(encoding="utf-8"))
-    assert "python bench/data_throughput.py --kinds sentences " in content["machine"]["command"]
+    assert "python bench/data.py --kinds sentences " in content["machine"]["command"]
     rows = content["kinds"]["sentences"]
     assert {name.split(",")[0] for name in rows} == {"clusterns", "sentence-transformers", "datasets.map"}
     for row in rows.values():

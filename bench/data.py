@@ -26,7 +26,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from machine import machine, version, write_json
+from report import RESULTS, machine, version, write_json
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 from transformers.utils import logging as transformers_logging
@@ -37,7 +37,6 @@ from clusterns.data import batches
 from clusterns.models.views import ViewTokenizer
 from clusterns.training.scratch import small_bert, train_tokenizer
 
-OUTPUT = Path(__file__).parent / "results" / "data.json"
 Row = tuple[str, ...]
 Loader = Callable[[], Iterable]
 
@@ -55,9 +54,8 @@ def contenders(rows: list[Row], size: int, max_length: int, folder: Path) -> dic
     """What to make a loader of one epoch by, by name."""
     tokenizer = train_tokenizer([text for row in rows for text in row], max_length=max_length)
     path = folder / "rows.jsonl"
-    path.write_text(
-        "".join(json.dumps(dict(zip(("a", "b"), row, strict=False))) + "\n" for row in rows), "utf-8"
-    )
+    lines = [json.dumps(dict(zip(("a", "b"), row, strict=False))) + "\n" for row in rows]
+    path.write_text("".join(lines), "utf-8")
     stored = load_rows(path, columns=["a", "b"][: len(rows[0])])
     tokenize = ViewTokenizer(tokenizer, max_length=max_length)
 
@@ -156,20 +154,6 @@ def waits(make: Loader, step_seconds: float, steps: int) -> tuple[float, float]:
     return first, statistics.mean(waited)
 
 
-def arguments() -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON, default %(default)s")
-    parser.add_argument("--kinds", default="sentences,pairs", help="comma-separated")
-    parser.add_argument("--rows", type=int, default=50_000, help="at most")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--max-length", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3, help="whole epochs, the contenders in turn")
-    parser.add_argument("--step-ms", type=float, default=20.0)
-    parser.add_argument("--steps", type=int, default=60)
-    return parser.parse_args()
-
-
 def measure(kind: str, wanted: argparse.Namespace) -> dict[str, dict[str, float]]:
     """All contenders on one kind of rows."""
     found: dict[str, dict[str, float]] = {}
@@ -198,16 +182,24 @@ def measure(kind: str, wanted: argparse.Namespace) -> dict[str, dict[str, float]
 
 def main() -> None:
     """Measure, write, print."""
-    wanted = arguments()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / "data.json", help="JSON, default %(default)s"
+    )
+    parser.add_argument("--kinds", nargs="+", choices=["sentences", "pairs"], default=["sentences", "pairs"])
+    sizes = {"rows": 50_000, "batch-size": 256, "max-length": 32, "rounds": 3, "step-ms": 20, "steps": 60}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="default %(default)s")
+    wanted = parser.parse_args()
     datasets.disable_progress_bars()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     found = machine()
     found["load_average"] = os.getloadavg()[0]  # well above 0 the machine was busy with something else
-    found |= {name: version(name) for name in ("tokenizers", "datasets", "sentence-transformers")}
+    found |= {name: version(name) for name in ("tokenizers", "datasets")}
     settings = {name: str(value) for name, value in vars(wanted).items()}
     results: dict[str, dict] = {"machine": found, "settings": settings, "kinds": {}}
-    for kind in wanted.kinds.split(","):
+    for kind in wanted.kinds:
         results["kinds"][kind] = rows = measure(kind, wanted)
         write_json(wanted.output, results)
         print(f"\n{kind:52} {'rows/s':>8} {'(rounds)':>18} {'CPU/row':>11} {'first batch':>13} {'wait':>10}")
