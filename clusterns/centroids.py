@@ -140,17 +140,13 @@ class OnlineKMeans(nn.Module):
             self._move(count, total)
         if backend == "triton":
             return Clusters(centroids=self.centroids)
-        if on_triton:
-            found, known = operators.nearest_centroids(points, self.centroids), None
-        else:
-            found, known = assign(points, self.centroids, self.centroids.dtype)
-        nearest, runner_up, nearest_cosine, runner_up_cosine = found
-        return Clusters(nearest, self.centroids, runner_up, nearest_cosine, runner_up_cosine, known)
+        return assign(points, self.centroids, self.centroids.dtype, backend)
 
     def _sums(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Members (K,) of each cluster and their sum (K, D), over the points with a direction."""
         points = points.detach().to(self.centroids.dtype)
-        nearest = assign(points, self.centroids, points.dtype)[0].nearest
+        nearest = assign(points, self.centroids, points.dtype, "torch").ids
+        assert nearest is not None
         valid = inverse_norms(points) > 0  # false for NaN, and 0 is the inverse of an infinite norm
         return cluster_sums(points.masked_fill(~valid[:, None], 0.0), nearest, valid, self.num_clusters)
 

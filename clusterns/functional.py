@@ -29,7 +29,7 @@ from .objective import operators
 from .objective.norms import compute_dtype, unit_rows, without_autocast
 from .objective.problem import WORKSPACE_BYTES, Clusters, Known, Options
 from .objective.ranks import Alone, seeding_chain
-from .rules import CloseMates, Rule, check_rule, rule_of
+from .rules import CloseMates, Rule, check_rule
 
 
 class NearestCentroids(NamedTuple):
@@ -92,39 +92,44 @@ def nearest_centroids(points: Tensor, centroids: Tensor) -> NearestCentroids:
     """
     check_embeddings("points", points)
     check_like("centroids", centroids, "points", points)
-    if choose_backend("auto", points, centroids).startswith("triton"):
-        return NearestCentroids(*operators.nearest_centroids(points, centroids))
-    return assign(points, centroids, compute_dtype(points, centroids))[0]
+    on_triton = choose_backend("auto", points, centroids).startswith("triton")
+    backend = "triton-chunked" if on_triton else "torch"
+    found = assign(points, centroids, compute_dtype(points, centroids), backend)
+    return NearestCentroids(*(found.ids, found.hard_ids, found.nearest_cosine, found.runner_up_cosine))  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def assign(points: Tensor, centroids: Tensor, dtype: torch.dtype) -> tuple[NearestCentroids, Known | None]:
-    """`nearest_centroids` for points (B, D) in plain torch, computed in `dtype`, without checks.
+def assign(points: Tensor, centroids: Tensor, dtype: torch.dtype, backend: str) -> Clusters:
+    """Clusters of points (B, D) by their nearest and runner-up centroid, without checks.
 
-    Also returns what the loss would compute again, where it is small beside the workspace.
+    In torch it is computed in `dtype`, and what the loss would compute again is kept where it is small beside
+    the workspace.
     """
-    a, scale = unit_rows(points, dtype)
-    c, _ = unit_rows(centroids, dtype)
+    if backend == "triton-chunked":
+        nearest, runner_up, cosine, second = operators.nearest_centroids(points, centroids)
+        return Clusters(nearest, centroids, runner_up, cosine, second)
+    if backend == "reference":
+        wide = points.to(dtype), centroids.to(dtype)
+        ids, G = reference.nearest_and_runner_up(*wide), reference.cosine_similarity_matrix(*wide)
+        cosine, second = (G.gather(1, each[:, None])[:, 0] for each in ids)
+        return Clusters(ids[0], centroids, ids[1], cosine, second)
+    (a, scale), (c, _) = unit_rows(points, dtype), unit_rows(centroids, dtype)
     clusters = c.shape[0]
-    step = max(1, WORKSPACE_BYTES // (2 * clusters * dtype.itemsize))
     found = []
     with without_autocast(a.device):
-        for chunk in a.split(step):
-            cosines = chunk @ c.T
-            first, nearest = cosines.max(dim=1)  # the first of equals; topk promises nothing
-            cosines.scatter_(1, nearest[:, None], -torch.inf)
-            found.append((nearest, *reversed(cosines.max(dim=1)), first))
-    nearest, runner_up, second, first = (
-        found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
-    )
+        for chunk in a.split(max(1, WORKSPACE_BYTES // (2 * clusters * dtype.itemsize))):
+            G = chunk @ c.T
+            cosine, nearest = G.max(dim=1)  # the first of equals; topk promises nothing
+            second, runner_up = G.scatter_(1, nearest[:, None], -torch.inf).max(dim=1)
+            found.append((nearest, runner_up, cosine, second))
+    if len(found) > 1:
+        nearest, runner_up, cosine, second = map(torch.cat, zip(*found, strict=True))
+    known = None
     if clusters == 1:
         runner_up = torch.full_like(runner_up, -1)
-    known = None
-    if (
-        a.numel() + a.shape[0] * clusters <= WORKSPACE_BYTES // (16 * dtype.itemsize) and clusters > 1
-    ):  # one chunk
-        known = Known(a, scale, c, cosines.scatter_(1, nearest[:, None], first[:, None]))
-    return NearestCentroids(nearest, runner_up, first, second), known
+    elif a.numel() + a.shape[0] * clusters <= WORKSPACE_BYTES // (16 * dtype.itemsize):  # so it is one chunk
+        known = Known(a, scale, c, G.scatter_(1, nearest[:, None], cosine[:, None]))
+    return Clusters(nearest, centroids, runner_up, cosine, second, known)
 
 
 @torch.no_grad()
@@ -307,25 +312,17 @@ def _complete(
     dtype: torch.dtype,
 ) -> Clusters:
     """Clusters with what is missing of them from an assignment to the centroids."""
-    known, rule = None, rule_of(options.false_negatives, True)
-    if clusters.ids is None or clusters.hard_ids is None:
-        if backend == "triton-chunked":
-            found = NearestCentroids(*operators.nearest_centroids(anchors, centroids))
-        elif backend == "reference":
-            nearest, runner_up = reference.nearest_and_runner_up(anchors.to(dtype), centroids.to(dtype))
-            cosines = reference.cosine_similarity_matrix(anchors.to(dtype), centroids.to(dtype))
-            found = NearestCentroids(nearest, runner_up, cosines.gather(1, nearest[:, None])[:, 0], cosines)
-        else:
-            found, known = assign(anchors, centroids, dtype)
-        if clusters.hard_ids is None and len(centroids) > 1:
-            clusters = clusters._replace(hard_ids=found.runner_up)
-        if clusters.ids is None:
-            return clusters._replace(ids=found.nearest, nearest_cosine=found.nearest_cosine, known=known)
-    clusters = clusters._replace(known=known)
-    if isinstance(rule, CloseMates) and clusters.ids is not None:
-        check_within("cluster_ids", clusters.ids, len(centroids))
-        own = unit_rows(centroids, dtype)[0][clusters.ids]
-        clusters = clusters._replace(nearest_cosine=(unit_rows(anchors, dtype)[0] * own).sum(dim=1))
+    ids, _, hard_ids = clusters[:3]
+    if ids is None or hard_ids is None:
+        clusters = assign(anchors, centroids, dtype, backend)
+        if hard_ids is not None or len(centroids) == 1:
+            clusters = clusters._replace(hard_ids=hard_ids)
+    if ids is not None:
+        clusters = clusters._replace(ids=ids)
+        if isinstance(options.false_negatives, CloseMates):
+            check_within("cluster_ids", ids, len(centroids))
+            own = unit_rows(centroids, dtype)[0][ids]
+            clusters = clusters._replace(nearest_cosine=(unit_rows(anchors, dtype)[0] * own).sum(dim=1))
     return clusters
 
 

@@ -29,12 +29,12 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Keep float32 products float32 inside; devices that have no autocast need nothing."""
-    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device.type):
-        return nullcontext()  # entering the other takes its time, beside a small batch
     # The names first: torch 2.11 does not compile the question.
-    if device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    if device.type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device.type):
+        return nullcontext()  # to enter the other takes its time, beside a small batch
+    return torch.autocast(device.type, enabled=False)
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

@@ -76,8 +76,10 @@ class TorchProducts:
 
     def __init__(self, batch: Batch):
         self.batch, self.options = batch, batch.options
-        clusters, known = batch.clusters, batch.clusters.known
         self.dtype = compute_dtype(batch.anchors, batch.positives, batch.negatives)
+        clusters, known = batch.clusters, batch.clusters.known
+        if known is not None and known.anchors.dtype != self.dtype:
+            known = None
         tau = batch.temperature
         self.temperature = tau.to(self.dtype) if isinstance(tau, Tensor) else tau
         self.safe = self.options.is_safe(tau, _SAFE_LOGIT[self.dtype])
