@@ -27,7 +27,7 @@ QUICK = {"resamples": 0, "cluster_seeds": 1, "progress": False}
 
 
 def write_varied_sts(root: Path) -> None:
-    """All sets, with nine pairs of their own in each file, four in FNWN, and twelve of STS-B."""
+    """All sets, with nine pairs of their own in each file, four in FNWN, and twelve of STS-B that share a sentence."""
     write_sts_folder(root)
     generator = np.random.default_rng(0)
 
@@ -41,7 +41,7 @@ def write_varied_sts(root: Path) -> None:
         path.with_name(path.name.replace("input", "gs")).write_text(gold)
     for path in sorted((root / "STS" / "STSBenchmark").iterdir()):
         scores = generator.permutation(12) / 11 * 5
-        path.write_text("".join(f"g\tf\ty\t1\t{score}\t{sentence()}\t{sentence()}\n" for score in scores))
+        path.write_text("".join(f"g\tf\ty\t1\t{score}\ta cat sat\t{sentence()}\n" for score in scores))
 
 
 @pytest.fixture(scope="module")
