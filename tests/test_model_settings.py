@@ -347,7 +347,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(
-    ("place", "change", "words"), [(place, *row) for place, rows in BROKEN.items() for row in rows]
+    ("place", "change", "words"),
+    [(place, *row) for place, rows in BROKEN.items() for row in rows],
+    ids=[place for place, rows in BROKEN.items() for _ in rows],
 )
 def test_broken_files(place: str, change: Any, words: str, tmp_path: Path) -> None:
     kind, file = place.split()
