@@ -27,7 +27,7 @@ QUICK = {"resamples": 0, "cluster_seeds": 1, "progress": False}
 
 
 def write_varied_sts(root: Path) -> None:
-    """All sets, with nine pairs of their own in each file, four in FNWN, and twelve of STS-B that share a sentence."""
+    """All sets, nine pairs in a file, four in FNWN, and twelve in STS-B, which share a sentence."""
     write_sts_folder(root)
     generator = np.random.default_rng(0)
 
