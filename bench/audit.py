@@ -33,10 +33,9 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clusterns.kernels import launch
+from clusterns.kernels import cosine_launchers, launch, objective_launchers
 from clusterns.kernels.target import Target, assume
-from clusterns.objective import whole
-from clusterns.objective.problem import Clusters, Options
+from clusterns.objective.problem import WORKSPACE_BYTES, Clusters, Options
 from clusterns.objective.sweep import sweep
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -78,9 +77,9 @@ def record(dtype: torch.dtype, dim: int, batch: int) -> dict[str, launch.Launch]
         given, clustered = (x, y, others, temperature), known is not None
         numbers = Options(0.0, rule)[:5]
         settings = (*given, known, None, None, clustered, clustered, clustered, *update, *numbers)
-        state = whole.State(*whole.forward(*settings)[2:])
+        state = objective_launchers.forward(*settings)[2:]
         needs = (True, True, others is not None)
-        whole.backward(tau, *given, None, None, clustered, needs, numbers, state)
+        objective_launchers.backward(tau, *given, None, None, clustered, needs, *numbers, state)
 
     def a_chunk(rule: str, others: Any, temperature: Any, needs: bool) -> None:
         ids = meta(batch, dtype=torch.int64)
@@ -95,9 +94,9 @@ def record(dtype: torch.dtype, dim: int, batch: int) -> dict[str, launch.Launch]
                 found[f"{label}: {number} {each.kernel.__name__}"] = each
             recorded.clear()
 
-        keep("similarity, learned temperature", whole.similarity, x, y, tau)
-        keep("assignment", whole.assign, x, centroids)
-        keep("assignment, sums", whole.cluster_sums, x, centroids)
+        keep("similarity, learned temperature", cosine_launchers.similarity, x, y, tau)
+        keep("assignment", cosine_launchers.nearest_centroids, x, centroids, WORKSPACE_BYTES)
+        keep("assignment, sums", cosine_launchers.cluster_sums, x, centroids, WORKSPACE_BYTES)
         keep("plain", a_step, "keep", None, 0.05, None, "", 0.0)
         for statistic in ("sum", "mean"):
             keep(f"update, {statistic}", a_step, "keep", None, 0.05, centroids, statistic, 0.5)
