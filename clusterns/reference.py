@@ -89,7 +89,7 @@ def false_negatives_of(
     is one of a sentence with itself.
     """
     places = torch.arange(len(S), device=S.device)
-    sentences = Side(places, near, S.detach().diagonal(), centroid)
+    sentences = Side(places, near, S.detach().diagonal()[:, None], centroid)
     decision: Decision = rule(Pairs(S.detach(), 1.0, sentences, sentences, slice(None), slice(None)))
     others = places[:, None] != places[None, :]
     out, held = (None if mask is None else mask & others for mask in decision)

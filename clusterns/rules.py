@@ -33,7 +33,7 @@ class Side(NamedTuple):
 
     places: Tensor  # (rows,) int64, in the batch
     ids: Tensor | None  # (rows,) their clusters
-    logits: Tensor | None = None  # (rows,) of anchors: cos(a_i, p_i)/τ
+    logits: Tensor | None = None  # (rows, 1) of anchors: cos(a_i, p_i)/τ
     centroid: Tensor | None = None  # (rows,) of anchors: cosine with the centroid of their own cluster
 
 
@@ -57,7 +57,7 @@ class Pairs:
     def positive(self) -> Tensor:
         """s_i = cos(a_i, p_i), (R, 1)."""
         assert self.anchors.logits is not None
-        return self.anchors.logits[self.i, None] * self.temperature
+        return self.anchors.logits[self.i] * self.temperature
 
     @property
     def same_cluster(self) -> Tensor:

@@ -42,20 +42,23 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def inverse_norms(z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """1/‖z_i‖, (rows,); 0 for a row without direction (‖z_i‖ ≤ 1e-8). Non-finite rows give NaN or 0."""
-    norm = torch.linalg.vector_norm(z, dim=1, dtype=dtype)
+def inverse_norms(z: Tensor, dtype: torch.dtype | None = None, keepdim: bool = False) -> Tensor:
+    """1/‖z_i‖, (rows,) or with `keepdim` (rows, 1); 0 for a row without direction (‖z_i‖ ≤ 1e-8).
+
+    Non-finite rows give NaN or 0.
+    """
+    norm = torch.linalg.vector_norm(z, dim=1, keepdim=keepdim, dtype=dtype)
     return norm.reciprocal().masked_fill_(norm <= SHORTEST_NORM, 0.0)
 
 
 def unit_rows(z: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """z/‖z‖ in `dtype`, (rows, D), and 1/‖z‖, (rows,)."""
+    """z/‖z‖ in `dtype`, (rows, D), and 1/‖z‖, (rows, 1)."""
     z = z.detach().to(dtype)
-    scale = inverse_norms(z)
-    return torch.mul(z, scale[:, None], out=out), scale
+    scale = inverse_norms(z, keepdim=True)
+    return torch.mul(z, scale, out=out), scale
 
 
 def through_norm(gradient: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
-    """dz = (du − u (u·du)) / ‖z‖ with scale = 1/‖z‖, in place on du `gradient` (rows, D)."""
+    """dz = (du − u (u·du)) / ‖z‖ with scale = 1/‖z‖ (rows, 1), in place on du `gradient` (rows, D)."""
     along = (unit * gradient).sum(dim=1, keepdim=True)
-    return gradient.addcmul_(unit, along, value=-1).mul_(scale[:, None])
+    return gradient.addcmul_(unit, along, value=-1).mul_(scale)

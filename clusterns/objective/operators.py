@@ -316,9 +316,9 @@ class _CosineSimilarity(torch.autograd.Function):
         found: list[Tensor | None] = [None, None, None]
         with without_autocast(x.device):
             if ctx.needs_input_grad[0]:
-                found[0] = through_norm(upstream @ v / tau, u, x_inverse).to(x.dtype)
+                found[0] = through_norm(upstream @ v / tau, u, x_inverse[:, None]).to(x.dtype)
             if ctx.needs_input_grad[1]:
-                found[1] = through_norm(upstream.T @ u / tau, v, y_inverse).to(y.dtype)
+                found[1] = through_norm(upstream.T @ u / tau, v, y_inverse[:, None]).to(y.dtype)
         if cosines is not None and tensor is not None:  # ∂R/∂τ = −R/τ
             found[2] = -((upstream * cosines[:, : len(y)]).sum() / tensor).to(tensor.dtype)
         return tuple(found)

@@ -54,7 +54,7 @@ class Known(NamedTuple):
     """What an assignment has computed already, where it is small enough to keep."""
 
     anchors: Tensor  # (M, D) unit rows
-    anchor_scale: Tensor  # (M,) 1/‖anchor‖
+    anchor_scale: Tensor  # (M, 1) 1/‖anchor‖
     centroids: Tensor  # (K, D) unit rows
     cosines: Tensor  # (M, K) of both
 

@@ -42,11 +42,11 @@ class Columns(NamedTuple):
     """Unit rows of a block, the positives sorted by cluster where the rows are, and their gradient."""
 
     units: Tensor  # (n+N, D)
-    scale: Tensor  # (n+N,) 1/‖row‖
+    scale: Tensor  # (n+N, 1) 1/‖row‖
     order: Tensor | None  # (n,)
     side: Side  # of the positives
     borders: tuple[list[int], list[int]] | None  # by row: the first and past the last of its mates
-    own: Tensor | None  # (M,) the column of the row's own positive, where it is here
+    own: Tensor | None  # (M, 1) the column of the row's own positive, where it is here
     wanted: slice  # the columns that want a gradient: positives, explicit negatives, or both
     gradient: Tensor | None  # of the unit rows `wanted`
     buffer: Tensor  # (R, n+N+K) for the weights of a chunk
@@ -58,8 +58,8 @@ class Weights(NamedTuple):
     """A chunk after its first product."""
 
     values: Tensor  # (R, n+N+K): E, but 0 for the own positive
-    others: Tensor  # (R,) their row sums
-    shift: Tensor | None  # (R,) what was subtracted from the logits; None where nothing needs to be
+    others: Tensor  # (R, 1) their row sums
+    shift: Tensor | None  # (R, 1) what was subtracted from the logits; None where nothing needs to be
     held: list[Held]
 
 
@@ -112,7 +112,7 @@ class TorchProducts:
             if self.options.hard_negative_weight != 0.0:
                 self.own_hard = self._sorted(clusters.hard_ids)[:, None]
                 self.own_bonus = own_bonus(counts[self.own_hard], self.options.hard_negative_weight)
-        state = self.a.new_zeros((6, count)).unbind()
+        state = self.a.new_zeros((6, count, 1)).unbind()
         self.positive_logit, self.log_others = state[:2]  # of the others: log Σ E over the blocks so far
         self.row_scale = state[2]  # 1/(BτZ)
         self.slope_sum, self.slope_times_delta, self.margin_sum = state[3:]  # row sums of the margin loss
@@ -138,6 +138,7 @@ class TorchProducts:
         places = numbers + block.place if block.place else numbers
         if block.own is not None:
             own = self.numbers + block.own if block.own else self.numbers
+            own = own[:, None]
         if self.order is not None:
             assert ids is not None
             assert self.side.ids is not None
@@ -158,7 +159,7 @@ class TorchProducts:
             parts = ((positives, units[:count]), (negatives, units[count:]))
             scale = torch.cat([unit_rows(z, self.dtype, out)[1] for z, out in parts])
         if totals and own is not None:
-            mine = units[:count] if own.shape[0] == count else units[own]
+            mine = units[:count] if own.shape[0] == count else units[own[:, 0]]
             self.positive_sum = mine.sum(dim=0)
         _, need_positives, need_negatives, _ = self.batch.needs
         wanted = slice(0 if need_positives else count, width if need_negatives else count)
@@ -181,21 +182,21 @@ class TorchProducts:
     def weigh(self, columns: Columns, rows: slice) -> Weights:
         """Take product 1; what the rule decides; and with `totals` what adds up over the columns."""
         values = self._logits(columns, rows)
-        own = columns.own[rows, None] if columns.own is not None else None
+        own = columns.own[rows] if columns.own is not None else None
         positive = self.positive_logit[rows]
         if own is not None and columns.totals:
-            torch.gather(values, 1, own, out=positive[:, None])
+            torch.gather(values, 1, own, out=positive)
         held = self._ask_rule(columns, values, rows) if self.rule is not None else []
         known, shift = self.log_others[rows], None
         if not self.safe:
-            largest = torch.maximum(values.amax(dim=1), positive)
+            largest = torch.maximum(values.amax(dim=1, keepdim=True), positive)
             shift = largest if columns.totals else torch.logaddexp(known, positive)
-            values.sub_(shift[:, None])
+            values.sub_(shift)
         values.exp_()
         if own is not None:  # kept apart: then neither loss nor gradient is a difference of near-equals
             values.scatter_(1, own, 0.0)
         if columns.totals:
-            others = values.sum(dim=1)
+            others = values.sum(dim=1, keepdim=True)
             log_others = others.log() if shift is None else others.log() + shift
             if own is not None:  # the first block
                 known.copy_(log_others)
@@ -216,13 +217,13 @@ class TorchProducts:
         unit = total * (self.options.bml_weight * self.temperature / self.batch.size) if held else total
         for local, cells, slope in held:
             if isinstance(local, slice):
-                cells.addcmul_(slope, unit[local, None])
+                cells.addcmul_(slope, unit[local])
             else:
-                values.view(-1).index_add_(0, cells, slope * unit[local])
+                values.view(-1).index_add_(0, cells, slope * unit.view(-1)[local])
         if columns.own is not None:
             own_weight = torch.addcmul(others, self.slope_sum[rows], unit) if held else others
             own_weight = own_weight.neg()
-            values.scatter_add_(1, columns.own[rows, None], own_weight[:, None])
+            values.scatter_add_(1, columns.own[rows], own_weight)
         row_scale = torch.reciprocal(total, out=self.row_scale[rows])
         row_scale.div_(self.batch.size * self.temperature)
         if self.batch.needs[0] or self.batch.needs[3]:
@@ -233,7 +234,7 @@ class TorchProducts:
                 assert self.centroids is not None
                 target.addmm_(values[:, known:], self.centroids)
         if columns.gradient is not None:
-            share = self.a[rows] * row_scale[:, None]
+            share = self.a[rows] * row_scale
             columns.gradient.addmm_(values[:, columns.wanted].T, share, beta=1 if rows.start else 0)
 
     def close(self, columns: Columns) -> tuple[Tensor | None, Tensor | None]:
@@ -260,7 +261,7 @@ class TorchProducts:
         need_anchors, _, _, need_temperature = self.batch.needs
         gradient, of_temperature = self.gradient, None
         if need_temperature:  # −1/τ · Σ_ij S_ij ∂InfoNCE/∂S_ij
-            along = torch.dot((self.a * gradient).sum(dim=1), self.row_scale)  # with the margin loss
+            along = ((self.a * gradient).sum(dim=1, keepdim=True) * self.row_scale).sum()  # with the margins
             share = self.temperature * (self.options.bml_weight / self.batch.size**2)
             of_temperature = (self.slope_times_delta.sum() * share - along) / self.temperature
         if not need_anchors:
@@ -336,24 +337,24 @@ class TorchProducts:
             cells = torch.add(j, place, alpha=values.shape[1])
             if low:
                 cells += low
-            delta = values.view(-1)[cells].sub_(positive[i])
+            delta = values.view(-1)[cells].sub_(positive.view(-1)[i])
             above, below = (delta + alpha).clamp_min_(0.0), (delta + beta).clamp_max_(0.0)
             margins, slope = above - below, above.sign_().add_(below.sign_())
             if columns.totals:
-                self.slope_sum[rows].index_add_(0, i, slope)
-                self.margin_sum[rows].index_add_(0, i, margins.sub_(at_zero))
+                self.slope_sum[rows].view(-1).index_add_(0, i, slope)
+                self.margin_sum[rows].view(-1).index_add_(0, i, margins.sub_(at_zero))
                 if self.batch.needs[3]:
-                    self.slope_times_delta[rows].index_add_(0, i, slope * delta)
+                    self.slope_times_delta[rows].view(-1).index_add_(0, i, slope * delta)
             return Held(place, cells, slope)
         cells = values[local, low : low + pairs.shape[1]]
-        delta = cells - positive[:, None]
+        delta = cells - positive
         above, below = (delta + alpha).clamp_min_(0.0), (delta + beta).clamp_max_(0.0)
         margins, slope = above - below, above.sign_().add_(below.sign_()).mul_(pairs)
         if columns.totals:
-            self.slope_sum[rows] += slope.sum(dim=1)
-            self.margin_sum[rows] += margins.sub_(at_zero).mul_(pairs).sum(dim=1)
+            self.slope_sum[rows] += slope.sum(dim=1, keepdim=True)
+            self.margin_sum[rows] += margins.sub_(at_zero).mul_(pairs).sum(dim=1, keepdim=True)
             if self.batch.needs[3]:
-                self.slope_times_delta[rows] += delta.mul_(slope).sum(dim=1)
+                self.slope_times_delta[rows] += delta.mul_(slope).sum(dim=1, keepdim=True)
         return Held(local, cells, slope)
 
 
