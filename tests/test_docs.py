@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from forked import run_python
-from test_sentence_transformers import TEXTS
 from tiny import make_encoder
 from tiny_prompt import make_kind
 
@@ -29,7 +28,10 @@ def place(tmp_path_factory):
         (folder / name).parent.mkdir(exist_ok=True)
         make_encoder().save(folder / name)
     make_kind("roberta").save(folder / "roberta-base")
-    (folder / "sentences.txt").write_text("\n".join(TEXTS * 2) + "\n")
+    texts = [
+        f"{a} {b} {c}" for a in ("a", "the", "bird") for b in ("cat", "dog", "mat") for c in ("sat", "ran")
+    ]
+    (folder / "sentences.txt").write_text("\n".join(texts * 2) + "\n")
     return folder
 
 
