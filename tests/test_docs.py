@@ -36,6 +36,7 @@ def place(tmp_path_factory):
 
 
 PRINTS = {
+    "architecture.md": ["near_mates"],
     "README.md": ["info_nce", "info_nce", "\\(20, 64\\)"],
     "loss.md": ["True", "True", "\\d"],
     "models.md": ["4 torch.Size\\(.1, 16.\\)", "True"],
