@@ -214,16 +214,19 @@ class TorchProducts:
         values, others, shift, held = weights
         positive = self.positive_logit[rows]
         total = others + (positive if shift is None else positive - shift).exp()  # Z
-        unit = total * (self.options.bml_weight * self.temperature / self.batch.size) if held else total
+        unit = total
+        if self.has_margins:
+            unit = total * (self.options.bml_weight * self.temperature / self.batch.size)
         for local, cells, slope in held:
             if isinstance(local, slice):
                 cells.addcmul_(slope, unit[local])
             else:
                 values.view(-1).index_add_(0, cells, slope * unit.view(-1)[local])
         if columns.own is not None:
-            own_weight = torch.addcmul(others, self.slope_sum[rows], unit) if held else others
-            own_weight = own_weight.neg()
-            values.scatter_add_(1, columns.own[rows], own_weight)
+            own_weight = others
+            if self.has_margins:
+                own_weight = torch.addcmul(others, self.slope_sum[rows], unit)
+            values.scatter_add_(1, columns.own[rows], own_weight.neg())
         row_scale = torch.reciprocal(total, out=self.row_scale[rows])
         row_scale.div_(self.batch.size * self.temperature)
         if self.batch.needs[0] or self.batch.needs[3]:
