@@ -26,12 +26,11 @@ if DEVICE == "cpu":
 # Left out by `make test-fast`: files that start processes or train, test_{name}.py, and single tests.
 SLOW = set(
     """audit bench bench_ablations bench_data cached checkpoint compile distributed docs evaluate files
-    fused_module killed launch model_settings package report sources spherical_kmeans train train_distributed
-    train_options test_known_score_of_a_test_set test_never_builds_a_square_matrix
+    fused_module killed launch model_settings package report sources spherical_kmeans train
+    train_distributed test_known_score_of_a_test_set test_never_builds_a_square_matrix
     test_ranks_equal_one_process test_real_processes_agree_on_every_batch test_real_triplets
-    test_resume_keeps_the_clusters test_same_score_as_sentence_transformers_evaluator
-    test_the_switch_reaches_a_new_process test_workers_give_what_this_process_gives
-    test_workers_tokenize_without_a_warning_about_the_fork""".split()
+    test_resume_keeps_the_clusters test_the_switch_reaches_a_new_process
+    test_workers_give_what_this_process_gives test_workers_tokenize_without_a_warning_about_the_fork""".split()
 )
 
 # Real data beside the checkout; a user's checkout has none, and the tests that need it skip.

@@ -25,9 +25,9 @@ import torch
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 # Files whose tests start processes, or are of texts and files.
-OTHERS = """audit bad_input bench bench_ablations bench_data cached checkpoint compile config data data_page
-distributed docs docstrings evaluate evaluated_model files gpu killed labelled load_sts model_folder
-model_settings package presets report scratch shapes sources train_distributed""".split()
+OTHERS = """architecture audit bad_input bench bench_ablations bench_data cached checkpoint compile config
+data data_page distributed docs docstrings evaluate evaluated_model files gpu killed load_sts
+model_settings package report scratch shapes sources train_distributed""".split()
 NUMERIC = sorted(path for path in TESTS.glob("test_*.py") if path.stem.removeprefix("test_") not in OTHERS)
 PLAIN = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
 LATIN = "en_US.ISO-8859-1"
