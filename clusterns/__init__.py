@@ -37,7 +37,7 @@ _PLACES = {
 
 def __getattr__(name: str):
     # Imported when first needed: torch takes a second, in which the command line can do without it.
-    if name in _PLACES.values():
+    if name in _PLACES.values() or name == "rules":
         return import_module(f".{name}", __name__)
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

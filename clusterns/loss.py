@@ -65,7 +65,7 @@ class ClusterNSLoss(OnlineKMeans):
             the ranks, gives that of a single process. Each rank computes its own rows; they may differ in
             number. Clustering state stays the same, bit for bit, on all ranks.
         gather: with a process group, "all" brings all positives to every rank; "ring" passes them around, so
-            that no rank ever holds them all, for a third more operations. See `clusterns.distributed`.
+            that no rank ever holds them all, for a third more operations. See `clusterns.objective.ranks`.
 
     Attributes:
         centroids, initialized: buffers, see `OnlineKMeans`.
@@ -109,9 +109,6 @@ class ClusterNSLoss(OnlineKMeans):
         )
         check_temperature(temperature)
         check_number("start_cosine", start_cosine, at_least=-1, at_most=1)
-        check_options(
-            Options(hard_negative_weight, false_negatives, bml_weight, bml_alpha, bml_beta, workspace_bytes)
-        )
         check_backend(backend)
         check_choice("gather", gather, GATHERS)
         if process_group is not None and backend == "reference":
@@ -138,6 +135,7 @@ class ClusterNSLoss(OnlineKMeans):
         self.process_group = process_group
         self.gather = gather
         self.workspace_bytes = workspace_bytes
+        check_options(self._options)
         self.last: dict[str, Tensor] = {}
         self._begun = False
         self._told: set[str] = set()
@@ -163,16 +161,12 @@ class ClusterNSLoss(OnlineKMeans):
             ranks = self._meet(self.process_group, anchors, positives, negatives)
         clustered = self.clustering_active
         inputs = (anchors, positives, negatives)
-        options = Options(
-            self.hard_negative_weight,
-            self.false_negatives,
-            self.bml_weight,
-            self.bml_alpha,
-            self.bml_beta,
-            self.workspace_bytes,
-        )
         backend = choose_backend(
-            self.backend, *inputs, self.centroids if clustered else None, options, shared=ranks is not None
+            self.backend,
+            *inputs,
+            self.centroids if clustered else None,
+            self._options,
+            shared=ranks is not None,
         )
         check_transforms(backend)
         if self.training and self.num_clusters and under_functorch():
@@ -185,7 +179,7 @@ class ClusterNSLoss(OnlineKMeans):
             cosines = self._describe(clusters, ranks)
             if not self.hard_negatives:
                 clusters = clusters._replace(hard_negatives=False, hard_ids=None)
-        terms = evaluate(*inputs, self.temperature, clusters, options, backend, ranks)
+        terms = evaluate(*inputs, self.temperature, clusters, self._options, backend, ranks)
         found = {name: term.detach() for name, term in terms._asdict().items() if term is not None}
         self.last = found | cosines
         after_step = self._after_step
@@ -198,6 +192,18 @@ class ClusterNSLoss(OnlineKMeans):
         if self.training:
             after_step(*inputs, terms.mean_cosine, ranks)
         return terms.loss
+
+    @property
+    def _options(self) -> Options:
+        """The numbers as they stand: they may be changed between steps."""
+        return Options(
+            self.hard_negative_weight,
+            self.false_negatives,
+            self.bml_weight,
+            self.bml_alpha,
+            self.bml_beta,
+            self.workspace_bytes,
+        )
 
     def _meet(
         self,
