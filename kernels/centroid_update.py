@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import multiply_add, read_scalar
+from .tiles import multiply_add, read_scalar, row_starts
 
 BATCH_SIZES = ["num_rows", "num_centroids", "num_tiles"]
 
@@ -62,21 +62,18 @@ def centroid_update_kernel(
         valid = tl.load(x_inverse_ptr + rows, mask=mask, other=0.0) > 0  # False for NaN
         members = ((nearest[None, :] == clusters[:, None]) & valid[None, :]).to(tl.float32)  # (K, B)
         count += tl.sum(members, axis=1)
-        x = tl.load(
-            x_ptr + rows.to(tl.int64)[:, None] * x_stride + d[None, :],
-            mask=valid[:, None] & (d < dim)[None, :],
-            other=0.0,
-        )  # (B, D)
+        mask = valid[:, None] & (d < dim)[None, :]
+        x = tl.load(row_starts(x_ptr, rows, x_stride) + d[None, :], mask=mask, other=0.0)  # (B, D)
         total = multiply_add(members.to(x.dtype), x, total, PRECISION, UPCAST)
 
     inside = (clusters < num_centroids)[:, None] & (d < dim)[None, :]
-    at = clusters.to(tl.int64)[:, None] * centroids_stride + d[None, :]
+    at = row_starts(centroids_ptr, clusters, centroids_stride) + d[None, :]
     if UPDATE == SUMS:
-        tl.store(sums_ptr + clusters.to(tl.int64)[:, None] * dim + d[None, :], total, mask=inside)
+        tl.store(row_starts(sums_ptr, clusters, dim) + d[None, :], total, mask=inside)
         if tl.program_id(1) == 0:
             tl.store(counts_ptr + clusters, count, mask=clusters < num_centroids)
     else:
-        old = tl.load(centroids_ptr + at, mask=inside, other=0.0)
+        old = tl.load(at, mask=inside, other=0.0)
         if UPDATE == TOWARDS_MEAN:
             total = total / tl.maximum(count, 1.0)[:, None]
         momentum = read_scalar(momentum, False)
@@ -85,6 +82,6 @@ def centroid_update_kernel(
         near_new = total - (total - old) * (1.0 - momentum)
         new = tl.where(momentum < 0.5, near_old, near_new)
         new = tl.where((count > 0)[:, None], new, old)
-        tl.store(centroids_ptr + at, new, mask=inside)
+        tl.store(at, new, mask=inside)
         # The backward of this step needs them after the next step has moved them on.
-        tl.store(updated_ptr + clusters.to(tl.int64)[:, None] * dim + d[None, :], new, mask=inside)
+        tl.store(row_starts(updated_ptr, clusters, dim) + d[None, :], new, mask=inside)

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 
 from .objective import margin_slope
-from .tiles import multiply_add, read_scalar
-from .weights import product_tile
+from .tiles import multiply_add, product_tile, read_scalar, row_starts
 
 BATCH_SIZES = ["num_rows", "num_columns"]
 
@@ -65,7 +64,7 @@ def margins_kernel(
     low = tl.load(low_ptr + safe_places)  # (M,)
     high = tl.load(high_ptr + safe_places)
     own = tl.load(own_ptr + safe_places)
-    x_inverse = tl.load(x_inverse_ptr + rows)
+    x_rows, x_inverse = row_starts(x_ptr, rows, x_stride), tl.load(x_inverse_ptr + rows)
     alpha, beta = read_scalar(alpha, False), read_scalar(beta, False)
     at_zero = tl.maximum(alpha, 0.0) + tl.maximum(-beta, 0.0)
     d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -78,9 +77,8 @@ def margins_kernel(
         at = start + tl.arange(0, BLOCK_N)  # (N,) sorted columns
         safe_at = tl.minimum(at, num_columns - 1)
         columns = tl.load(y_order_ptr + safe_at)
-        products = product_tile(
-            x_ptr, x_stride, rows, y_ptr, y_stride, columns, dim, False, PRECISION, UPCAST, BLOCK_D
-        )
+        y_rows = row_starts(y_ptr, columns, y_stride)
+        products = product_tile(x_rows, y_rows, dim, False, False, PRECISION, UPCAST, BLOCK_D)
         y_inverse = tl.load(y_inverse_ptr + columns)
         if TRANSPOSED:
             positive = tl.load(positive_ptr + safe_at)[None, :]
@@ -94,8 +92,7 @@ def margins_kernel(
             margin_sum += tl.sum(tl.where(mates, margin, 0.0), axis=1)
             slope_sum += tl.sum(slope, axis=1)
         if HAS_OUT:
-            y_at = y_ptr + columns[:, None] * y_stride + d[None, :]
-            y = tl.load(y_at, mask=(d < dim)[None, :], other=0.0)  # (N, D)
+            y = tl.load(y_rows + d[None, :], mask=(d < dim)[None, :], other=0.0)  # (N, D)
             pull = (slope * y_inverse[None, :]).to(y.dtype)
             accumulator = multiply_add(pull, y, accumulator, PRECISION, UPCAST)
     if HAS_MARGIN:

@@ -25,6 +25,7 @@ from .tiles import (
     load_row,
     padded,
     read_scalar,
+    row_starts,
 )
 
 BATCH_SIZES = ["num_rows", "num_negatives", "num_centroids", "cosine_blocks", "centroid_blocks"]
@@ -49,14 +50,10 @@ def log1p_of_unit(e):
     """log(1 + e) for e in [0, 1], accurate also where e is tiny: 2·artanh(e / (2 + e))."""
     t = e / (2.0 + e)
     square = t * t
-    series = 1.0 / 15.0 + 0.0 * square
-    series = series * square + 1.0 / 13.0
-    series = series * square + 1.0 / 11.0
-    series = series * square + 1.0 / 9.0
-    series = series * square + 1.0 / 7.0
-    series = series * square + 1.0 / 5.0
-    series = series * square + 1.0 / 3.0
-    return 2.0 * t * (series * square + 1.0)
+    series = 0.0 * square
+    for odd in tl.static_range(15, -1, -2):
+        series = series * square + 1.0 / odd
+    return 2.0 * t * series
 
 
 @triton.jit
@@ -84,6 +81,18 @@ def hard_logits(starts, ids, num_centroids, uses_ptr, own_hard, weight, scale):
     uses = tl.load(uses_ptr + ids, mask=ids < num_centroids, other=0).to(tl.float32)
     logit = cosine * scale + log2_uses(uses, ids == own_hard, weight)
     return cosine, tl.where(uses > 0, logit, float("-inf"))
+
+
+@triton.jit
+def _add(sums, logit, delta):
+    """Largest logit of each lane so far, Σ E over it and Σ E (S_ij − s_i), with one more logit in each.
+
+    The largest is the reference of every exponential, so any τ is safe. It is finite: a logit may be −inf.
+    """
+    largest, total, pull = sums
+    reference = tl.maximum(largest, logit)
+    keep, weight = tl.exp2(largest - reference), tl.exp2(logit - reference)
+    return reference, total * keep + weight, pull * keep + weight * delta
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -130,46 +139,18 @@ def objective_kernel(
     rows = program * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
     safe_rows = tl.minimum(rows, num_rows - 1)
-    starts = cosines_ptr + safe_rows.to(tl.int64)[:, None] * (cosine_blocks.to(tl.int64) * 16)  # (M, 1)
-    hard_starts = centroid_cosines_ptr
+    starts = row_starts(cosines_ptr, safe_rows, cosine_blocks.to(tl.int64) * 16)  # (M, 1)
     if HAS_HARD_IDS:
-        hard_starts += safe_rows.to(tl.int64)[:, None] * (centroid_blocks.to(tl.int64) * 16)
+        hard_starts = row_starts(centroid_cosines_ptr, safe_rows, centroid_blocks.to(tl.int64) * 16)
         own_hard = tl.load(hard_ids_ptr + safe_rows).to(tl.int32)[:, None]
     if FALSE_NEGATIVES != KEEP:
         own_cluster = tl.load(cluster_ids_ptr + safe_rows)[:, None]
     positive = tl.load(starts + safe_rows[:, None])  # (M, 1) s_i
     negative_starts = starts + padded(num_rows)
 
-    # The largest logit of the others: the reference of every exponential, so any τ is safe.
-    largest = tl.full((BLOCK_M, BLOCK_N), LOWEST, tl.float32)
-    for start in range(0, num_rows, BLOCK_N):
-        columns = (start + tl.arange(0, BLOCK_N))[None, :]
-        cosine = load_row(starts, columns, num_rows)  # (M, N)
-        others = (columns < num_rows) & (columns != rows[:, None])
-        if FALSE_NEGATIVES == EXCLUDE:
-            cluster = tl.load(cluster_ids_ptr + columns, mask=columns < num_rows, other=0)
-            others = others & (cluster != own_cluster)
-        largest = tl.maximum(largest, tl.where(others, cosine * scale, LOWEST))
-    if HAS_NEGATIVES:
-        for start in range(0, num_negatives, BLOCK_N):
-            columns = (start + tl.arange(0, BLOCK_N))[None, :]
-            cosine = load_row(negative_starts, columns, num_negatives)
-            largest = tl.maximum(largest, tl.where(columns < num_negatives, cosine * scale, LOWEST))
-    if HAS_HARD_IDS:
-        for start in range(0, num_centroids, BLOCK_N):
-            ids = (start + tl.arange(0, BLOCK_N))[None, :]
-            cosine, logit = hard_logits(
-                hard_starts, ids, num_centroids, uses_ptr, own_hard, hard_negative_weight, scale
-            )
-            largest = tl.maximum(largest, logit)
-    reference = tl.max(largest, axis=1)[:, None]  # (M, 1)
-
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # Σ E_ij, the positive kept apart
-    pull = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # Σ E_ij (S_ij − s_i)
-    cosine_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    margin_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    slope_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    slope_pull = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    parts = tl.full((BLOCK_M, BLOCK_N), LOWEST, tl.float32), zeros, zeros  # the positive is kept apart
+    cosine_sum, margin_sum, slope_sum, slope_pull = zeros, zeros, zeros, zeros
     margin_at_zero = tl.maximum(alpha, 0.0) + tl.maximum(-beta, 0.0)  # what every other cell adds
     for start in range(0, num_rows, BLOCK_N):
         columns = (start + tl.arange(0, BLOCK_N))[None, :]
@@ -188,33 +169,31 @@ def objective_kernel(
             margin_sum += tl.where(mates, margin - margin_at_zero, 0.0)
             slope_sum += slope
             slope_pull += slope * delta
-        weight = tl.where(others, tl.exp2(cosine * scale - reference), 0.0)
-        total += weight
-        pull += weight * delta
+        parts = _add(parts, tl.where(others, cosine * scale, float("-inf")), delta)
     if HAS_NEGATIVES:
         for start in range(0, num_negatives, BLOCK_N):
             columns = (start + tl.arange(0, BLOCK_N))[None, :]
             cosine = load_row(negative_starts, columns, num_negatives)
-            weight = tl.where(columns < num_negatives, tl.exp2(cosine * scale - reference), 0.0)
-            total += weight
-            pull += weight * (cosine - positive)
+            logit = tl.where(columns < num_negatives, cosine * scale, float("-inf"))
+            parts = _add(parts, logit, cosine - positive)
     if HAS_HARD_IDS:
         for start in range(0, num_centroids, BLOCK_N):
             ids = (start + tl.arange(0, BLOCK_N))[None, :]
             cosine, logit = hard_logits(
                 hard_starts, ids, num_centroids, uses_ptr, own_hard, hard_negative_weight, scale
             )
-            weight = tl.exp2(logit - reference)
-            total += weight
-            pull += weight * (cosine - positive)
+            parts = _add(parts, logit, cosine - positive)
+    largest, total, pull = parts
+    reference = tl.max(largest, axis=1)
+    kept = tl.exp2(largest - reference[:, None])
+    total, pull = tl.sum(total * kept, axis=1), tl.sum(pull * kept, axis=1)
 
     # log(1 + Σ_others / E_ii): neither the loss nor its gradient is a difference of near-equals.
     positive = tl.reshape(positive, (BLOCK_M,))
-    reference = tl.reshape(reference, (BLOCK_M,))
-    margin = (tl.log2(tl.sum(total, axis=1)) + reference - positive * scale) * LN_2
+    margin = (tl.log2(total) + reference - positive * scale) * LN_2
     info_nce = tl.maximum(margin, 0.0) + log1p_of_unit(tl.exp2(-tl.abs(margin) * LOG2_E))
     log_total = positive * scale + info_nce * LOG2_E
-    pull_sum = tl.sum(pull, axis=1) * tl.exp2(reference - log_total)
+    pull_sum = pull * tl.exp2(reference - log_total)
     others_share = 1.0 / (1.0 + tl.exp2(-margin * LOG2_E))
     slope_unit = bml_weight * tau / num_rows  # a slope of 1, in units of 1/(Bτ)
     own_weight = -others_share - slope_unit * tl.sum(slope_sum, axis=1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import cosine_tile, counters, is_last_to_arrive, padded, read_scalar, two_best
+from .tiles import counters, is_last_to_arrive, padded, product_tile, read_scalar, row_starts, two_best
 
 # Sizes that change with the batch: no specialisation, or a new batch size would compile again.
 BATCH_SIZES = [
@@ -32,18 +32,13 @@ def _merge_two_best(partial_cosine_ptr, partial_id_ptr, rows, num_rows, num_tile
     """Two best over all centroid tiles, in the order of the tiles: ties stay with the lowest id."""
     mask = rows < num_rows
     step = num_rows.to(tl.int64)
-    second_offset = step * num_tiles
-    at = rows.to(tl.int64)
-    first_cosine = tl.load(partial_cosine_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
-    first = tl.load(partial_id_ptr + at, mask=mask, other=0, cache_modifier=".cg")
-    at += second_offset
-    second_cosine = tl.load(partial_cosine_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
-    second = tl.load(partial_id_ptr + at, mask=mask, other=0, cache_modifier=".cg")
-    for tile in range(1, num_tiles):
+    lowest = tl.full(rows.shape, float("-inf"), tl.float32)
+    first_cosine, first, second_cosine, second = lowest, rows * 0, lowest, rows * 0
+    for tile in range(0, num_tiles):
         at = rows + step * tile
         cosine_1 = tl.load(partial_cosine_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
         id_1 = tl.load(partial_id_ptr + at, mask=mask, other=0, cache_modifier=".cg")
-        at += second_offset
+        at += step * num_tiles
         cosine_2 = tl.load(partial_cosine_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
         id_2 = tl.load(partial_id_ptr + at, mask=mask, other=0, cache_modifier=".cg")
         wins = cosine_1 > first_cosine
@@ -120,7 +115,8 @@ def cosine_kernel(
     row_tile, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
-    safe_rows = tl.minimum(rows, num_rows - 1)  # reads stay inside, what they give is not written
+    # Reads stay inside, what they give is not written.
+    x_rows = row_starts(x_ptr, tl.minimum(rows, num_rows - 1), x_stride)
     if CLEAR:
         if (row_tile == 0) & (tile == 0):
             for start in range(0, num_counters, 1024):
@@ -132,19 +128,10 @@ def cosine_kernel(
         centroid_tiles = tl.cdiv(num_centroids, BLOCK_K)
         if tile < centroid_tiles:
             ids = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-            cosines, x_inverse, centroid_inverse = cosine_tile(
-                x_ptr,
-                x_stride,
-                safe_rows,
-                centroids_ptr,
-                centroids_stride,
-                tl.minimum(ids, num_centroids - 1),
-                dim,
-                True,  # centroids stay float32
-                PRECISION,
-                UPCAST,
-                BLOCK_K_D,
-            )
+            c_rows = row_starts(centroids_ptr, tl.minimum(ids, num_centroids - 1), centroids_stride)
+            cosines, x_inverse, centroid_inverse = product_tile(
+                x_rows, c_rows, dim, True, True, PRECISION, UPCAST, BLOCK_K_D
+            )  # centroids stay float32
             cosine_1, id_1, cosine_2, id_2 = two_best(cosines, ids, num_centroids)
             at = tile.to(tl.int64) * num_rows + rows
             tl.store(partial_cosine_ptr + at, cosine_1, mask=row_mask)
@@ -158,9 +145,9 @@ def cosine_kernel(
             if row_tile == 0:
                 tl.store(centroid_inverse_ptr + ids, centroid_inverse, mask=ids < num_centroids)
             if HAS_CENTROID_COSINES:
-                starts = centroid_cosines_ptr + rows.to(tl.int64) * (centroid_blocks.to(tl.int64) * 16)
+                starts = row_starts(centroid_cosines_ptr, rows, centroid_blocks.to(tl.int64) * 16)
                 both = row_mask[:, None] & (ids < padded(num_centroids))[None, :]  # as `load_row`
-                tl.store(starts[:, None] + ids[None, :], cosines, mask=both)
+                tl.store(starts + ids[None, :], cosines, mask=both)
             if HAS_NEAREST:
                 sizes_ptr, uses_ptr, _, arrivals_ptr = counters(counters_ptr, num_centroids)
                 if is_last_to_arrive(arrivals_ptr + row_tile, centroid_tiles, WAIT_FOR_STORES):
@@ -188,18 +175,9 @@ def cosine_kernel(
                     source, stride, count = negatives_ptr, negatives_stride, num_negatives
                     first = padded(num_columns)
                     columns -= column_tiles * BLOCK_N
-            cosines, x_inverse, y_inverse = cosine_tile(
-                x_ptr,
-                x_stride,
-                safe_rows,
-                source,
-                stride,
-                tl.minimum(columns, count - 1),
-                dim,
-                False,
-                PRECISION,
-                UPCAST,
-                BLOCK_D,
+            y_rows = row_starts(source, tl.minimum(columns, count - 1), stride)
+            cosines, x_inverse, y_inverse = product_tile(
+                x_rows, y_rows, dim, True, False, PRECISION, UPCAST, BLOCK_D
             )
             if tile == 0:
                 tl.store(x_inverse_ptr + rows, x_inverse, mask=row_mask)
@@ -207,6 +185,6 @@ def cosine_kernel(
             if row_tile == 0:
                 tl.store(y_inverse_ptr + first + columns, y_inverse, mask=column_mask)
             cosines = cosines * (1.0 / read_scalar(temperature, TEMPERATURE_POINTER))
-            starts = cosines_ptr + rows.to(tl.int64) * (cosine_blocks.to(tl.int64) * 16)
+            starts = row_starts(cosines_ptr, rows, cosine_blocks.to(tl.int64) * 16)
             both = row_mask[:, None] & column_mask[None, :]
-            tl.store(starts[:, None] + (first + columns)[None, :], cosines, mask=both)
+            tl.store(starts + (first + columns)[None, :], cosines, mask=both)

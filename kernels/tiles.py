@@ -52,43 +52,48 @@ def read_scalar(value, IS_POINTER: tl.constexpr):
 
 
 @triton.jit
-def cosine_tile(
-    x_ptr,
-    x_stride,
-    rows,  # (M,) already within bounds
-    y_ptr,
-    y_stride,
-    columns,  # (N,) already within bounds
+def row_starts(ptr, rows, stride):
+    """Where rows (M,) of a matrix start, (M, 1), in 64 bits."""
+    return ptr + rows.to(tl.int64)[:, None] * stride
+
+
+@triton.jit
+def product_tile(
+    x_rows,  # (M, 1) where rows start, already within bounds
+    y_rows,  # (N, 1) likewise
     dim,
+    COSINES: tl.constexpr,
     FLOAT32: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """cos(x_i, y_j) (M, N) and both inverse norms, (M,) and (N,), in one sweep over the embeddings.
+    """x_i·y_j (M, N); with COSINES cos(x_i, y_j) and both inverse norms, (M,) and (N,), in the same sweep.
 
     The raw rows are multiplied and the norms divided out of the sum, so half precision loses nothing: its
     products are exact in float32. FLOAT32 widens operands of different dtypes.
     """
-    products = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
-    x_square = tl.zeros((rows.shape[0],), tl.float32)
-    y_square = tl.zeros((columns.shape[0],), tl.float32)
-    x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
-    y_rows = y_ptr + columns.to(tl.int64)[:, None] * y_stride
+    products = tl.zeros((x_rows.shape[0], y_rows.shape[0]), tl.float32)
+    x_square = tl.zeros((x_rows.shape[0],), tl.float32)
+    y_square = tl.zeros((y_rows.shape[0],), tl.float32)
     for start in range(0, dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         inside = (d < dim)[None, :]
         x = tl.load(x_rows + d[None, :], mask=inside, other=0.0)  # (M, D)
         y = tl.load(y_rows + d[None, :], mask=inside, other=0.0)  # (N, D)
         x_wide, y_wide = x.to(tl.float32), y.to(tl.float32)
-        x_square += tl.sum(x_wide * x_wide, axis=1)
-        y_square += tl.sum(y_wide * y_wide, axis=1)
+        if COSINES:
+            x_square += tl.sum(x_wide * x_wide, axis=1)
+            y_square += tl.sum(y_wide * y_wide, axis=1)
         if FLOAT32:
-            products = multiply_add(x_wide, tl.trans(y_wide), products, PRECISION, UPCAST)
-        else:
-            products = multiply_add(x, tl.trans(y), products, PRECISION, UPCAST)
-    x_inverse, y_inverse = inverse_norm(x_square), inverse_norm(y_square)
-    return products * x_inverse[:, None] * y_inverse[None, :], x_inverse, y_inverse
+            x, y = x_wide, y_wide
+        products = multiply_add(x, tl.trans(y), products, PRECISION, UPCAST)
+    if COSINES:
+        x_inverse, y_inverse = inverse_norm(x_square), inverse_norm(y_square)
+        result = products * x_inverse[:, None] * y_inverse[None, :], x_inverse, y_inverse
+    else:
+        result = products
+    return result
 
 
 @triton.jit
@@ -165,8 +170,8 @@ def counters(counters_ptr, num_centroids):
 def store_through_norm(product, z_ptr, z_stride, out_ptr, rows, d, count, dim, inverse, along, factor):
     """dz = (du − u (u·du)) / ‖z‖ for du = product, written in the dtype of z."""
     mask = (rows < count)[:, None] & (d < dim)[None, :]
-    at = rows.to(tl.int64)[:, None]
-    z = tl.load(z_ptr + at * z_stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(row_starts(z_ptr, rows, z_stride) + d[None, :], mask=mask, other=0.0).to(tl.float32)
     unit = z * inverse[:, None]
     gradient = (product - unit * along[:, None]) * (inverse * factor)[:, None]
-    tl.store(out_ptr + at * dim + d[None, :], gradient.to(out_ptr.dtype.element_ty), mask=mask)
+    out = row_starts(out_ptr, rows, dim) + d[None, :]
+    tl.store(out, gradient.to(out_ptr.dtype.element_ty), mask=mask)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .objective import log2_uses
-from .tiles import LOG2_E, LOWEST, multiply_add, padded, read_scalar
+from .tiles import LOG2_E, LOWEST, padded, product_tile, read_scalar, row_starts
 
 MAXIMA = tl.constexpr(0)
 TOTALS = tl.constexpr(1)
@@ -27,37 +27,6 @@ WEIGHTS = tl.constexpr(2)
 SAFE_TEMPERATURE = tl.constexpr(0.025)
 
 BATCH_SIZES = ["num_rows", "num_columns", "weight_blocks"]
-
-
-@triton.jit
-def product_tile(
-    x_ptr,
-    x_stride,
-    rows,  # (M,) already within bounds
-    y_ptr,
-    y_stride,
-    columns,  # (N,) already within bounds
-    dim,
-    FLOAT32: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """x_i·y_j (M, N). FLOAT32 widens operands of different dtypes."""
-    products = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
-    x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
-    y_rows = y_ptr + columns.to(tl.int64)[:, None] * y_stride
-    for start in range(0, dim, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        inside = (d < dim)[None, :]
-        x = tl.load(x_rows + d[None, :], mask=inside, other=0.0)  # (M, D)
-        y = tl.load(y_rows + d[None, :], mask=inside, other=0.0)  # (N, D)
-        if FLOAT32:
-            wide = tl.trans(y.to(tl.float32))
-            products = multiply_add(x.to(tl.float32), wide, products, PRECISION, UPCAST)
-        else:
-            products = multiply_add(x, tl.trans(y), products, PRECISION, UPCAST)
-    return products
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -112,19 +81,8 @@ def weights_kernel(
             tl.store(partial, tl.full((BLOCK_M,), LOWEST, tl.float32), mask=row_mask)
             tl.debug_barrier()
     if needed:
-        products = product_tile(
-            x_ptr,
-            x_stride,
-            safe_rows,
-            y_ptr,
-            y_stride,
-            safe_columns,
-            dim,
-            FLOAT32,
-            PRECISION,
-            UPCAST,
-            BLOCK_D,
-        )
+        x_rows, y_rows = row_starts(x_ptr, safe_rows, x_stride), row_starts(y_ptr, safe_columns, y_stride)
+        products = product_tile(x_rows, y_rows, dim, False, FLOAT32, PRECISION, UPCAST, BLOCK_D)
         x_scale = tl.load(x_inverse_ptr + safe_rows) * (LOG2_E / tau)
         y_inverse = tl.load(y_inverse_ptr + safe_columns)
         logits = products * x_scale[:, None] * y_inverse[None, :]  # (M, N)
@@ -148,7 +106,7 @@ def weights_kernel(
             e = tl.where(others, tl.exp2(logits), 0.0)
             tl.store(partial, tl.sum(e, axis=1), mask=row_mask)
             if MODE == WEIGHTS:
-                starts = weights_ptr + safe_rows.to(tl.int64)[:, None] * (weight_blocks.to(tl.int64) * 16)
+                starts = row_starts(weights_ptr, safe_rows, weight_blocks.to(tl.int64) * 16)
                 both = row_mask[:, None] & (columns < padded(num_columns))[None, :]
                 e = e * y_inverse[None, :]
                 tl.store(starts + columns[None, :], e.to(weights_ptr.dtype.element_ty), mask=both)
