@@ -19,16 +19,16 @@ import torch
 import torch.distributed as dist
 from compare import assert_close_to_truth
 from distributed_refusals import check_refusals
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest import LargestTensor
 
 from clusterns import ClusterNSLoss
 from clusterns.functional import seed_centroids
 from clusterns.objective import torch_products
 from clusterns.objective.ranks import meet, seeding_chain
 from clusterns.objective.torch_products import TorchProducts
+from clusterns.rules import CloseMates, Decision, Pairs
 
-DIM, WIDTH, CLUSTERS, STEPS = 10, 8, 5, 3
+WIDTH, CLUSTERS, STEPS = 8, 5, 3
 ROWS = (13, 1, 11, 6)  # ragged on purpose
 NEGATIVE_ROWS = (3, 7, 1, 2)
 
@@ -48,26 +48,28 @@ class Setting(NamedTuple):
     evaluate: bool = False
 
 
+def known_pairs(pairs: Pairs) -> Decision:
+    """Some pairs are out and others held, by their places in the whole batch alone."""
+    i, j = pairs.places
+    return Decision(out=(i + 2 * j) % 5 == 0, held=(i + 2 * j) % 5 == 1)
+
+
+known_pairs.needs_clusters = False  # type: ignore[attr-defined]
+EXCLUDE = {"false_negatives": "exclude", "hard_negative_weight": 0.7}
 TINY = {"workspace_bytes": 2_000}  # a few rows of logits in a chunk
 SETTINGS = [
     Setting("plain", {"num_clusters": 0, "hard_negatives": False}, upstream=3.0),
     Setting("bml", {"hard_negative_weight": 0.7}, negatives=True, upstream=-0.5),
+    Setting("close mates", {"false_negatives": CloseMates(), **TINY}, negatives=True, learned=0.05),
     Setting("bml in order", {**TINY, "hard_negative_weight": -0.7}, negatives=True, cluster_order=True),
+    Setting("places", {"false_negatives": known_pairs, **TINY}, negatives=True),
     Setting("bml in order, one chunk, float32", {}, dtype=torch.float32, cluster_order=True),
-    Setting(
-        "bml with odd margins", {"bml_alpha": -0.1, "bml_beta": -0.2, "hard_negatives": False}, wants="p"
-    ),
+    Setting("odd margins", {"bml_alpha": -0.1, "bml_beta": -0.2, "hard_negatives": False}, wants="p"),
     Setting("bml, maximum", {"temperature": 1e-3, "centroid_update": "mean", **TINY}, negatives=True),
     Setting("bml, learned τ", {"centroid_update": "adamw"}, True, learned=0.07, upstream=2.0),
     Setting("learned τ alone", {**TINY, "hard_negative_weight": 0.7}, learned=0.01, wants=""),
-    Setting(
-        "exclude, float32, maximum",
-        {"false_negatives": "exclude", "temperature": 0.01, "hard_negative_weight": 0.7, **TINY},
-        dtype=torch.float32,
-    ),
-    Setting(
-        "exclude in order", {"false_negatives": "exclude"}, True, learned=0.05, cluster_order=True, wants="an"
-    ),
+    Setting("exclude, float32", {**EXCLUDE, "temperature": 0.01, **TINY}, dtype=torch.float32),
+    Setting("exclude in order", EXCLUDE, True, learned=0.05, cluster_order=True, wants="an"),
     Setting("keep, positives detached", {"false_negatives": "keep", **TINY}, negatives=True, wants="an"),
     Setting("anchors detached", {"centroid_update": "replace"}, negatives=True, wants="pn"),
     Setting("negatives alone", {"false_negatives": "keep", "temperature": 0.01}, negatives=True, wants="n"),
@@ -78,13 +80,13 @@ SETTINGS = [
 ]
 
 
-def batch(step: int, size: int, width: int, dtype: torch.dtype) -> list[list[torch.Tensor]]:
+def batch(step: int, size: int, dtype: torch.dtype) -> list[list[torch.Tensor]]:
     """Anchors, positives and negatives of a batch, each split by rank; norms far from 1."""
     generator = torch.Generator().manual_seed(step)
     split = []
-    noise = torch.randn(sum(ROWS), width, generator=generator, dtype=torch.float64)
+    noise = torch.randn(sum(ROWS), WIDTH, generator=generator, dtype=torch.float64)
     for index, counts in enumerate((ROWS[:size], ROWS[:size], NEGATIVE_ROWS[:size])):
-        z = torch.randn(sum(counts), width, generator=generator, dtype=torch.float64)
+        z = torch.randn(sum(counts), WIDTH, generator=generator, dtype=torch.float64)
         z = z + (noise[: len(z)] if index < 2 else 0.0)
         z = z * (0.2 + 3 * torch.rand(len(z), 1, generator=generator, dtype=torch.float64))
         split.append(list(z.to(dtype).split(counts)))
@@ -141,7 +143,7 @@ def named(what: str) -> Iterator[None]:
 
 def check_setting(setting: Setting, group) -> None:
     """Both ways to gather against one process."""
-    batches = [batch(step, dist.get_world_size(group), WIDTH, setting.dtype) for step in range(STEPS)]
+    batches = [batch(step, dist.get_world_size(group), setting.dtype) for step in range(STEPS)]
     whole = [[torch.cat(parts).double() for parts in views] for views in batches]
     torch.manual_seed(100)  # the generator of rank 0
     alone = run_steps(setting, make_loss(setting, backend="reference"), whole, set(setting.wants))
@@ -184,59 +186,6 @@ def check_gather(setting: Setting, gather: str, group, batches, alone: list[dict
             )  # fmt: skip
 
 
-def check_training(group, gather: str, with_negatives: bool) -> None:
-    """Optimiser steps through DistributedDataParallel as those of one process."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-
-    def train(model, loss_fn, batches) -> torch.Tensor:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        losses = []
-        for views in batches:
-            a, p, n = model(torch.cat(views)).split([len(view) for view in views])
-            loss = loss_fn(a, p, n if with_negatives else None)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        return torch.stack(losses)
-
-    def encoder() -> torch.nn.Module:
-        torch.manual_seed(5)
-        return torch.nn.Linear(DIM, WIDTH).double()
-
-    setting = Setting("training", {"num_clusters": 4})
-    batches = [batch(step, size, DIM, torch.float64) for step in range(4)]
-    one = encoder()
-    torch.manual_seed(100)
-    loss_of_one = make_loss(setting, backend="reference")
-    expected = train(one, loss_of_one, [[torch.cat(parts) for parts in views] for views in batches])
-
-    model = DistributedDataParallel(encoder(), process_group=group)
-    torch.manual_seed(100 + rank)
-    loss_fn = make_loss(setting, process_group=group, gather=gather)
-    losses = train(model, loss_fn, [[parts[rank] for parts in views] for views in batches])
-    assert loss_fn.clustering_active
-    torch.testing.assert_close(losses, expected)
-    torch.testing.assert_close(model.module.weight.detach(), one.weight.detach())
-    torch.testing.assert_close(loss_fn.centroids, loss_of_one.centroids)
-    same_everywhere(group, loss_fn.centroids, "centroids")
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the most rows of any tensor whose rows are embeddings."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.width, self.rows = width, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[-1] == self.width:
-                self.rows = max(self.rows, value.numel() // self.width)
-        return result
-
-
 def check_memory(group) -> None:
     """A ring meets one block after another, and makes nothing as long as the batch."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -251,10 +200,11 @@ def check_memory(group) -> None:
             blocks.append(len(block.positives))
             return plain(products, block, *rest)
 
-        with mock.patch.object(TorchProducts, "open", open_block), LargestTensor(width) as seen:
+        seen = LargestTensor(lambda z: z.numel() // width if z.ndim > 1 and z.shape[-1] == width else 0)
+        with mock.patch.object(TorchProducts, "open", open_block), seen:
             for _ in range(2):
                 loss_fn(z[0].clone().requires_grad_(), z[1].clone().requires_grad_()).backward()
-        largest[gather] = seen.rows
+        largest[gather] = seen.seen
         each = [sum(counts)] if gather == "all" else counts * 2  # the ring goes around twice
         assert Counter(blocks) == Counter(each * 2), f"{gather}: {blocks}"
     assert largest["all"] >= sum(counts)
@@ -264,7 +214,7 @@ def check_memory(group) -> None:
 def check_ranks(group) -> None:
     """Sums in the order of the ranks, and the seeds of one process, on every rank."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    anchors, positives, _ = batch(0, size, WIDTH, torch.float32)
+    anchors, positives, _ = batch(0, size, torch.float32)
     ranks = meet(group, "all", anchors[rank], positives[rank], None, 0.05)
     assert ranks.batch == sum(ROWS[:size])
     assert ranks.first == sum(ROWS[:rank])
@@ -288,8 +238,6 @@ def check_group(group) -> None:
     # All settings for three ranks, half of them for two and the other half for four.
     for setting in {2: SETTINGS[::2], 3: SETTINGS, 4: SETTINGS[1::2]}[dist.get_world_size(group)]:
         check_setting(setting, group)
-    for gather, with_negatives in (("all", True), ("ring", False), ("ring", True)):
-        check_training(group, gather, with_negatives)
     check_memory(group)
     check_ranks(group)
     check_refusals(group)
