@@ -5,9 +5,11 @@ The other kernel tests run there too, on the GPU instead of the interpreter.
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
-from objective_problems import eager_half, errors, exact, fix_clusters, gradients, problem, started
+from objective_problems import eager_half, errors, exact, fix_clusters, gradients, problem
 
 from clusterns import ClusterNSLoss, info_nce, nearest_centroids
 from clusterns.backend import choose_backend
@@ -21,17 +23,9 @@ pytestmark = [
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def no_sweep(monkeypatch):
-    """Sweeps compile every tile shape for every kind of launch; the tests of sweeps ask for them."""
-    monkeypatch.setenv("CLUSTERNS_AUTOTUNE", "0")
-
-
 def active_loss(dim, clusters, **arguments):
     loss_fn = ClusterNSLoss(dim, clusters, **arguments).cuda()
-    loss_fn.centroids.copy_(torch.randn(clusters, dim))
-    loss_fn.initialized.fill_(True)
-    assert loss_fn.clustering_active
+    loss_fn.start_from(torch.randn(clusters, dim))
     return loss_fn
 
 
@@ -42,10 +36,21 @@ def views(batch, dim, dtype=torch.float32, seed=0):
     return [t.cuda().to(dtype).requires_grad_() for t in (z, other)]
 
 
+@contextlib.contextmanager
+def aside():
+    """On another stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 def test_auto_is_triton_here():
     anchors, positives = views(64, 32)
     assert choose_backend("auto", anchors, positives) == "triton"
     assert choose_backend("auto", anchors.double(), positives) == "torch"
+    assert torch.equal(info_nce(anchors, positives), info_nce(anchors, positives, backend="triton"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,19 +98,15 @@ def test_kernels_of_a_step():
 @pytest.mark.parametrize(
     ("dtype", "batch", "dim"), [*((dtype, 96, 64) for dtype in DTYPES), (torch.bfloat16, 2048, 768)]
 )
-def test_cuda_graph(dtype, batch, dim, monkeypatch):
+def test_cuda_graph(dtype, batch, dim):
     """A captured step follows new data and moves the centroids as an eager one does."""
-    monkeypatch.delenv("CLUSTERNS_AUTOTUNE")  # the large one is captured with the shape that won
     captured, eager = active_loss(dim, 16), active_loss(dim, 16)
     eager.load_state_dict(captured.state_dict())
     start = {name: value.clone() for name, value in captured.state_dict().items()}
     anchors, positives = views(batch, dim, dtype)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with aside():
         for _ in range(3):
             torch.autograd.grad(captured(anchors, positives), (anchors, positives))
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loss = captured(anchors, positives)
@@ -118,15 +119,12 @@ def test_cuda_graph(dtype, batch, dim, monkeypatch):
             positives.copy_(fresh[1])
         graph.replay()
         expected = eager(*fresh)
-        expected_grads = torch.autograd.grad(expected, fresh)
-        assert torch.equal(loss, expected)
-        assert all(torch.equal(x, y) for x, y in zip(grads, expected_grads, strict=True))
-        assert torch.equal(captured.centroids, eager.centroids)
+        found, truth = (loss, *grads), (expected, *torch.autograd.grad(expected, fresh))
+        assert all(map(torch.equal, (*found, captured.centroids), (*truth, eager.centroids)))
 
 
 def test_a_new_batch_size_compiles_nothing():
     loss_fn = active_loss(64, 16)
-    kernels = []
     with launch.recording() as launches:
         loss_fn(*views(64, 64)).backward()
     kernels = {each.kernel for each in launches}
@@ -169,10 +167,10 @@ def test_follows_the_matmul_precision(precision):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        ours = errors(gradients(anchors, positives, {}, backend="triton"), truth)
-        eager = errors(gradients(anchors, positives, {}, backend="reference"), truth)
+        runs = [gradients(anchors, positives, {}, backend=word) for word in ("triton", "reference")]
     finally:
         torch.set_float32_matmul_precision(before)
+    ours, eager = (errors(run, truth) for run in runs)
     assert (ours <= 1.5 * eager + torch.finfo(torch.float32).eps / 0.05).all(), (ours, eager)
     if precision != "highest":
         assert ours[5:].max() > 1e-5  # tf32 was used
@@ -182,21 +180,17 @@ def test_follows_the_matmul_precision(precision):
 def test_same_bits_every_time(dtype):
     anchors, positives, arguments = problem(1000, 768, 128, 50, dtype=dtype)
     arguments["centroids"] = arguments["centroids"].float()
-    runs = [
-        gradients(anchors, positives, arguments, false_negatives="bml", backend="triton") for _ in range(20)
-    ]
+    arguments["false_negatives"] = "bml"
+    runs = [gradients(anchors, positives, arguments, backend="triton") for _ in range(20)]
     for terms, grads in runs[1:]:
-        assert torch.equal(terms.loss, runs[0][0].loss)
-        assert all(torch.equal(x, y) for x, y in zip(grads, runs[0][1], strict=True))
+        assert all(map(torch.equal, (terms.loss, *grads), (runs[0][0].loss, *runs[0][1])))
 
 
 def test_assignment_of_many_points():
     points, centroids = torch.randn(200_000, 64, device="cuda"), torch.randn(1000, 64, device="cuda")
     found = nearest_centroids(points, centroids)
-    wide = (
-        torch.nn.functional.normalize(points.double()) @ torch.nn.functional.normalize(centroids.double()).T
-    )
-    best = wide.topk(2, dim=1).values.float()
+    a, c = (torch.nn.functional.normalize(z.double()) for z in (points, centroids))
+    best = (a @ c.T).topk(2, dim=1).values.float()
     torch.testing.assert_close(found.nearest_cosine, best[:, 0], atol=2e-6, rtol=0)
     torch.testing.assert_close(found.runner_up_cosine, best[:, 1], atol=2e-6, rtol=0)
 
@@ -207,15 +201,12 @@ def test_another_stream_and_dirty_memory():
     state = {name: value.clone() for name, value in loss_fn.state_dict().items()}
     anchors, positives = views(200, 64)
     expected = loss_fn(anchors, positives)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with aside():
         for _ in range(20):
             dirt = [torch.full((size,), float("nan"), device="cuda") for size in (64, 256, 4096, 65536)]
             del dirt
             loss_fn.load_state_dict(state)
             assert torch.equal(loss_fn(anchors, positives), expected)
-    torch.cuda.current_stream().wait_stream(stream)
 
 
 def test_inductor_compiles_the_step_whole():
@@ -225,23 +216,11 @@ def test_inductor_compiles_the_step_whole():
     fast = torch.compile(whole, fullgraph=True)
     for batch in (96, 97):
         anchors, positives = views(batch, 64)
-        for mine, theirs in zip(
-            torch.autograd.grad(fast(anchors, positives), (anchors, positives)),
-            torch.autograd.grad(plain(anchors, positives), (anchors, positives)),
-            strict=True,
-        ):
-            torch.testing.assert_close(mine, theirs)
+        mine, theirs = (
+            torch.autograd.grad(f(anchors, positives), (anchors, positives)) for f in (fast, plain)
+        )
+        torch.testing.assert_close(mine, theirs)
         torch.testing.assert_close(plain.centroids, whole.centroids)
-
-
-def test_large_work_with_a_sweep(monkeypatch):
-    monkeypatch.delenv("CLUSTERNS_AUTOTUNE")
-    anchors, positives, _ = problem(2048, 768, 0, dtype=torch.bfloat16)
-    truth = exact(anchors, positives, {})
-    found = errors(gradients(anchors, positives, {}, backend="triton"), truth)
-    again = errors(gradients(anchors, positives, {}, backend="triton"), truth)
-    assert torch.equal(found, again)
-    assert (found[5:] <= 2 * torch.finfo(torch.bfloat16).eps).all(), found
 
 
 def test_gradient_scaler_and_autocast():
@@ -259,10 +238,3 @@ def test_gradient_scaler_and_autocast():
         optimizer.zero_grad()
         assert loss.isfinite()
     assert loss_fn.centroids.dtype == torch.float32
-
-
-def test_started_module_moves_with_the_data():
-    loss_fn = started()
-    assert loss_fn.centroids.is_cuda
-    anchors, positives, _ = problem(40, 12, 0)
-    assert torch.equal(info_nce(anchors, positives), info_nce(anchors, positives, backend="triton"))

@@ -127,6 +127,7 @@ WARNED = {
     "one row and centroids": (started, [ONE], [""]),
     "one row and no centroids": (lambda: started(hard_negatives=False), [ONE], [ALONE]),
     "small": (partial(ClusterNSLoss, 12, 64, start_cosine=1.0), [FEW, FEW, MANY, FEW], [SMALL, "", "", ""]),
+    "just enough": (partial(ClusterNSLoss, 12, 64, start_cosine=1.0), [MANY, FEW], ["", ""]),
     "alike later": (two, [FEW, (X, X)], ["", ""]),
     "alike, evaluated": (lambda: two().eval(), [(X, X)], [""]),
     "alike, cached": (partial(CachedClusterNSLoss, 12, 2), [(torch.nn.Linear(12, 12), X, X)], [ALIKE]),
