@@ -26,11 +26,6 @@ def switched_off() -> bool:
     return os.environ.get(SWITCH, "0") not in ("", "0")
 
 
-def is_installed() -> bool:
-    """Whether Triton can be imported."""
-    return _INSTALLED
-
-
 def _find_triton() -> bool:
     try:
         return util.find_spec("triton") is not None
@@ -46,7 +41,7 @@ def _triton_version() -> tuple[int, ...]:
     return OLDEST  # built from source, presumably new
 
 
-_INSTALLED = _find_triton()
+_INSTALLED = _find_triton()  # whether Triton can be imported
 _VERSION = _triton_version()
 
 
@@ -63,7 +58,7 @@ def why_not(device: torch.device | None, *dtypes: torch.dtype) -> str | None:
     """
     if switched_off():
         return f"it is switched off by {SWITCH}={os.environ[SWITCH]}; unset that, or use 'auto' or 'torch'"
-    if not is_installed():
+    if not _INSTALLED:
         return "Triton is not installed; pip install triton (Linux), or use 'auto' or 'torch'"
     if _VERSION < OLDEST:
         have, need = (".".join(map(str, version)) for version in (_VERSION, OLDEST))
