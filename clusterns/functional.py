@@ -197,7 +197,10 @@ def evaluate(
     if backend == "reference":
         return _reference_objective(anchors, positives, negatives, temperature, clusters, options)
     inputs = (anchors, positives, negatives, temperature)
-    loss, terms = operators.Sweep.apply(*inputs, clusters, options, backend, ranks, torch.is_grad_enabled())
+    run = operators.Sweep.apply
+    if torch.compiler.is_compiling() and not isinstance(options.false_negatives, str):
+        run = torch.compiler.disable(run)  # a rule is Python of its own, and asks the numbers
+    loss, terms = run(*inputs, clusters, options, backend, ranks, torch.is_grad_enabled())
     return ObjectiveTerms(loss, *terms.unbind())
 
 

@@ -531,3 +531,14 @@ def test_rules_decide_as_they_say():
         )
     with pytest.raises(ValueError, match=r"^false_negatives: expected one of .* or a function of"):
         info_nce(anchors, positives, false_negatives="drop")
+
+
+def test_a_compiler_leaves_a_rule_to_python():
+    anchors, positives, arguments = problem(20, 6, 4, **DOUBLE)
+    fix_clusters(anchors, arguments)
+    arguments.update(false_negatives=CloseMates(), backend="torch", bml_weight=5.0)
+    found = [
+        torch.autograd.grad(function(anchors, positives, **arguments), (anchors, positives))
+        for function in (info_nce, torch.compile(info_nce, backend="aot_eager"))
+    ]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)

@@ -141,8 +141,7 @@ class Sweep(torch.autograd.Function):
         inputs = (anchors, positives, negatives, temperature)
         a, p, n, tau = (need and keeps_graph for need in ctx.needs_input_grad[:4])
         needs = (a, p, n, tau)
-        # A rule that is no word is Python, which a compiler looks into; ranks speak with each other.
-        whole = torch.compiler.is_compiling() and ranks is None and isinstance(options.false_negatives, str)
+        whole = torch.compiler.is_compiling() and ranks is None
         with torch.no_grad(), without_autocast(anchors.device):
             if whole:
                 loss, terms, *found = _sweep_operator(
