@@ -9,11 +9,23 @@ import torch
 from compare import assert_close_to_truth
 from conftest import DEVICE
 from objective_problems import problem, started
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clusterns import ClusterNSLoss, info_nce, nearest_centroids
 
 pytest.importorskip("triton")
 from clusterns.kernels import launch
+
+
+class NotFree(TorchDispatchMode):
+    """Notes what is neither an allocation nor a view."""
+
+    seen: frozenset = frozenset()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and "empty" not in str(function):
+            self.seen |= {str(function)}
+        return function(*args, **(kwargs or {}))
 
 
 def in_float64(loss_fn):
@@ -24,6 +36,23 @@ def in_float64(loss_fn):
         if value.is_floating_point():
             setattr(exact, name, value.double())
     return exact
+
+
+def assert_same_step(ours, theirs, batch, wide=lambda z: z):
+    """Loss, gradients, centroids and terms of two losses on one batch."""
+    results = []
+    for loss_fn, inputs in ((ours, batch), (theirs, [wide(z.detach()).requires_grad_() for z in batch])):
+        loss = loss_fn(*inputs)
+        wanted = (*inputs, *loss_fn.parameters())
+        gradients = torch.autograd.grad(loss, wanted)
+        results.append(
+            {"loss": loss, "centroids": loss_fn.centroids, **dict(enumerate(gradients)), **loss_fn.last}
+        )
+        assert not any(value.requires_grad for value in loss_fn.last.values())
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        least = 1.0 if name in ours.last else 0.0
+        assert_close_to_truth(value, results[1][name], condition=24, least=least, what=name)
 
 
 @pytest.mark.parametrize(
@@ -42,23 +71,8 @@ def test_module_agrees_with_the_reference(update, hard, how):
     theirs = in_float64(ours)
     for training in (True, True, False):
         anchors, positives, arguments = problem(37, 12, 0, 5, seed=int(training))
-        results = []
-        for loss_fn, dtype in (
-            (ours.train(training), torch.float32),
-            (theirs.train(training), torch.float64),
-        ):
-            views = [
-                z.detach().to(dtype).requires_grad_() for z in (anchors, positives, arguments["negatives"])
-            ]
-            loss = loss_fn(*views)
-            results.append((loss, *torch.autograd.grad(loss, views)))
-        for mine, other in zip(*results, strict=True):
-            assert_close_to_truth(mine, other, condition=24)
-        assert_close_to_truth(ours.centroids, theirs.centroids)
-        assert ours.last.keys() == theirs.last.keys()
-        for name, value in ours.last.items():
-            assert_close_to_truth(value, theirs.last[name], condition=24, least=1.0, what=name)
-            assert not value.requires_grad
+        batch = (anchors, positives, arguments["negatives"])
+        assert_same_step(ours.train(training), theirs.train(training), batch, torch.Tensor.double)
 
 
 @pytest.mark.parametrize("update", ["sum", "mean", "adamw"])
@@ -92,12 +106,13 @@ def test_centroids_move_whatever_their_layout(how):
     if how == "transposed":
         state["centroids"] = state["centroids"].T.contiguous().T
     loss_fn.load_state_dict(state, assign=True)
-    before = loss_fn.centroids.clone()
+    before, version = loss_fn.centroids.clone(), loss_fn.centroids._version
     exact = in_float64(loss_fn)
     anchors, positives, _ = problem(30, 12, 0)
     loss_fn(anchors, positives)
     exact(anchors.double(), positives.double())
     assert loss_fn.centroids.dtype == torch.float32
+    assert loss_fn.centroids._version > version
     assert not torch.equal(loss_fn.centroids, before)
     assert_close_to_truth(loss_fn.centroids, exact.centroids)
 
@@ -111,54 +126,27 @@ def test_centroids_may_move_on_where_only_positives_learn():
     assert positives.grad is not None
 
 
-def test_the_update_bumps_the_version():
-    loss_fn = started()
-    before = loss_fn.centroids._version
-    loss_fn(*problem(30, 12, 0)[:2])
-    assert loss_fn.centroids._version > before
-
-
 def test_launches():
-    """Assign, update, re-assign, loss: four launches; the backward one."""
+    """Assign, update, re-assign, loss: four launches; the backward one.
+
+    Between them there are only allocations and views: nothing that starts a kernel or waits.
+    """
     loss_fn = started()
-    anchors, positives, arguments = problem(30, 12, 0, 4)
-    with launch.recording() as forward:
-        loss = loss_fn(anchors, positives, arguments["negatives"])
-    assert [each.kernel.__name__ for each in forward] == [
-        "cosine_kernel",
-        "centroid_update_kernel",
-        "cosine_kernel",
-        "objective_kernel",
-    ]
-    with launch.recording() as backward:
-        loss.backward()
-    assert [each.kernel.__name__ for each in backward] == ["gradient_kernel"]
+    anchors, positives, arguments = problem(64, 12, 0, 4)
+    batch, one = (anchors, positives, arguments["negatives"]), torch.ones((), device=DEVICE)
+    loss_fn(*batch).backward(one)
+    with launch.recording() as forward, NotFree() as others:
+        loss = loss_fn(*batch)
+    with launch.recording() as backward, others:
+        torch.autograd.grad(loss, batch, one)
     with launch.recording() as plain:
         info_nce(anchors, positives, backend="triton")
-    assert [each.kernel.__name__ for each in plain] == ["cosine_kernel", "objective_kernel"]
-
-
-def test_nothing_else_runs_on_the_device():
-    """Between the launches there are only allocations and views: nothing that starts a kernel or waits."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Seen(TorchDispatchMode):
-        others: frozenset = frozenset()
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            name = str(function)
-            if not function.is_view and "empty" not in name:
-                self.others |= {name}
-            return function(*args, **(kwargs or {}))
-
-    loss_fn = started()
-    anchors, positives, _ = problem(64, 12, 0)
-    one = torch.ones((), device=DEVICE)
-    loss_fn(anchors, positives).backward(one)
-    with launch.recording(), Seen() as seen:
-        loss = loss_fn(anchors, positives)
-        torch.autograd.grad(loss, (anchors, positives), one)
-    assert not seen.others
+    assert not others.seen
+    names = [
+        [each.kernel.__name__.removesuffix("_kernel") for each in run] for run in (forward, backward, plain)
+    ]
+    assert names[0] == ["cosine", "centroid_update", "cosine", "objective"]
+    assert names[1:] == [["gradient"], ["cosine", "objective"]]
 
 
 def operator_samples():
@@ -204,38 +192,11 @@ def test_operators_are_well_defined():
         torch.library.opcheck(getattr(torch.ops.clusterns, name.split()[0]).default, sample)
 
 
-def compiled(function):
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, backend="aot_eager")
-
-
 def test_module_compiles_whole():
     tau = torch.nn.Parameter(torch.tensor(0.05, device=DEVICE))
     plain, whole = (started("adamw", temperature=tau, centroid_momentum=0.1) for _ in range(2))
     whole.load_state_dict(plain.state_dict())
-    fast = compiled(whole)
+    torch._dynamo.reset()
+    fast = torch.compile(whole, fullgraph=True, backend="aot_eager")
     for seed in range(2):
-        anchors, positives, _ = problem(40 + seed, 12, 0, seed=seed)
-        wanted = (anchors, positives, tau)
-        results = [
-            (loss, *torch.autograd.grad(loss, wanted))
-            for loss in (plain(anchors, positives), fast(anchors, positives))
-        ]
-        for mine, other in zip(*results, strict=True):
-            assert_close_to_truth(mine, other, condition=24)
-        assert_close_to_truth(plain.centroids, whole.centroids)
-        for name, value in plain.last.items():
-            assert_close_to_truth(value, whole.last[name], condition=24, least=1.0)
-
-
-def test_functions_compile_whole():
-    anchors, positives, arguments = problem(24, 8, 4, 3)
-
-    def both(a, p):
-        loss = info_nce(a, p, false_negatives="bml", backend="triton", **arguments)
-        return loss * 2
-
-    expected = torch.autograd.grad(both(anchors, positives), (anchors, positives))
-    actual = torch.autograd.grad(compiled(both)(anchors, positives), (anchors, positives))
-    for mine, theirs in zip(actual, expected, strict=True):
-        assert_close_to_truth(mine, theirs, condition=24)
+        assert_same_step(fast, plain, problem(40 + seed, 12, 0, seed=seed)[:2])
