@@ -17,9 +17,6 @@ from sklearn.exceptions import ConvergenceWarning
 from clusterns import SphericalKMeans, kmeans_seeding, kmeans_steps
 from clusterns.kmeans_steps import Clusters, assign, lloyd
 
-CPU = torch.device("cpu")
-
-
 # --- the method --------------------------------------------------------------------------------------------
 
 
@@ -95,8 +92,9 @@ def test_ties_and_zero_rows_take_the_lowest_id():
 
 def test_zero_rows_pull_on_no_center():
     x = blobs(80, 5, 3)
-    padded = np.concatenate([np.zeros((20, 5)), x])
-    alone, beside = (SphericalKMeans(3, init=x[:3]).fit(z) for z in (x, padded))
+    alone, beside = (
+        SphericalKMeans(3, init=x[:3]).fit(z) for z in (x, np.concatenate([np.zeros((20, 5)), x]))
+    )
     assert_allclose(beside.cluster_centers_, alone.cluster_centers_)
     assert beside.inertia_ == pytest.approx(alone.inertia_ + 20)
     assert (beside.labels_[:20] == 0).all()
@@ -190,10 +188,15 @@ def test_seeding_draws_by_weight_and_distance():
     assert set(kmeans_seeding._draw(0 * chance, places, chance).tolist()) == {1, 3, 4}
 
 
-def test_seeding_on_some_of_the_points():
-    x = blobs(20_000, 6, 4, spread=0.2, dtype=np.float32)
-    whole, some = (SphericalKMeans(4, init_size=size, random_state=0).fit(x) for size in (20_000, 50))
-    assert some.inertia_ == pytest.approx(whole.inertia_, rel=1e-3)
+@pytest.mark.parametrize(
+    ("groups", "spread", "more"), [(4, 0.2, {"init_size": 50}), (10, 0.8, {"batch_size": 200})]
+)
+def test_less_work_comes_close(groups, spread, more):
+    """Seeding on some of the points; mini-batches."""
+    x = blobs(4000, 12, groups, spread=spread)
+    found, lloyds = (SphericalKMeans(groups, random_state=0, **each).fit(x) for each in (more, {}))
+    assert found.inertia_ < 1.02 * lloyds.inertia_
+    assert_array_equal(found.labels_, found.predict(x))
 
 
 def test_more_runs_are_no_worse():
@@ -206,31 +209,18 @@ def test_more_runs_are_no_worse():
 # --- much data ---------------------------------------------------------------------------------------------
 
 
-def test_mini_batches_come_close():
-    x = blobs(4000, 12, 10, spread=0.8)
-    lloyds = SphericalKMeans(10, random_state=0).fit(x)
-    batches = SphericalKMeans(10, batch_size=200, random_state=0).fit(x)
-    assert batches.inertia_ < 1.02 * lloyds.inertia_
-    assert_array_equal(batches.labels_, batches.predict(x))
-
-
 def test_partial_fit_is_the_direction_of_all_that_came():
-    batches = [blobs(100, 6, 4, seed=seed)[:, :6] for seed in (5, 5, 5)]
-    batches = [
-        batch[order]
-        for batch, order in zip(batches, ([*range(100)], [*range(60)], [*range(30, 100)]), strict=True)
-    ]
+    x = blobs(100, 6, 4, seed=5)
+    batches = [x, x[:60], x[30:]]
     model = SphericalKMeans(4, init=batches[0][:4])
     c, sums = unit(batches[0][:4]), np.zeros((4, 6))
-    for calls, batch in enumerate(batches, start=1):
-        assert model.partial_fit(batch) is model
-        labels = (unit(batch) @ c.T).argmax(axis=1)
-        for label, row in zip(labels, unit(batch), strict=True):
-            sums[label] += row
+    for calls, batch in enumerate(map(unit, batches), start=1):
+        assert model.partial_fit(batches[calls - 1]) is model
+        np.add.at(sums, (batch @ c.T).argmax(axis=1), batch)
         c = unit(sums)
         assert_allclose(model.cluster_centers_, c, atol=1e-12)
-        assert_array_equal(model.labels_, (unit(batch) @ c.T).argmax(axis=1))
-        assert model.inertia_ == pytest.approx((1 - (unit(batch) @ c.T).max(axis=1)).sum())
+        assert_array_equal(model.labels_, (batch @ c.T).argmax(axis=1))
+        assert model.inertia_ == pytest.approx((1 - (batch @ c.T).max(axis=1)).sum())
         assert model.n_iter_ == calls
 
 
@@ -259,21 +249,18 @@ def test_a_weight_is_a_repetition(batch_size):
     x = blobs(150, 6, 4)
     weight = np.random.default_rng(1).integers(0, 4, 150)
     weight[:4] = 1
-    arguments = {
-        "n_clusters": 4,
-        "init": x[:4],
-        "batch_size": batch_size,
-        "max_iter": 1 if batch_size else 100,
-    }
-    weighted = SphericalKMeans(**arguments).fit(x, sample_weight=weight)
-    repeated = SphericalKMeans(**arguments).fit(np.repeat(x, weight, axis=0))
+    model = SphericalKMeans(4, init=x[:4], batch_size=batch_size, max_iter=1 if batch_size else 100)
+    weighted, repeated = (
+        clone(model).fit(x, sample_weight=weight),
+        clone(model).fit(np.repeat(x, weight, axis=0)),
+    )
     assert_allclose(weighted.cluster_centers_, repeated.cluster_centers_, atol=1e-12)
     assert weighted.inertia_ == pytest.approx(repeated.inertia_)
-    as_tensor = SphericalKMeans(**arguments).fit(torch.from_numpy(x), sample_weight=torch.from_numpy(weight))
+    as_tensor = clone(model).fit(torch.from_numpy(x), sample_weight=torch.from_numpy(weight))
     assert_array_equal(as_tensor.labels_, weighted.labels_)
-    unweighted = SphericalKMeans(**arguments).fit(x)
+    unweighted, thrice = clone(model).fit(x), clone(model).fit(x, sample_weight=3)
     assert abs(unweighted.cluster_centers_ - weighted.cluster_centers_).max() > 1e-3
-    assert_allclose(clone(unweighted).fit(x, sample_weight=3).cluster_centers_, unweighted.cluster_centers_)
+    assert_allclose(thrice.cluster_centers_, unweighted.cluster_centers_)
 
 
 def test_seeds_have_a_weight():
