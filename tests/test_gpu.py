@@ -221,20 +221,3 @@ def test_inductor_compiles_the_step_whole():
         )
         torch.testing.assert_close(mine, theirs)
         torch.testing.assert_close(plain.centroids, whole.centroids)
-
-
-def test_gradient_scaler_and_autocast():
-    layer = torch.nn.Linear(32, 64).cuda()
-    loss_fn = active_loss(64, 16)
-    scaler = torch.amp.GradScaler("cuda")
-    optimizer = torch.optim.SGD(layer.parameters(), 0.01)
-    for _ in range(3):
-        x = torch.randn(128, 32, device="cuda")
-        with torch.autocast("cuda", torch.float16):
-            loss = loss_fn(layer(x), layer(x + 0.1))
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        assert loss.isfinite()
-    assert loss_fn.centroids.dtype == torch.float32

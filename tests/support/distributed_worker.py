@@ -6,11 +6,9 @@ plain formulas of `reference` on the concatenated batch.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -131,25 +129,19 @@ def same_everywhere(group, tensor: torch.Tensor, what: str) -> None:
     assert all(torch.equal(other, every[0]) for other in every), f"ranks hold different {what}: {every}"
 
 
-@contextlib.contextmanager
-def named(what: str) -> Iterator[None]:
-    """Say where an error comes from."""
-    try:
-        yield
-    except Exception:
-        print(f"{what}:", file=sys.stderr)
-        raise
-
-
 def check_setting(setting: Setting, group) -> None:
     """Both ways to gather against one process."""
     batches = [batch(step, dist.get_world_size(group), setting.dtype) for step in range(STEPS)]
     whole = [[torch.cat(parts).double() for parts in views] for views in batches]
     torch.manual_seed(100)  # the generator of rank 0
     alone = run_steps(setting, make_loss(setting, backend="reference"), whole, set(setting.wants))
-    for gather in ("all", "ring"):
-        with named(f"rank {dist.get_rank()}, gather {gather!r}, {setting.name!r}"):
+    gather = ""
+    try:
+        for gather in ("all", "ring"):
             check_gather(setting, gather, group, batches, alone)
+    except Exception:
+        print(f"rank {dist.get_rank()}, gather {gather!r}, {setting.name!r}:", file=sys.stderr)
+        raise
 
 
 def check_gather(setting: Setting, gather: str, group, batches, alone: list[dict]) -> None:
