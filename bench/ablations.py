@@ -6,8 +6,9 @@
 Each run trains on Wikipedia sentences from the first layers of a small pretrained encoder, keeps the best
 checkpoint by STS-B dev, and scores that on the seven test sets. A run that has its result is not run again:
 start the command anew and it goes on where it stopped, and more seeds join the old ones. Started twice at
-once it shares the runs out, which on few cores is the faster way (OMP_NUM_THREADS=1). Ends with a table
-(mean ± standard deviation over seeds, paired t-test against SimCSE), as CSV and Markdown, and a figure.
+once it shares the runs out, which on few cores is the faster way (OMP_NUM_THREADS=1). Ends with every run as
+CSV, a table (mean ± standard deviation over seeds, paired t-test against SimCSE), and a figure; a search with
+its runs as CSV, the best settings first.
 
 Nothing is chosen by a test set: `--search` sees STS-B dev only and trains with seeds that the comparison
 does not use. The learning rate is the best of SimCSE, not of ClusterNS.
@@ -25,7 +26,8 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,9 +39,7 @@ from tqdm import tqdm
 
 from clusterns import ClusterNSLoss
 from clusterns.encoder import SentenceEncoder
-from clusterns.evaluation.correlation import spearman
-from clusterns.evaluation.sts import SEVEN, load_sts
-from clusterns.evaluation.sts_scores import Vectors, sentences_of
+from clusterns.evaluation.sts_scores import evaluate_sts
 from clusterns.files import holding
 from clusterns.objective.problem import Clusters
 from clusterns.train import train
@@ -47,6 +47,7 @@ from clusterns.training.config import TrainConfig
 
 SEARCH_SEED = 1000
 BASELINE = "SimCSE"
+Choice = tuple[type[ClusterNSLoss], dict[str, Any]]
 Found = dict[str, dict[int, dict[str, Any]]]
 
 
@@ -70,32 +71,20 @@ class RandomClusters(ClusterNSLoss):
         return found._replace(ids=ids, hard_ids=(ids + step) % self.num_clusters)
 
 
-class NearestConfig(TrainConfig):
-    """Settings with another loss."""
-
-    loss_class: ClassVar[type[ClusterNSLoss]] = NearestAsHardNegative
-
-
-class RandomConfig(TrainConfig):
-    """Settings with another loss."""
-
-    loss_class: ClassVar[type[ClusterNSLoss]] = RandomClusters
-
-
 # The published BERT-base row but for K, which must fit a small batch.
 PUBLISHED: dict[str, Any] = {"num_clusters": 32, "bml_weight": 1e-3, "bml_alpha": 0.0, "bml_beta": 0.3}
 # The best on dev of --search, in place of those.
 TUNED: dict[str, Any] = {"start_cosine": 0.9, "num_clusters": 8}
-VARIANTS: dict[str, tuple[type[TrainConfig], dict[str, Any]]] = {
-    "SimCSE": (TrainConfig, {"num_clusters": 0}),
-    "ClusterNS": (TrainConfig, TUNED),
-    "published settings": (TrainConfig, {}),
-    "no BML": (TrainConfig, TUNED | {"bml_weight": 0.0}),
-    "no hard negatives": (TrainConfig, TUNED | {"hard_negatives": False}),
-    "nearest centroid": (NearestConfig, TUNED),
-    "random clusters": (RandomConfig, TUNED),
-    "exclude, not BML": (TrainConfig, TUNED | {"false_negatives": "exclude"}),
-    "mean update": (TrainConfig, TUNED | {"centroid_update": "mean"}),
+VARIANTS: dict[str, Choice] = {
+    "SimCSE": (ClusterNSLoss, {"num_clusters": 0}),
+    "ClusterNS": (ClusterNSLoss, TUNED),
+    "published settings": (ClusterNSLoss, {}),
+    "no BML": (ClusterNSLoss, TUNED | {"bml_weight": 0.0}),
+    "no hard negatives": (ClusterNSLoss, TUNED | {"hard_negatives": False}),
+    "nearest centroid": (NearestAsHardNegative, TUNED),
+    "random clusters": (RandomClusters, TUNED),
+    "exclude, not BML": (ClusterNSLoss, TUNED | {"false_negatives": "exclude"}),
+    "mean update": (ClusterNSLoss, TUNED | {"centroid_update": "mean"}),
 }
 
 # Learning rates of SimCSE; then σ; then, from the best σ, other settings of ClusterNS one at a time.
@@ -129,13 +118,7 @@ def truncated(data: Path, layers: int, folder: Path) -> Path:
 
 
 def one_run(
-    kind: type[TrainConfig],
-    settings: dict[str, Any],
-    seed: int,
-    folder: Path,
-    wanted: argparse.Namespace,
-    *,
-    with_test: bool,
+    loss: type[ClusterNSLoss], settings: dict[str, Any], seed: int, folder: Path, wanted: argparse.Namespace
 ) -> None:
     """Make a run, unless there is its result already or another process is at it.
 
@@ -146,8 +129,8 @@ def one_run(
     with contextlib.suppress(BlockingIOError), holding(folder / ".lock"):
         if not file.is_file():
             began = time.perf_counter()
-            result = trained(kind, settings, seed, folder, wanted)
-            if with_test:
+            result = trained(loss, settings, seed, folder, wanted)
+            if not wanted.search:
                 result["test"] = seven_sets(folder / "model", wanted.data / "sts_raw")
             result |= {"seconds": time.perf_counter() - began, "machine": machine()}
             shutil.move(folder / "model" / "log.jsonl", folder / "log.jsonl")
@@ -173,7 +156,7 @@ def slug(name: str) -> str:
 
 
 def trained(
-    kind: type[TrainConfig], settings: dict[str, Any], seed: int, folder: Path, wanted: argparse.Namespace
+    loss: type[ClusterNSLoss], settings: dict[str, Any], seed: int, folder: Path, wanted: argparse.Namespace
 ) -> dict[str, Any]:
     """Train into folder/model; what the training says."""
     given = {
@@ -195,11 +178,15 @@ def trained(
         **PUBLISHED,
         **settings,
     }
-    if kind is not TrainConfig:
+    if loss is not ClusterNSLoss:
         given["backend"] = "torch"  # the fused kernels assign on their own
+
+    class Config(TrainConfig):
+        loss_class: ClassVar[type[ClusterNSLoss]] = loss
+
     # Without the training's own lines and bars.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        scores = train(kind.from_settings(given))
+        scores = train(Config.from_settings(given))
     log = (folder / "model" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in log]
     return {
@@ -215,82 +202,66 @@ def trained(
 
 def seven_sets(model: Path, sts_dir: Path) -> dict[str, float]:
     """Spearman × 100 of each test set and their mean; bfloat16 autocast, as in training."""
-    encoder = SentenceEncoder.from_pretrained(model)
-    if torch.cuda.is_available():
-        encoder = encoder.cuda()
-    sets = {name: load_sts(sts_dir, name) for name in SEVEN}
-    vectors = Vectors(encoder, sentences_of(sets.values()), 128, False, dtype=torch.bfloat16)
-    found = {
-        name: spearman(name, vectors.of(pairs.first), vectors.of(pairs.second), pairs.scores)
-        for name, pairs in sets.items()
-    }
-    return found | {"avg": sum(found.values()) / len(found)}
+    encoder = SentenceEncoder.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    encoder.encode = partial(encoder.encode, dtype=torch.bfloat16)
+    return evaluate_sts(encoder, sts_dir, batch_size=128, progress=False)
+
+
+def found_in(folder: Path, names: Iterable[str]) -> Found:
+    """What runs there are, by variant or settings and by seed."""
+    found: Found = {name: {} for name in names}
+    for name in found:
+        runs = [read(file) for file in (folder / slug(name)).glob("*/result.json")]
+        found[name] = {run["seed"]: run for run in sorted(runs, key=lambda run: run["seed"])}
+    return {name: runs for name, runs in found.items() if runs}
+
+
+def make_runs(
+    wanted: argparse.Namespace,
+    folder: Path,
+    choices: dict[str, Choice],
+    runs: Iterable[tuple[int, str]],
+    write: Callable[[Found, argparse.Namespace], None],
+) -> None:
+    """Make runs one after the other, and write the tables after each."""
+    with tqdm(list(runs), unit="run") as bar:
+        for seed, name in bar:
+            bar.set_postfix_str(f"{name}, seed {seed}")
+            one_run(*choices[name], seed, folder / slug(name) / str(seed), wanted)
+            if found := found_in(folder, choices):  # those that another process made meanwhile, too
+                write(found, wanted)
 
 
 def compare(wanted: argparse.Namespace) -> None:
     """All variants, seed after seed, so that an interruption leaves whole seeds."""
-    names = wanted.variants or list(VARIANTS)
-    seeds = range(1, wanted.seeds + 1)
-    with tqdm(list(itertools.product(seeds, names)), desc="runs", unit="run") as bar:
-        for seed, name in bar:
-            bar.set_postfix_str(f"{name}, seed {seed}")
-            kind, settings = VARIANTS[name]
-            one_run(kind, settings, seed, wanted.output / slug(name) / str(seed), wanted, with_test=True)
-            # Those that another process made meanwhile, too.
-            found = {each: results(wanted.output / slug(each)) for each in names}
-            if any(found.values()):
-                write_comparison(found, wanted.output, described(wanted))
+    choices = {name: VARIANTS[name] for name in wanted.variants or VARIANTS}
+    runs = itertools.product(range(1, wanted.seeds + 1), choices)
+    make_runs(wanted, wanted.output, choices, runs, write_comparison)
     if (wanted.output / "comparison.md").is_file():
         print((wanted.output / "comparison.md").read_text(encoding="utf-8"))
 
 
-def results(folder: Path) -> dict[int, dict[str, Any]]:
-    """What runs there are of a variant, or of some settings, by seed."""
-    found = [read(file) for file in folder.glob("*/result.json")]
-    return {result["seed"]: result for result in sorted(found, key=lambda result: result["seed"])}
-
-
 def search(wanted: argparse.Namespace) -> None:
-    """Settings one at a time, on dev."""
-    baseline = {"num_clusters": 0}
-    every = {f"SimCSE, learning rate {rate}": baseline | {"learning_rate": rate} for rate in LEARNING_RATES}
+    """Settings one at a time, on dev; with --best those that did best with the first seed, and one SimCSE."""
+    choices: dict[str, Choice] = {
+        f"SimCSE, learning rate {rate}": (ClusterNSLoss, {"num_clusters": 0, "learning_rate": rate})
+        for rate in LEARNING_RATES
+    }
     for settings in SEARCH:
-        if settings.get("num_clusters", 0) > wanted.batch:
-            continue  # a batch seeds them
-        what = ", ".join(f"{name} {value}" for name, value in settings.items())
-        every[f"ClusterNS, {what or 'published settings'}"] = settings
-    tried = best_so_far(wanted, every) if wanted.best else list(every)
-    with tqdm(list(itertools.product(range(wanted.seeds), tried)), desc="search", unit="run") as bar:
-        for number, name in bar:
-            bar.set_postfix_str(f"{name}, seed {SEARCH_SEED + number}")
-            folder = search_folder(wanted, name) / str(number)
-            one_run(TrainConfig, every[name], SEARCH_SEED + number, folder, wanted, with_test=False)
-            write_search(searched(wanted, every), wanted.output, described(wanted))
-    if (wanted.output / "search.md").is_file():
-        print((wanted.output / "search.md").read_text(encoding="utf-8"))
+        if settings.get("num_clusters", 0) <= wanted.batch:  # a batch seeds them
+            what = ", ".join(f"{name} {value}" for name, value in settings.items())
+            choices[f"ClusterNS, {what or 'published settings'}"] = ClusterNSLoss, settings
+    folder, tried = wanted.output / "search", list(choices)
+    if wanted.best:
+        best = ranked(found_in(folder, choices))
+        tried = best[: wanted.best] + [name for name in best if name.startswith(BASELINE)][:1]
+    seeds = range(SEARCH_SEED, SEARCH_SEED + wanted.seeds)
+    make_runs(wanted, folder, choices, itertools.product(seeds, tried), write_search)
 
 
-def search_folder(wanted: argparse.Namespace, name: str) -> Path:
-    """Where the runs of some settings are."""
-    return wanted.output / "search" / slug(name)
-
-
-def searched(wanted: argparse.Namespace, names: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
-    """What runs of these settings there are, of whatever seeds."""
-    found = {name: list(results(search_folder(wanted, name)).values()) for name in names}
-    return {name: runs for name, runs in found.items() if runs}
-
-
-def best_so_far(wanted: argparse.Namespace, names: Iterable[str]) -> list[str]:
-    """The settings that did best with the first seed of the search, and the best SimCSE."""
-    found = searched(wanted, names)
-    ranked = sorted(found, key=lambda name: -found[name][0]["dev"])
-    return ranked[: wanted.best] + [name for name in ranked if name.startswith("SimCSE")][:1]
-
-
-def described(wanted: argparse.Namespace) -> dict[str, Any]:
-    """What the tables say of their origin."""
-    return protocol(wanted) | machine()
+def ranked(found: Found) -> list[str]:
+    """Settings by dev with the first seed, which all have."""
+    return sorted(found, key=lambda name: -next(iter(found[name].values()))["dev"])
 
 
 # --- tables and figure -------------------------------------------------------------------------------------
@@ -302,96 +273,81 @@ def spread(values: list[float]) -> str:
     return f"{statistics.fmean(values):.2f}{deviation}"
 
 
-def paired(found: Found, name: str, figure: str) -> tuple[float, float, int]:
-    """Mean difference to the baseline over the seeds of both, p of the paired t-test, number of seeds."""
-    seeds = [seed for seed in found[name] if seed in found.get(BASELINE, {})]
-    mine, base = ([figure_of(found[each][seed], figure) for seed in seeds] for each in (name, BASELINE))
-    if not seeds or name == BASELINE:
-        return math.nan, math.nan, len(seeds)
-    difference = statistics.fmean(a - b for a, b in zip(mine, base, strict=True))
-    p = float(ttest_rel(mine, base).pvalue) if len(seeds) > 1 else math.nan
-    return difference, p, len(seeds)
-
-
 def figure_of(result: dict[str, Any], name: str) -> float:
     """STS-B dev, or a test figure."""
     return result["dev"] if name == "dev" else result["test"][name]
 
 
-def row_of(result: dict[str, Any]) -> dict[str, Any]:
-    """A run's own columns."""
-    started = next(iter(result["clustering_started"]), "")
-    row = {"seed": result["seed"], "dev": result["dev"], "clustering_started": started}
-    return row | {"seconds": round(result["seconds"], 1)}
+def difference(found: Found, name: str, figure: str) -> str:
+    """Mean difference to the baseline over the seeds of both, and p of the paired t-test."""
+    seeds = [seed for seed in found[name] if seed in found.get(BASELINE, {})]
+    if not seeds or name == BASELINE:
+        return ""
+    mine, base = ([figure_of(found[each][seed], figure) for seed in seeds] for each in (name, BASELINE))
+    p = float(ttest_rel(mine, base).pvalue) if len(seeds) > 1 else math.nan
+    return f"{statistics.fmean(mine) - statistics.fmean(base):+.2f} ({p:.3f})"
 
 
-def write_comparison(found: Found, folder: Path, origin: dict[str, Any]) -> None:
-    """comparison.csv (a row a run), comparison.md and comparison.png of what there is so far."""
-    names = [name for name in found if found[name]]  # of other processes' runs some may be missing
-    sets = list(next(iter(found[names[0]].values()))["test"])
-    columns = ["variant", "seed", "dev", *sets, "clustering_started", "seconds", "commit", "cpu"]
-    rows = [
-        {**result["machine"], **result["test"], **row_of(result), "variant": name}
+def rows_of(found: Found, names: Iterable[str], column: str) -> list[dict[str, Any]]:
+    """A row a run, its name in that column."""
+    return [
+        {
+            **run["machine"],
+            **run.get("test", {}),
+            column: name,
+            "seed": seed,
+            "dev": run["dev"],
+            "clustering_started": next(iter(run["clustering_started"]), ""),
+            "seconds": round(run["seconds"], 1),
+        }
         for name in names
-        for _, result in sorted(found[name].items())
+        for seed, run in found[name].items()
     ]
-    write_csv(folder / "comparison.csv", columns, rows)
+
+
+def write_search(found: Found, wanted: argparse.Namespace) -> None:
+    """search.csv of what there is so far, the best settings first."""
+    columns = ["settings", "seed", "dev", "clustering_started"]
+    write_csv(wanted.output / "search.csv", columns, rows_of(found, ranked(found), "settings"))
+
+
+def write_comparison(found: Found, wanted: argparse.Namespace) -> None:
+    """comparison.csv (a row a run), comparison.md and comparison.png of what there is so far."""
+    sets = next(iter(next(iter(found.values())).values()))["test"]
+    columns = ["variant", "seed", "dev", *sets, "clustering_started", "seconds", "commit", "cpu"]
+    write_csv(wanted.output / "comparison.csv", columns, rows_of(found, found, "variant"))
     lines = [
         "| variant | seeds | STS-B dev | test avg | − SimCSE, dev (p) | − SimCSE, test avg (p) |",
         "|:--|--:|--:|--:|--:|--:|",
     ]
-    for name in names:
-        results = list(found[name].values())
-        cells = [spread([figure_of(result, each) for result in results]) for each in ("dev", "avg")]
-        for each in ("dev", "avg"):
-            difference, p, _ = paired(found, name, each)
-            cells.append("" if math.isnan(difference) else f"{difference:+.2f} ({p:.3f})")
-        lines.append(f"| {name} | {len(results)} | {' | '.join(cells)} |")
+    for name, runs in found.items():
+        cells = [spread([figure_of(run, each) for run in runs.values()]) for each in ("dev", "avg")]
+        cells += [difference(found, name, each) for each in ("dev", "avg")]
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
     lines += ["", "Spearman × 100, mean ± standard deviation over seeds; p of a paired t-test.", ""]
-    write(
-        folder / "comparison.md",
-        "\n".join([*lines, *with_origin("commits of the runs: comparison.csv", origin)]),
-    )
-    draw(found, names, folder / "comparison.png")
+    lines += ["This table was written by (commits of the runs: comparison.csv)", "", "```json"]
+    origin = json.dumps(protocol(wanted) | machine())
+    write(wanted.output / "comparison.md", "\n".join([*lines, origin, "```", ""]))
+    draw(found, wanted.output / "comparison.png")
 
 
-def draw(found: Found, names: list[str], file: Path) -> None:
+def draw(found: Found, file: Path) -> None:
     """A dot for each seed, lines between the runs of one seed, a bar for the mean."""
     figure, ((*axes,),) = new_figure(1, 2, (11, 4.5))
     for axis, name, title in zip(axes, ("dev", "avg"), ("STS-B dev", "seven test sets, mean"), strict=True):
-        for seed in sorted({seed for each in names for seed in found[each]}):
-            points = [(x, found[each].get(seed)) for x, each in enumerate(names)]
-            points = [(x, figure_of(result, name)) for x, result in points if result]
-            axis.plot(*zip(*points, strict=True), "o-", lw=0.6, ms=4, alpha=0.6, label=f"seed {seed}")
-        for x, each in enumerate(names):
-            mean = statistics.fmean(figure_of(result, name) for result in found[each].values())
+        for seed in sorted({seed for runs in found.values() for seed in runs}):
+            points = {x: runs[seed] for x, runs in enumerate(found.values()) if seed in runs}
+            figures = [figure_of(run, name) for run in points.values()]
+            axis.plot([*points], figures, "o-", lw=0.6, ms=4, alpha=0.6, label=f"seed {seed}")
+        for x, runs in enumerate(found.values()):
+            mean = statistics.fmean(figure_of(run, name) for run in runs.values())
             axis.plot([x - 0.3, x + 0.3], [mean, mean], color="black", lw=2)
-        axis.set_xticks(range(len(names)), names, rotation=35, ha="right")
+        axis.set_xticks(range(len(found)), found, rotation=35, ha="right")
         axis.set_title(title)
         axis.set_ylabel("Spearman × 100")
         axis.grid(axis="y", alpha=0.3)
     axes[0].legend(fontsize=7)
     save_figure(figure, file)
-
-
-def write_search(found: dict[str, list[dict[str, Any]]], folder: Path, origin: dict[str, Any]) -> None:
-    """search.csv and search.md: dev for each seed, ranked by the first, which all settings have."""
-    rows = [{**row_of(result), "settings": name} for name, results in found.items() for result in results]
-    write_csv(folder / "search.csv", ["settings", "seed", "dev", "clustering_started"], rows)
-    seeds = sorted({result["seed"] for results in found.values() for result in results})
-    lines = [f"| settings | {' | '.join(f'seed {seed}' for seed in seeds)} | clustering starts at step |"]
-    lines.append(f"|:--|{'--:|' * (len(seeds) + 1)}")
-    for name, results in sorted(found.items(), key=lambda item: -item[1][0]["dev"]):
-        dev = {result["seed"]: f"{result['dev']:.2f}" for result in results}
-        started = next(iter(results[0]["clustering_started"]), "never")
-        lines.append(f"| {name} | {' | '.join(dev.get(seed, '') for seed in seeds)} | {started} |")
-    lines += ["", "STS-B dev, Spearman × 100.", ""]
-    write(folder / "search.md", "\n".join([*lines, *with_origin("commits of the runs: result.json", origin)]))
-
-
-def with_origin(commits: str, origin: dict[str, Any]) -> list[str]:
-    """Lines that say where a table is from."""
-    return [f"This table was written by ({commits})", "", "```json", json.dumps(origin), "```", ""]
 
 
 # --- as a script -------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import util
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 import clusterns
 
 WORKSPACE_BYTES: int = inspect.signature(clusterns.info_nce).parameters["workspace_bytes"].default
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HALF = (torch.bfloat16, torch.float16)
 
 # Numbers of the objective: the published RoBERTa-base row.
@@ -47,7 +49,7 @@ class Case:
     @property
     def is_loss(self) -> bool:
         """Whether there are gradients."""
-        return self.kind in ("step", "objective", "plain", "other loss")
+        return self.kind in ("step", "objective", "plain")
 
     def columns(self) -> dict[str, object]:
         """The case as columns of a row."""
@@ -55,7 +57,7 @@ class Case:
             "kind": self.kind,
             "B": self.batch,
             "D": self.dim,
-            "K": 0 if self.kind in ("plain", "other loss") else self.clusters,
+            "K": 0 if self.kind == "plain" else self.clusters,
             "dtype": str(self.dtype).removeprefix("torch."),
             "precision": self.precision,
         }
@@ -150,7 +152,7 @@ class Built:
         """A timer of a run as the "device" or the "host" sees it, or of its "graph" where there is one."""
         if view == "host":
             return clock.host_timer(self.run(what))
-        if view == "device" or self.contender.own_graphs:
+        if view == "device":
             return clock.timer(self.run(what))
         graph = self.graph(what, clock)
         return clock.timer(graph) if callable(graph) else None
@@ -170,7 +172,6 @@ class Contender:
     refuses: Callable[[Case], str] = field(default=lambda case: "")
     no_graph: str = ""
     no_backward_alone: str = ""
-    own_graphs: bool = False  # it replays graphs itself, whose memory the allocator does not show
     matrices: float = 0.0  # (B, B) in the dtype that are alive at once on a CPU, from peaks measured there
 
     def unavailable(self, case: Case) -> str:
@@ -390,22 +391,17 @@ def _published(case: Case, views: Views):
     return loss, centroids
 
 
-def compiled(function: Callable[..., Tensor], mode: str = "default") -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`torch.compile`, afresh for each shape: fixed sizes, and no recompile limit."""
     torch._dynamo.reset()
-    return torch.compile(function, mode=mode, dynamic=False)
+    return torch.compile(function, dynamic=False)
 
 
 @contender("step", "torch.compile", matrices=7.5, **NO_BACKWARD)
-def _compiled_step(case: Case, views: Views, mode: str = "default"):
+def _compiled_step(case: Case, views: Views):
     step = EagerStep(views.centers)
-    run = compiled(step, mode)
+    run = compiled(step)
     return (lambda: run(*views[:2])), step.centroids
-
-
-@contender("step", "torch.compile reduce-overhead", matrices=7.5, own_graphs=True, **NO_BACKWARD)
-def _replayed_step(case: Case, views: Views):
-    return _compiled_step(case, views, "reduce-overhead")
 
 
 def formula(function: Callable[..., Tensor], of: str, wrap: Callable = lambda function: function) -> Callable:
@@ -433,31 +429,6 @@ contender("plain", "eager", matrices=3)(formula(eager_info_nce, "plain"))
 contender("plain", "torch.compile", matrices=3, **NO_BACKWARD)(formula(eager_info_nce, "plain", compiled))
 
 
-def on_unit_rows(loss: Callable[[Tensor, Tensor, Tensor], Tensor], views: Views) -> Callable[[], Tensor]:
-    """A call from a loss of (a/τ, p, labels), rows normalised."""
-
-    def run() -> Tensor:
-        a, p = (F.normalize(z, dim=1) for z in views[:2])
-        return loss(a / TAU, p, torch.arange(len(a), device=a.device))
-
-    return run
-
-
-def _needs_newer_torch(case: Case) -> str:
-    return "" if hasattr(torch.nn, "LinearCrossEntropyOptions") else "not in this torch (needs 2.13)"
-
-
-@contender(
-    "plain",
-    "linear_cross_entropy",
-    refuses=_needs_newer_torch,
-    no_backward_alone="its chunked backward runs once per forward",
-)
-def _linear_cross_entropy(case: Case, views: Views):
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=min(case.batch, 1024))
-    return on_unit_rows(lambda a, p, labels: F.linear_cross_entropy(a, p, labels, options=options), views)
-
-
 @contender("plain", "sentence-transformers", package="sentence_transformers", matrices=3)
 def _sentence_transformers(case: Case, views: Views):
     from sentence_transformers.losses import MultipleNegativesRankingLoss
@@ -466,73 +437,74 @@ def _sentence_transformers(case: Case, views: Views):
     return lambda: loss.compute_loss_from_embeddings(list(views[:2]), None)
 
 
-@contender(
-    "plain",
-    "pytorch-metric-learning",
-    package="pytorch_metric_learning",
-    refuses=lambda case: "its memory grows with B³" if case.batch > 512 else "",
-    no_graph="finds pairs by nonzero, which waits for the device",
+def on_unit_rows(name: str, **more: Any) -> Callable[[Callable], Callable]:
+    """Enter what the function below gives for a case: a plain loss of (a/τ, p, labels), rows normalised."""
+
+    def enter(build: Callable[[Case], Callable[..., Tensor]]) -> Callable:
+        @contender("plain", name, **more)
+        def plain(case: Case, views: Views):
+            loss, labels = build(case), torch.arange(case.batch, device=views.anchors.device)
+
+            def run() -> Tensor:
+                a, p = (F.normalize(z, dim=1) for z in views[:2])
+                return loss(a / TAU, p, labels)
+
+            return run
+
+        return build
+
+    return enter
+
+
+@on_unit_rows(
+    "linear_cross_entropy",
+    refuses=lambda case: (
+        "" if hasattr(torch.nn, "LinearCrossEntropyOptions") else "not in this torch (needs 2.13)"
+    ),
+    no_backward_alone="its chunked backward runs once per forward",
 )
-def _metric_learning(case: Case, views: Views):
-    from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
-
-    loss = SelfSupervisedLoss(NTXentLoss(TAU), symmetric=False)
-    return lambda: loss(*views[:2])
+def _linear_cross_entropy(case: Case):
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=min(case.batch, 1024))
+    return partial(F.linear_cross_entropy, options=options)
 
 
-@contender(
-    "plain",
+@on_unit_rows(
     "Liger",
     package="liger_kernel",
     gpu_only=True,
     no_graph="reads counts to the host",
     no_backward_alone="its forward computes the gradients, and its backward overwrites them",
 )
-def _liger(case: Case, views: Views):
+def _liger(case: Case):
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
-    return on_unit_rows(lambda a, p, labels: loss(p, a, labels), views)
+    return lambda a, p, labels: loss(p, a, labels)
 
 
-@contender(
-    "plain",
+@on_unit_rows(
     "cut-cross-entropy",
     package="cut_cross_entropy",
     gpu_only=True,
     refuses=lambda case: "" if case.dtype in HALF else "takes half precision",
     no_graph="finds valid targets by nonzero, which waits for the device",
 )
-def _cut_cross_entropy(case: Case, views: Views):
+def _cut_cross_entropy(case: Case):
     from cut_cross_entropy import linear_cross_entropy
 
-    return on_unit_rows(lambda a, p, labels: linear_cross_entropy(a, p, labels, impl="cce"), views)
+    return partial(linear_cross_entropy, impl="cce")
 
 
-@contender(
-    "plain",
+@on_unit_rows(
     "Inf-CL",
     package="inf_cl",
     gpu_only=True,
     refuses=lambda case: "D is no multiple of 256" if case.dim % 256 else "",
 )
-def _inf_cl(case: Case, views: Views):
+def _inf_cl(case: Case):
     from inf_cl import cal_flash_loss
 
-    def loss(a: Tensor, p: Tensor, labels: Tensor) -> Tensor:
-        return cal_flash_loss(a, p, labels, scale=1.0, head_dim=256).mean()
-
-    return on_unit_rows(loss, views)
-
-
-@contender("other loss", "siglip-kernel (sigmoid loss)", package="siglip_kernel", gpu_only=True)
-def _siglip(case: Case, views: Views):
-    """Not InfoNCE, but sigmoids over pairs with the same three products: without parity, and named so."""
-    from siglip_kernel import fused_siglip_loss
-
-    log_scale = torch.tensor(1 / TAU, device=views.anchors.device).log()
-    bias = torch.tensor(-10.0, device=views.anchors.device)
-    return lambda: fused_siglip_loss(*(F.normalize(z, dim=1) for z in views[:2]), log_scale, bias)
+    return lambda a, p, labels: cal_flash_loss(a, p, labels, scale=1.0, head_dim=256).mean()
 
 
 # --- assignment --------------------------------------------------------------------------------------------

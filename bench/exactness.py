@@ -1,6 +1,6 @@
 """How far are loss and gradients from float64, beside eager torch's in the same dtype?
 
-    python bench/exactness.py [--device cuda] [--batches 64,300,1024] [--output FILE]
+    python bench/exactness.py [--device cuda] [--batch 64 300 1024] [--output DIR]
     TRITON_INTERPRET=1 python bench/exactness.py    (`make exactness`) the kernels too, on a CPU, at small B
 
 The full objective: K centroids, explicit negatives, margin loss at a λ that matters and at the published one.
@@ -17,24 +17,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from contenders import MARGINS, TAU, WORKSPACE_BYTES, Case, make_views, unit_formula
-from parity import relative
-from report import RESULTS, machine, write_csv
+from contenders import DTYPES, MARGINS, TAU, WORKSPACE_BYTES, Case, make_views, unit_formula
+from measure import Clock
+from parity import REFERENCE_AT_MOST, relative
+from report import OURS, Results, short
 from torch import Tensor
-from tqdm import tqdm
 
 import clusterns
 
 WEIGHTS = (1e-2, MARGINS["bml_weight"])  # λ: one at which the margin loss has a say, and the published one
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTERPRETED_AT_MOST = 300  # rows of a batch, on a CPU
 WHOLE_AT_MOST = 16384  # rows: a single chunk keeps 4·B² bytes
-REFERENCE_AT_MOST = 1024  # rows at which the float64 truth is held against the reference
 NEGATIVES = 96
 LOSS_SCALE = 4096.0  # of float16, whose small gradients vanish without one, in training too
 GRADIENTS = ("anchors", "positives", "negatives")
@@ -47,20 +44,6 @@ COLUMNS = [
 ]
 # Beside eager's error: a few roundings of float32 sums and, in half precision, of the result.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-4, "float16": 2e-5}
-
-
-class Problem(NamedTuple):
-    """Embeddings in the dtype under test, and everything else of the objective."""
-
-    embeddings: tuple[Tensor, ...]  # anchors (B, D), positives (B, D), negatives (N, D)
-    centroids: Tensor  # (K, D) float32
-    cluster_ids: Tensor  # (B,)
-    hard_negative_ids: Tensor  # (B,)
-    bml_weight: float
-
-    def leaves(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Embeddings that want gradients."""
-        return [z.detach().to(dtype or z.dtype).requires_grad_() for z in self.embeddings]
 
 
 def round_in_the_interpreter() -> None:
@@ -80,70 +63,10 @@ def round_in_the_interpreter() -> None:
     interpreter._convert_float = rounded
 
 
-def make_problem(case: Case, device: torch.device, bml_weight: float) -> Problem:
-    """Views around centers, explicit negatives of the same kind, clusters as float64 sees them."""
-    anchors, positives, centers = make_views(case, device)
-    other = make_views(Case("step", NEGATIVES, case.dim, case.clusters, case.dtype), device).positives
-    found = clusterns.nearest_centroids(anchors.detach().double(), centers.double())
-    return Problem((anchors, positives, other), centers, found.nearest, found.runner_up, bml_weight)
-
-
-def ours(
-    problem: Problem, backend: str, workspace_bytes: int, dtype: torch.dtype | None = None
-) -> list[Tensor]:
-    """Loss and gradients by a backend."""
-    leaves = problem.leaves(dtype)
-    loss = clusterns.info_nce(
-        *leaves[:2],
-        temperature=TAU,
-        negatives=leaves[2],
-        centroids=problem.centroids.to(dtype or torch.float32),
-        hard_negative_ids=problem.hard_negative_ids,
-        cluster_ids=problem.cluster_ids,
-        false_negatives="bml",
-        workspace_bytes=workspace_bytes,
-        backend=backend,
-        **{**MARGINS, "bml_weight": problem.bml_weight},
-    )
-    return [loss.detach(), *differentiate(loss, leaves)]
-
-
-def differentiate(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    """Gradients; those of float16 under a loss scale, and widened before that is taken out again."""
-    if leaves[0].dtype != torch.float16:
-        return list(torch.autograd.grad(loss, leaves))
-    return [g.float() / LOSS_SCALE for g in torch.autograd.grad(loss, leaves, loss.new_tensor(LOSS_SCALE))]
-
-
-def eager(problem: Problem) -> list[Tensor]:
-    """Loss and gradients in plain torch."""
-    leaves = problem.leaves()
-    a, p, n = (F.normalize(z, dim=1) for z in leaves)
-    c = F.normalize(problem.centroids, dim=1).to(a.dtype)
-    info_nce, margins = unit_formula(a, p, c, (problem.cluster_ids, problem.hard_negative_ids), n)
-    loss = info_nce + problem.bml_weight * margins
-    return [loss.detach(), *differentiate(loss, leaves)]
-
-
 def errors(found: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
     """By the names of `FIGURES`."""
     loss = abs(float(found[0]) - float(truth[0]))
     return dict(zip(FIGURES, (loss, *map(relative, found[1:], truth[1:])), strict=True))
-
-
-def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
-    """Whether two runs agree in every bit (NaN agrees with nothing)."""
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def truth_of(problem: Problem) -> list[Tensor]:
-    """The torch path in float64, held against the reference where that fits."""
-    found = ours(problem, "torch", 8 * WORKSPACE_BYTES, torch.float64)
-    if len(problem.cluster_ids) <= REFERENCE_AT_MOST:
-        worst = max(errors(found, ours(problem, "reference", WORKSPACE_BYTES, torch.float64)).values())
-        if not worst <= 1e-10:
-            raise SystemExit(f"float64: the torch path and the reference differ by {worst:.1e}")
-    return found
 
 
 def why_no_triton(device: torch.device) -> str:
@@ -152,118 +75,125 @@ def why_no_triton(device: torch.device) -> str:
         rows = torch.randn(2, 16, device=device)
         clusterns.info_nce(rows, rows, backend="triton")
     except (RuntimeError, ImportError) as error:
-        return str(error)
+        return short(error)
     return ""
 
 
-def backends(problem: Problem) -> list[tuple[str, str, int]]:
-    """(name, user's word, workspace) of what can run here; in four chunks or more, and Triton in one too."""
-    rows, device = len(problem.cluster_ids), problem.centroids.device
-    whole = 4 * rows * (rows + sum(len(z) for z in (problem.embeddings[2], problem.centroids)) + 64)
-    part = min(WORKSPACE_BYTES, whole // 4)
-    found = [("torch", "torch", part)]
-    if not why_no_triton(device) and (device.type == "cuda" or rows <= INTERPRETED_AT_MOST):
-        found.append(("triton-chunked", "triton", part))
-        if rows <= WHOLE_AT_MOST:
-            found.append(("triton", "triton", 2 * whole))
-    return found
+class Problem:
+    """Views around centers, explicit negatives of the same kind, clusters as float64 sees them."""
+
+    def __init__(self, case: Case, device: torch.device, bml_weight: float):
+        anchors, positives, self.centroids = make_views(case, device)
+        others = make_views(Case("step", NEGATIVES, case.dim, case.clusters, case.dtype), device).positives
+        self.embeddings, self.rows, self.bml_weight = (anchors, positives, others), case.batch, bml_weight
+        self.found = clusterns.nearest_centroids(anchors.detach().double(), self.centroids.double())
+
+    def answer(self, loss_of: Callable[..., Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+        """A loss and its gradients; those of float16 under a loss scale, widened before it is taken out."""
+        leaves = [z.detach().to(dtype or z.dtype).requires_grad_() for z in self.embeddings]
+        loss = loss_of(*leaves)
+        if leaves[0].dtype != torch.float16:
+            return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+        scaled = torch.autograd.grad(loss, leaves, loss.new_tensor(LOSS_SCALE))
+        return [loss.detach(), *(g.float() / LOSS_SCALE for g in scaled)]
+
+    def ours(self, backend: str, workspace_bytes: int, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """By a backend."""
+        settings = {**MARGINS, "bml_weight": self.bml_weight, "false_negatives": "bml"}
+        settings |= {"cluster_ids": self.found.nearest, "hard_negative_ids": self.found.runner_up}
+        settings |= {"temperature": TAU, "backend": backend, "workspace_bytes": workspace_bytes}
+        centroids = self.centroids.to(dtype or torch.float32)
+        return self.answer(
+            lambda a, p, n: clusterns.info_nce(a, p, negatives=n, centroids=centroids, **settings), dtype
+        )
+
+    def eager(self) -> list[Tensor]:
+        """In plain torch."""
+
+        def loss(*leaves: Tensor) -> Tensor:
+            a, p, n = (F.normalize(z, dim=1) for z in leaves)
+            c = F.normalize(self.centroids, dim=1).to(a.dtype)
+            info_nce, margins = unit_formula(a, p, c, (self.found.nearest, self.found.runner_up), n)
+            return info_nce + self.bml_weight * margins
+
+        return self.answer(loss)
+
+    def truth(self) -> list[Tensor]:
+        """The torch path in float64, held against the reference where that fits."""
+        found = self.ours("torch", 8 * WORKSPACE_BYTES, torch.float64)
+        if self.rows <= REFERENCE_AT_MOST:
+            worst = max(errors(found, self.ours("reference", WORKSPACE_BYTES, torch.float64)).values())
+            if not worst <= 1e-10:
+                raise ValueError(f"float64: the torch path and the reference differ by {worst:.1e}")
+        return found
+
+    def backends(self) -> list[tuple[str, str, int]]:
+        """(name, user's word, workspace) of what can run here; in 4 chunks or more, and Triton in one too."""
+        device = self.centroids.device
+        whole = 4 * self.rows * (self.rows + NEGATIVES + len(self.centroids) + 64)
+        part = min(WORKSPACE_BYTES, whole // 4)
+        found = [("torch", "torch", part)]
+        if not why_no_triton(device) and (device.type == "cuda" or self.rows <= INTERPRETED_AT_MOST):
+            found.append(("triton-chunked", "triton", part))
+            if self.rows <= WHOLE_AT_MOST:
+                found.append(("triton", "triton", 2 * whole))
+        return found
 
 
-def measure(
-    case: Case,
-    device: torch.device,
-    seen: dict[tuple, tuple[int, dict[str, float]]],
-    add: Callable[[dict], None],
-) -> None:
+def measure(results: Results, seen: dict[tuple, tuple[int, dict[str, float]]], case: Case) -> None:
     """All rows of a shape; `seen` has eager's largest errors so far by dtype and λ."""
-    name = str(case.dtype).removeprefix("torch.")
+    torch.set_float32_matmul_precision(case.precision)
+    device = torch.device("cuda" if results.on_gpu else "cpu")
+    name = case.columns()["dtype"]
     for weight in WEIGHTS:
-        problem = make_problem(case, device, weight)
-        truth = truth_of(problem)
-        key = (name, weight)
-        rows_before, worst = seen.get(key, (0, dict.fromkeys(FIGURES, 0.0)))
-        allowed, theirs, eager_rows = worst, None, rows_before
+        problem = Problem(case, device, weight)
+        truth = problem.truth()
+        eager_rows, allowed = seen.get((name, weight), (0, dict.fromkeys(FIGURES, 0.0)))
+        theirs: dict[str, float] = {}
         try:
-            theirs = allowed = errors(eager(problem), truth)
-            eager_rows = case.batch
-            seen[key] = (case.batch, {each: max(worst[each], theirs[each]) for each in FIGURES})
+            theirs = errors(problem.eager(), truth)
+            largest = {each: max(allowed[each], theirs[each]) for each in FIGURES}
+            seen[name, weight] = eager_rows, _ = case.batch, largest
+            allowed = theirs
         except torch.OutOfMemoryError:
             pass
-        for backend, word, workspace in backends(problem):
-            found = ours(problem, word, workspace)
-            repeatable = same_bits(found, ours(problem, word, workspace))
+        for backend, word, workspace in problem.backends():
+            found, again = (problem.ours(word, workspace) for _ in range(2))
+            same = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))  # NaN equals nothing
             mine = errors(found, truth)
             within = all(mine[each] <= allowed[each] + TOLERANCE[name] for each in FIGURES)
             row = {
-                "device": device.type, **{k: v for k, v in case.columns().items() if k in COLUMNS},
-                "N": NEGATIVES, "bml_weight": weight, "backend": backend, "workspace_bytes": workspace,
+                "contender": f"{OURS} {backend}", "what": "both", **case.columns(),
+                "device": device.type, "N": NEGATIVES, "bml_weight": weight, "backend": backend,
+                "workspace_bytes": workspace,
                 **{f"{each}_error": mine[each] for each in FIGURES},
-                **{f"eager_{each}_error": theirs[each] if theirs else "" for each in FIGURES},
-                "eager_B": eager_rows, "tolerance": TOLERANCE[name], "within": within,
-                "repeatable": repeatable,
+                **{f"eager_{each}_error": theirs.get(each) for each in FIGURES},
+                "eager_B": eager_rows, "tolerance": TOLERANCE[name], "within": within, "repeatable": same,
+                "status": "ok" if within and same else "failed",
+                "note": ("" if within else "further from float64 than eager") if same else "not repeatable",
             }  # fmt: skip
-            add(row)
+            results.add(row)
 
 
-def line(row: dict) -> str:
-    """A row of the table: ours / eager's for the loss and each gradient."""
-    text = f"{row['dtype']:9} B={row['B']:<7} λ={row['bml_weight']:<7g}{row['backend']:15}"
-    for name in FIGURES:
-        theirs = row[f"eager_{name}_error"]
-        text += f" {name} {row[f'{name}_error']:.1e}/{theirs if theirs == '' else format(theirs, '.1e')}"
-    return f"{text}  {'ok' if row['within'] else 'WORSE'}{'' if row['repeatable'] else ' NOT REPEATABLE'}"
-
-
-def main() -> int:
-    """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--output", type=Path, default=RESULTS / "exactness.csv", help="CSV, default %(default)s"
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--batches", default="64,300,1024,4096", help="comma-separated")
-    parser.add_argument("--dtypes", default=",".join(DTYPES), help="comma-separated")
-    parser.add_argument("--dim", type=int, default=768)
-    parser.add_argument("--clusters", type=int, default=128)
-    parser.add_argument("--precision", choices=["highest", "high", "medium"], default="highest")
-    wanted = parser.parse_args()
-    device = torch.device(wanted.device)
-    torch.set_float32_matmul_precision(wanted.precision)
-    batches = sorted(int(each) for each in wanted.batches.split(","))
-    cases = [
-        Case("step", batch, wanted.dim, wanted.clusters, DTYPES[dtype], wanted.precision)
-        for dtype in wanted.dtypes.split(",")
-        for batch in batches
-    ]
-    reason = why_no_triton(device)
+def stages(wanted: argparse.Namespace, results: Results, clock: Clock) -> list[tuple[str, Callable]]:
+    """What run.py is to do: a shape a stage."""
+    reason = why_no_triton(clock.device)
     if reason:
-        print(f"no Triton rows: {reason}" + (" (or set TRITON_INTERPRET=1)" if device.type == "cpu" else ""))
-    elif device.type == "cpu":
+        print(f"no Triton rows: {reason}" + " (or set TRITON_INTERPRET=1)" * (not results.on_gpu))
+    elif not results.on_gpu:
         print(f"Triton rows: by the interpreter, up to B = {INTERPRETED_AT_MOST}")
         round_in_the_interpreter()
-    found = machine()
-    rows: list[dict] = []
     seen: dict[tuple, tuple[int, dict[str, float]]] = {}
-
-    def add(row: dict) -> None:
-        rows.append({**{name: found[name] for name in COLUMNS if name in found}, **row})
-        write_csv(wanted.output, COLUMNS, rows)
-        print(line(row), flush=True)
-
-    print(f"ours / eager's error against float64; D={wanted.dim} K={wanted.clusters} N={NEGATIVES}")
-    interrupted = False
-    try:
-        for case in tqdm(cases, desc="shapes", file=sys.stderr):
-            measure(case, device, seen, add)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    except KeyboardInterrupt:
-        interrupted = True
-        print("interrupted")
-    bad = [row for row in rows if not (row["within"] and row["repeatable"])]
-    print(f"{len(rows)} rows, {len(bad)} worse than eager + tolerance or not repeatable; in {wanted.output}")
-    return 1 if bad or not rows or interrupted else 0
+    cases = [
+        Case("step", batch, dim, wanted.clusters, DTYPES[dtype], wanted.precision)
+        for dtype in wanted.dtype
+        for dim in wanted.dim
+        for batch in sorted(wanted.batch)
+    ]
+    return [(f"exactness {case}", partial(measure, results, seen, case)) for case in cases]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from run import main
+
+    sys.exit(main("exactness"))

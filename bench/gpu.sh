@@ -40,8 +40,8 @@ measure() { # the stage's command, which ends by itself, or is interrupted and r
 }
 
 main() {
-    local stage seconds status=0 left=${#stages[@]} workers parallel=() tiny=() sizes batches=64,300,1024,4096,16384,65536
-    [[ $device == cuda ]] || tiny=(--batch 16 32 --dim 64 --clusters 8 --rounds 5)
+    local stage seconds status=0 left=${#stages[@]} workers parallel=() tiny=() sizes
+    [[ $device == cuda ]] || tiny=(--batch 16 32 --dim 64 --clusters 8 --layers 1 --steps 6 --rounds 1)
     "$python" -P - <<'PY' || return 2
 import json, os, pathlib, shutil, sys, sysconfig
 sys.path.insert(0, "bench")
@@ -67,16 +67,12 @@ PY
         local budget=(--device "$device" --output "$out" --seconds "$((seconds - 30))")
         case $stage in
             tests) measure -P -m pytest -p no:cacheprovider -vv -ra "${parallel[@]}" "${gpu_tests[@]}" ;;
-            step | large) measure bench/run.py "$stage" "${budget[@]}" "${tiny[@]}" ;;
-            exactness)
-                [[ $device == cuda ]] || batches=64,300
-                measure bench/exactness.py --device "$device" --batches $batches --output "$out/exactness.csv"
-                ;;
-            training)
-                sizes="--layers 12 --hidden 768 --batch 256 --steps 210 --rounds 1" # BERT-base as published
-                [[ $device == cuda ]] || sizes="--layers 1 --hidden 64 --batch 32 --clusters 8 --steps 6 --rounds 1 --memory-batches 32"
-                # shellcheck disable=SC2086
-                measure bench/training.py --device "$device" $sizes --output "$out/training.json"
+            *)
+                sizes=() # each question's own, but:
+                [[ $stage == exactness ]] && sizes=(--batch 64 300 1024 4096 16384 65536)
+                # BERT-base as published
+                [[ $stage == training ]] && sizes=(--layers 12 --dim 768 --batch 256 1024 4096 --steps 210 --rounds 1)
+                measure bench/run.py "$stage" "${budget[@]}" "${sizes[@]}" "${tiny[@]}"
                 ;;
         esac
     done

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -28,19 +28,11 @@ Timer = Callable[[int], float]  # calls in a block -> microseconds per call
 PATIENCE = 1e7  # microseconds of a round from which the first one is all there is
 
 
-class Spread(NamedTuple):
-    """Median and the 20th and 80th percentile of samples."""
-
-    median: float
-    p20: float
-    p80: float
-
-
-def spread(samples: Sequence[float]) -> Spread:
-    """Summarise samples."""
-    ordered = sorted(samples)
-    last = len(ordered) - 1
-    return Spread(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])
+def columns(name: str, samples: Sequence[float]) -> dict[str, float]:
+    """Median and the 20th and 80th percentile of samples as columns of a row."""
+    ordered, last = sorted(samples), len(samples) - 1
+    percentiles = {f"{name}_p{each}": ordered[round(each / 100 * last)] for each in (20, 80)}
+    return {name: statistics.median(ordered), **percentiles}
 
 
 class Clock:

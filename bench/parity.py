@@ -54,9 +54,7 @@ class Expected(NamedTuple):
 
 
 def expected(case: Case, views: Any) -> Any:
-    """What float64 gives on the same, already rounded views; None for another loss."""
-    if case.kind == "other loss":
-        return None
+    """What float64 gives on the same, already rounded views."""
     if is_of_a_corpus(case):
         return corpus.expected(case, views)
     anchors, positives = (z.detach().double().requires_grad_() for z in views[:2])

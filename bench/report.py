@@ -187,26 +187,41 @@ MEANING = {
     "loss_error, gradient_error, centroid_error": "relative, against float64",
     "tflops": "6·B²·D operations (assignment: 2·B·K·D) over device_us",
     "rate_fraction": "tflops over the rate of a matrix product, measured on the same device in the same run",
-    "floor_us": "those operations at that rate",
     "adds_percent": "training step: longer than plain SimCSE's by this, median over steps taken in turn",
+    "share": "of our training step",
+    "wait_ms, first_batch_ms": "mean wait for a batch after the first, wait for the first",
+    "processor_us_per_row": "of a whole epoch, workers' included",
     "_p20, _p80, _fastest": "percentiles over the rounds; the fastest of theirs over the fastest of ours",
 }
 
 
 class Results:
-    """Rows and skips, rewritten as JSON after each."""
+    """Rows and skips, rewritten after each: as JSON, or with `columns` as a table in CSV."""
 
-    def __init__(self, folder: Path, found: dict[str, object], name: str, *, on_gpu: bool):
-        self.on_gpu, self.machine = on_gpu, found
+    def __init__(
+        self,
+        folder: Path,
+        found: dict[str, object],
+        name: str,
+        *,
+        on_gpu: bool,
+        columns: Sequence[str] = (),
+    ):
+        self.on_gpu, self.machine, self.columns = on_gpu, found, columns
         # No file of a CPU run looks like GPU figures.
-        self.path = folder / f"{'gpu' if on_gpu else 'cpu'}{'-' * bool(name)}{name}.json"
+        stem = f"{'gpu' if on_gpu else 'cpu'}{'-' * bool(name)}{name}.json"
+        self.path = folder / (f"{name}.csv" if columns else stem)
         self.rows: list[dict] = []
         self.skipped: list[str] = []
 
     def add(self, row: dict) -> None:
         """Keep a row, print it, write everything."""
-        self.rows.append(row)
         print(line(row), flush=True)
+        self.keep([row])
+
+    def keep(self, rows: Iterable[dict]) -> None:
+        """Keep rows, or those that are there and have grown, and write everything."""
+        self.rows += [row for row in rows if not any(row is each for each in self.rows)]
         self.write()
 
     def skip(self, names: Iterable[str], reason: str) -> None:
@@ -216,6 +231,9 @@ class Results:
 
     def write(self) -> None:
         """The file, which is complete at any time."""
+        if self.columns:
+            write_csv(self.path, self.columns, [self.machine | row for row in self.rows])
+            return
         content = {
             "note": "" if self.on_gpu else "CPU figures: not GPU figures",
             "machine": self.machine,
@@ -256,25 +274,18 @@ class Results:
                 check(f"{dtype}: {name} over ours, {way}", row.get(column), ">=", limit)
             ours = self.find(OURS, dtype=dtype, **shape)
             check(f"{dtype}: our step as a graph, microseconds", ours.get("graph_us"), "<=", 60)
-        added = self.find("ClusterNS", kind="training").get("adds_percent")
+        added = self.find("ClusterNS", kind="training", B=256, D=768).get("adds_percent")
         check("BERT-base step: ClusterNS adds, % of plain SimCSE's", added, "<=", 2)
         return found if self.on_gpu else []
 
     def summary(self) -> None:
-        """Everything that matters in a short table, the targets last."""
-        print("\n== microseconds launched / as a graph / seen by the host; theirs over ours")
-        for row in self.rows:
-            if row["status"] == "ok" and row["what"] in ("both", "whole"):
-                print(line(row, short=True))
+        """What was not measured, why, and the targets; the rows have been printed as they came."""
         others = [row for row in self.rows if row["status"] != "ok"]
         absent = {row["contender"] for row in others if row["status"] == "not installed"}
         print(f"\n== {len(self.rows) - len(others)} rows measured")
         for row in others:
             if row["status"] not in ("not installed", "left out"):
                 print(line(row))
-        for row in self.rows:
-            if row["contender"] == OURS and row.get("graph_note") and self.on_gpu:
-                print(f"no graph of ours: {line(row, short=True)}: {row['graph_note']}")
         print(f"not installed: {', '.join(sorted(absent)) or 'none'}")
         print(f"skipped: {len(self.skipped)}", *self.skipped[:20], sep="\n  ")
         for what, most in (("forward", 4), ("backward", 2)) if self.on_gpu else ():
@@ -297,39 +308,17 @@ class Results:
             print(f"no plot: {short(error)}")
 
 
-def line(row: dict, short: bool = False) -> str:
-    """A row in one line; `short` without loss and errors."""
+def line(row: dict) -> str:
+    """A row in one line: what it is of, its status, and whatever figures it has, by their columns' names."""
     shape = f"{row['kind']:8} {row['what']:8} B={row['B']} D={row['D']} K={row['K']} {row['dtype']}"
     if row["dtype"] == "float32" and row["precision"] != "highest":
         shape += f" {row['precision']}"
-    text = f"{row['contender']:29} {shape:52}"
-    if row["status"] != "ok":
-        return f"{text} {row['status']} {row.get('note', '')}".rstrip()
-
-    def add(column: str, form: str, missing: str = "") -> None:
-        nonlocal text
-        text += form.format(row[column]) if row.get(column) is not None else missing
-
-    for name in ("device_us", "graph_us", "host_us"):
-        add(name, "{:11.1f}", f"{'-':>11}")
-    add("peak_mib", "{:9.1f} MiB", f"{'-':>13}")
-    add("tflops", "  {:.3g} TFLOP/s")
-    add("rate_fraction", " ({:.0%} of the rate)")
-    for name in ("device", "graph", "host"):
-        add(f"ratio_{name}", f"  {name} {{:.2f}}x")
-        add(f"ratio_{name}_p20", " ({:.2f} to ")
-        add(f"ratio_{name}_p80", "{:.2f}, ")
-        add(f"ratio_{name}_fastest", "{:.2f} of the fastest)")
-    add("ratio_memory", "  memory {:.2f}x")
-    add("adds_percent", "  adds {:+.2f} %")
-    if not short:
-        add("rounds", "  {} rounds")
-        add("loss", "  loss {:.6f}")
-        add("loss_error", " (error {:.1e}, ")
-        add("gradient_error", "gradients {:.1e})")
-        add("agreement", "  {:.3%} of ids agree")
-        add("note", "  {}")
-    return text.rstrip()
+    text = f"{row['contender']:29} {shape:52}" + f" {row['status']}" * (row["status"] != "ok")
+    for name, value in row.items():
+        is_figure = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_figure and name not in ("B", "D", "K") and not name.endswith(("us_p20", "us_p80")):
+            text += f"  {name} {value:{',.1f' if abs(value) >= 1000 else '.4g'}}"
+    return " ".join([text, *(row[name] for name in ("graph_note", "note") if row.get(name))])
 
 
 PANELS = {
@@ -344,40 +333,31 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
     kinds: dict[tuple, list[dict]] = {}
     for row in rows:
         if row["status"] == "ok" and row["what"] == "both" and row["precision"] == "highest":
-            key = {"other loss": "plain"}.get(row["kind"], row["kind"]), row["dtype"], row["D"], row["K"]
+            key = row["kind"], row["dtype"], row["D"], row["K"]
             kinds.setdefault(key, []).append(row)
     kinds = {key: own for key, own in kinds.items() if len({row["B"] for row in own}) > 1}
     panels = [name for name in PANELS if any(row.get(name) for own in kinds.values() for row in own)]
-    if not kinds:
+    if not panels:
         return
     names = list(dict.fromkeys(row["contender"] for own in kinds.values() for row in own))
     figure, axes = new_figure(len(panels), len(kinds), (5.2 * len(kinds), 4 * len(panels)))
-    for (kind, dtype, dim, clusters), own, columns in zip(kinds, kinds.values(), axes.T, strict=True):
+    for (key, own), columns in zip(kinds.items(), axes.T, strict=True):
         for axis, panel in zip(columns, panels, strict=True):
-
-            def series(name: str, column: str, style: str, axis=axis, own=own, **more) -> None:
-                points = {
-                    row["B"]: row[column] for row in own if row["contender"] == name and row.get(column)
-                }
-                if points:
-                    axis.plot(*zip(*sorted(points.items()), strict=True), style, marker="o", ms=4, **more)
-
-            graphs = panel == "device_us" and any(row.get("graph_us") for row in own)
             for index, name in enumerate(names):
-                series(name, panel, "--" if graphs else "-", color=f"C{index}", label=name)
-                if graphs:
-                    series(name, "graph_us", "-", color=f"C{index}")
-                if panel == "device_us":
-                    series(
-                        name, "floor_us", ":", color="black", label=None if index else "6·B²·D at the rate"
-                    )
-            unit = PANELS[panel] + " (dashed: launched)" * graphs
-            axis.set(ylabel=unit, yscale="linear" if panel == "tflops" else "log")
+                for column, style in ((panel, "-"), *[("graph_us", "--")] * (panel == "device_us")):
+                    points = {
+                        row["B"]: row[column] for row in own if row["contender"] == name and row.get(column)
+                    }
+                    if points:
+                        label = name if column == panel else f"{name}, as a graph"
+                        points = dict(sorted(points.items()))
+                        axis.plot([*points], [*points.values()], f"C{index}o{style}", ms=4, label=label)
+            axis.set(ylabel=PANELS[panel], yscale="linear" if panel == "tflops" else "log")
             axis.set_xscale("log", base=2)
             axis.grid(alpha=0.3, which="both")
             if axis.lines:
                 axis.legend(fontsize=7)
-        columns[0].set_title(f"{kind}, {dtype}, D={dim}, K={clusters}", fontsize=9)
+        columns[0].set_title("{}, {}, D={}, K={}".format(*key), fontsize=9)
         columns[-1].set_xlabel("batch size B")
     figure.suptitle(title, fontsize=9)
     save_figure(figure, path)

@@ -3,7 +3,8 @@
     python bench/run.py step --batch 256 --dim 768       a whole training step, ours beside eager torch
     python bench/run.py objective --batch 64 --dim 384   the objective for given centroids
     python bench/run.py step --batch 256 64 16384 --before ../old    beside another checkout of this package
-    python bench/run.py plain | large | assign | k-means | evaluate | training [--seconds 480 --output DIR]
+    python bench/run.py plain | large | assign | k-means | evaluate [--seconds 480 --output DIR]
+    python bench/run.py exactness | training | data      the question of that file, which is a script too
 
 Without sizes a question has its own list, the most important figures first, ours and eager before any other
 (--list prints it). Every row is on disk as soon as it is measured; what does not fit the budget, or comes
@@ -21,21 +22,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import corpus
 import parity
 import torch
-from contenders import KINDS, OURS, Built, Case, Contender, rivals
-from measure import Clock, Elsewhere, Timer, available_bytes, clock_of, in_a_process, spread
+from contenders import DTYPES, KINDS, OURS, Built, Case, Contender, rivals
+from measure import Clock, Elsewhere, Timer, available_bytes, clock_of, columns, in_a_process
 from report import RESULTS, ROOT, Results, arithmetic, machine, output, short
 
 BEFORE = "before"  # ours from another checkout
 CHECKED_AT_MOST = {"cpu": 4096, "cuda": 2**18}  # rows of a loss at which parity is asked
 CALL_SECONDS = {"cpu": 120.0, "cuda": 12.0}  # a longer call, judged by another batch, is left out
 ALL, BOTH = ("both", "forward", "backward"), ("both",)
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-DTYPES = {"float32": FP32, "bfloat16": BF16, "float16": FP16}
+MEMORY_FROM = 16384  # rows from which a CPU's memory is measured, by a process for each
+FP32, BF16, FP16 = DTYPES.values()
 Item = tuple[Case | None, str, tuple[str, ...]]  # no case: the training step of BERT-base
 Stage = tuple[str, Callable[[], None]]
 
@@ -53,12 +55,11 @@ class Bench:
         clock: Clock,
         deadline: float = math.inf,
         *,
-        memory_from: float = math.inf,  # rows from which a CPU's memory is measured, by a process for each
         large: bool = False,  # rates, no graphs
         before: Path | None = None,
     ):
         self.results, self.clock, self.deadline = results, clock, deadline
-        self.memory_from, self.large, self.before = memory_from, large, before
+        self.large, self.before = large, before
         self.device, self.on_gpu = clock.device.type, clock.device.type == "cuda"
         self.case: Case | None = None
         self.ours: Built | None = None  # what the others' times are compared with
@@ -131,8 +132,6 @@ class Bench:
 
     def check(self, built: Built, run: Callable[[], object]) -> tuple[dict, str]:
         """Errors of a run on the rows that are checked, and what is wrong with them."""
-        if self.truth is None:
-            return {}, ""
         built.reset()
         is_truth = parity.is_of_a_corpus(self.case) and built.contender.name == OURS
         answer = self.truth if is_truth else run()
@@ -158,7 +157,7 @@ class Bench:
         self.last = built
         if contender.name == OURS:
             self.ours = built
-        elif self.ours is None and OURS in KINDS[self.case.kind]:  # its own rows came before another case
+        elif self.ours is None:  # its own rows came before another case
             mine, _, wrong = self.build(KINDS[self.case.kind][OURS])
             self.ours = None if wrong else mine
         for what in whats:
@@ -176,9 +175,7 @@ class Bench:
     def _times(self, built: Built, what: str, view: str) -> dict[str, object]:
         note: dict[str, object] = {}
         timer = built.timer(what, view, self.clock)
-        if view == "graph" and built.contender.own_graphs:
-            note = {"graph_note": "launched as ever: it replays graphs of its own"}
-        elif view == "graph":
+        if view == "graph":
             captured = built.graph(what, self.clock)
             if isinstance(captured, str):
                 return {"graph_note": captured}
@@ -214,13 +211,12 @@ class Bench:
                 side.close()
 
     def _memory(self, built: Built, what: str) -> dict[str, float]:
-        # What a backward frees was there before it began; a contender's own graphs hold theirs for good.
-        if what == "backward" or built.contender.own_graphs:
+        if what == "backward":  # what it frees was there before it began
             return {}
         if self.on_gpu:
             held = sum(z.nbytes for z in self.views[:2]) if what == "both" and self.case.is_loss else 0
             peak = self.clock.peak_mib(built.run(what), held)
-        elif self.case.is_loss and self.case.batch >= self.memory_from and what == "both":
+        elif self.case.is_loss and self.case.batch >= MEMORY_FROM and what == "both":
             peak = in_a_process(peak_of, self.case, built.contender.name)
         else:
             return {}
@@ -233,8 +229,8 @@ class Bench:
         if not self.rate or row["what"] != "both":
             return {}
         operations = (2 * row["K"] if row["kind"] == "assign" else 6 * row["B"]) * row["B"] * row["D"]
-        rate, floor = operations / row["device_us"] * 1e6, operations / self.rate * 1e6
-        return {"tflops": rate / 1e12, "rate_fraction": rate / self.rate, "floor_us": floor}
+        rate = operations / row["device_us"] * 1e6
+        return {"tflops": rate / 1e12, "rate_fraction": rate / self.rate}
 
     def _kernels(self, built: Built, what: str) -> dict[str, str]:
         try:
@@ -246,11 +242,6 @@ class Bench:
 
 def _shape(row: dict) -> tuple:
     return row["kind"], row["D"], row["K"], row["dtype"]
-
-
-def columns(name: str, samples: Sequence[float]) -> dict[str, float]:
-    """A spread as columns of a row."""
-    return dict(zip((name, f"{name}_p20", f"{name}_p80"), spread(samples), strict=True))
 
 
 def elsewhere(case: Case, device: str, processor_time: bool) -> tuple[Timer, dict]:
@@ -300,7 +291,7 @@ def chosen(wanted: argparse.Namespace) -> Iterator[Item]:
         for dim in wanted.dim:
             shape = (dim, wanted.clusters, DTYPES[dtype], wanted.precision)
             cases = [Case(kind, batch, *shape) for batch in wanted.batch for kind in kinds_of(wanted.what)]
-            yield from items(cases, [OURS, *names], tuple(wanted.parts))
+            yield from items(cases, [OURS, *names])
 
 
 def step_design() -> Iterator[Item]:
@@ -319,37 +310,33 @@ def step_design() -> Iterator[Item]:
         yield from items([Case("step", 512, **shape)], three, ALL)
     for dtype in (BF16, FP32):
         yield from items([Case("step", batch, dtype=dtype) for batch in (2048, 4096)], three, ALL)
-    yield from items(headline[:1], ("torch.compile reduce-overhead", "clusterns backend=torch"))
+    yield from items(headline[:1], ("clusterns backend=torch",))
     yield from items(plain, ("torch.compile",))
     yield from items([Case("plain", batch) for batch in (2048, 128, 4096)], (OURS, "eager"))
     yield from items([Case("step", batch) for batch in (256, 2048, 1024, 128)], ("torch.compile",))
     # Their kernels are unknown to us: last, since a fault in one ends the run.
-    yield from items(plain, ("pytorch-metric-learning", "Liger", "cut-cross-entropy", "Inf-CL"))
+    yield from items(plain, ("Liger", "cut-cross-entropy", "Inf-CL"))
 
 
 def large_design() -> Iterator[Item]:
     """On a GPU: how near to the matrix rate, in how much memory, and where do the regimes cross?"""
     batches = [4096 * 2**each for each in range(7)]
-    kinds = ("step", "plain", "other loss")
-    steps, plain, other = ([Case(kind, batch) for batch in batches] for kind in kinds)
+    steps, plain = ([Case(kind, batch) for batch in batches] for kind in ("step", "plain"))
     for pair in zip(steps, plain, strict=True):
         yield from items(pair, (OURS, "eager"))
     yield Case("step", 2**20), "clusterns 2 GiB workspace", BOTH
     crossing = [Case("step", batch) for batch in (512, 1024, 2048, 4096, 8192)]
     yield from items(crossing, ("clusterns whole", "clusterns in chunks"))
     yield from items([Case("assign", 10**6, clusters=1024)])
-    for step, bare, sigmoid in zip(steps, plain, other, strict=True):
+    for step, bare in zip(steps, plain, strict=True):
         yield from items([step], ("torch.compile", "clusterns backend=torch"))
         yield from items([bare], rivals("plain")[2:])
-        yield from items([sigmoid])
 
 
 def design(wanted: argparse.Namespace) -> list[Item]:
     """What to measure, each once."""
     on_gpu, what = wanted.device == "cuda", wanted.what
-    if what == "training":
-        found: Iterator[Item] = iter([(None, "training step", ())])
-    elif wanted.batch:
+    if wanted.batch:
         found = chosen(wanted)
     elif on_gpu and what in ("step", "large"):
         found = step_design() if what == "step" else large_design()
@@ -370,92 +357,125 @@ def design(wanted: argparse.Namespace) -> list[Item]:
 def run_all(todo: list[Stage], results: Results, deadline: float) -> bool:
     """Measure until the deadline or an interrupt, and skip the rest by name.
 
-    Returns whether the device is still there.
+    Returns whether no stage broke off by itself.
     """
     ends = (signal.SIGINT, signal.SIGTERM)
     for each in ends:  # a shell may have handed INT down as ignored
         signal.signal(each, signal.default_int_handler)
-    reason, alive = "time budget", True
+    reason, well = "time budget", True
     try:
         while todo and time.monotonic() < deadline:
-            todo[0][1]()
+            name, stage = todo[0]
+            try:
+                stage()
+            except LostDevice:
+                raise
+            except Exception as error:  # what comes next does not depend on it
+                well = False
+                results.skip([name], f"failed, {short(error)}")
             todo.pop(0)
     except KeyboardInterrupt:
         reason = "interrupted"
     except LostDevice as error:
-        reason, alive = f"the device was lost: {error}", False
+        reason, well = f"the device was lost: {error}", False
         todo.pop(0)
     for each in ends:  # the report is short
         signal.signal(each, signal.SIG_IGN)
     results.skip([name for name, _ in todo], reason)
-    return alive
+    return well
 
 
-def command_line() -> argparse.Namespace:
-    """What is wanted."""
+# Questions of files of their own: sizes unless others are given, and no time budget.
+OWN_SIZES: dict[str, dict[str, object]] = {
+    "exactness": {"batch": [64, 300, 1024, 4096], "dtype": list(DTYPES)},
+    "training": {"batch": [128, 256, 1024, 4096], "dim": [384], "clusters": 64, "rounds": 3, "steps": 15},
+    "data": {"batch": [256], "rounds": 3, "steps": 60},
+}
+
+
+def command_line(what: str | None) -> argparse.Namespace:
+    """What is wanted; a script that is one question names it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    questions = ["step", "objective", "plain", "large", "assign", "k-means", "evaluate", "training"]
-    add("what", choices=questions)
+    if what is None:
+        sized = ["step", "objective", "plain", "large", "assign", "k-means", "evaluate"]
+        add("what", choices=[*sized, *OWN_SIZES])
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seconds", type=float, default=480.0, help="time budget, default %(default)s")
-    add("--output", type=Path, help="folder, default bench/results/gpu, on a CPU runs/bench")
-    add("--batch", type=int, nargs="+", default=[], help="rows B")
-    add("--dim", type=int, nargs="+", default=[768], help="D, default 768")
-    add("--clusters", type=int, default=128, help="K, default %(default)s")
-    add("--dtype", choices=list(DTYPES), nargs="+", default=["float32"])
+    add("--seconds", type=float, help="time budget, default 480, for exactness, training and data none")
+    add("--output", type=Path, help="folder, default bench/results/gpu, on a CPU runs/bench or bench/results")
+    add("--batch", type=int, nargs="+", help="rows B; training: of the trainers, then of the memory")
+    add("--dim", type=int, nargs="+", help="D, default 768; training: width of the encoder")
+    add("--clusters", type=int, help="K, default 128")
+    add("--dtype", choices=list(DTYPES), nargs="+", help="default float32")
     add("--precision", choices=["highest", "high", "medium"], default="highest")
-    add("--parts", choices=ALL, nargs="+", default=["both"])
     add("--contenders", nargs="*", help="beside ours, default eager (and before)")
     add("--before", type=Path, help="another checkout of this package to measure beside this one")
-    add("--memory", action="store_true", help="peak memory of small batches too (on a CPU, a process each)")
     add("--rounds", type=int, help="most rounds of a comparison")
+    add("--layers", type=int, default=6, help="training: of the encoder, default %(default)s")
+    add("--steps", type=int, help="training, data: steps or batches that are timed")
+    add("--rows", type=int, default=50_000, help="data: default %(default)s")
     add("--processor-time", action="store_true", help="no wall clock: for a CPU that others keep busy")
     add("--list", action="store_true", help="print what would be measured, and end")
     add("--arithmetic", action="store_true", help="large: print expected figures and end")
-    wanted = parser.parse_args()
-    if wanted.batch and wanted.what in ("k-means", "evaluate", "training"):
+    wanted = parser.parse_args(namespace=argparse.Namespace(what=what))
+    if wanted.batch and wanted.what in ("k-means", "evaluate"):
         parser.error(f"--batch: expected with another question, {wanted.what} has its own sizes")
     known = {name: None for kind in kinds_of(wanted.what) for name in KINDS.get(kind, {})} | {BEFORE: None}
     unknown = [name for name in wanted.contenders or [] if name not in known]
     if unknown:
         parser.error(f"--contenders: expected of {', '.join(known)}, got {', '.join(unknown)}")
+    own = OWN_SIZES.get(wanted.what, {})
+    sizes = {"dim": [768], "clusters": 128, "dtype": ["float32"], **own}
+    for name, value in {"seconds": math.inf if own else 480.0, **sizes}.items():
+        if getattr(wanted, name) is None:
+            setattr(wanted, name, value)
     return wanted
 
 
-def main() -> int:
-    """Measure, write, print."""
-    wanted = command_line()
-    deadline = time.monotonic() + wanted.seconds
-    if wanted.arithmetic:
-        print(arithmetic())
-        return 0
-    todo = design(wanted)
-    if wanted.list:
-        print("\n".join(f"{name} {case or ''} {' '.join(whats)}" for case, name, whats in todo))
-        return 0
-    on_gpu, large = wanted.device == "cuda", wanted.what in ("large", "assign")
-    settings = {"rounds": 7, "seconds": 0.3} if large else {"rounds": 25, "seconds": 0.6}
-    if not on_gpu:
-        settings = {"rounds": 200, "seconds": 4.0, "block_seconds": 5e-3}
-    settings["rounds"] = wanted.rounds or settings["rounds"]
-    clock = clock_of(wanted.device, processor_time=wanted.processor_time, **settings)
-    folder = wanted.output or (RESULTS / "gpu" if on_gpu else ROOT / "runs" / "bench")
-    results = Results(folder, machine() | {"timed with": clock.label}, wanted.what, on_gpu=on_gpu)
-    memory_from = 0 if wanted.memory else 16384
-    bench = Bench(results, clock, deadline, memory_from=memory_from, large=large, before=wanted.before)
+def stages_of(wanted: argparse.Namespace, results: Results, clock: Clock, deadline: float) -> list[Stage]:
+    """All there is to do, by name."""
+    if wanted.what in OWN_SIZES:
+        return import_module(wanted.what).stages(wanted, results, clock)
+    large = wanted.what in ("large", "assign")
+    bench = Bench(results, clock, deadline, large=large, before=wanted.before)
     stages: list[Stage] = [("matrix rate", bench.matrix_rate)] if large else []
-    for case, name, whats in todo:
+    for case, name, whats in design(wanted):
         if case is None:
             from training import measure_added
 
             stages.append((name, partial(measure_added, results, clock)))
         else:
             stages.append((f"{name} {case}", partial(bench.measure, case, name, whats)))
-    alive = run_all(stages, results, deadline)
+    return stages
+
+
+def main(what: str | None = None) -> int:
+    """Measure, write, print."""
+    wanted = command_line(what)
+    deadline = time.monotonic() + wanted.seconds
+    if wanted.arithmetic:
+        print(arithmetic())
+        return 0
+    on_gpu, large = wanted.device == "cuda", wanted.what in ("large", "assign")
+    settings = {"rounds": 7, "seconds": 0.3} if large else {"rounds": 25, "seconds": 0.6}
+    if not on_gpu:
+        settings = {"rounds": 200, "seconds": 4.0, "block_seconds": 5e-3}
+    settings["rounds"] = wanted.rounds or settings["rounds"]
+    named = Clock() if wanted.list else None  # a list of what a GPU would do needs none
+    clock = named or clock_of(wanted.device, processor_time=wanted.processor_time, **settings)
+    folder = RESULTS if wanted.what in OWN_SIZES else ROOT / "runs" / "bench"
+    folder = wanted.output or (RESULTS / "gpu" if on_gpu else folder)
+    found = {} if wanted.list else machine() | {"timed with": clock.label}
+    columns = import_module("exactness").COLUMNS if wanted.what == "exactness" else ()
+    results = Results(folder, found, wanted.what, on_gpu=on_gpu, columns=columns)
+    stages = stages_of(wanted, results, clock, deadline)
+    if wanted.list:
+        print("\n".join(name for name, _ in stages))
+        return 0
+    well = run_all(stages, results, deadline)
     results.summary()
     results.draw()  # last: it takes seconds, which an interrupt may not leave
-    return 0 if alive and results.ours_are_right() else 1
+    return 0 if well and results.ours_are_right() else 1
 
 
 if __name__ == "__main__":

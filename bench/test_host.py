@@ -26,7 +26,7 @@ def bench(request):
     folder = ROOT / "runs" / "bench" if in_part else RESULTS
     results = Results(folder, machine() | {"command": "make bench"}, "", on_gpu=False)
     clock = Clock(block_seconds=5e-3, rounds=200, seconds=4.0)
-    return Bench(results, clock, memory_from=LARGE["batch"])
+    return Bench(results, clock)
 
 
 PARAMETERS = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -12,37 +11,24 @@ import sys
 import time
 from pathlib import Path
 
+import fixed_corpus
 import pytest
-from forked import run_python
+from fixed_corpus import BENCH, ROOT, rows, run
 
-ROOT = Path(__file__).resolve().parents[1]
-BENCH = ROOT / "bench"
 SMALL = "--device cpu --batch 16 40 --dim 16 --clusters 8 --rounds 2".split()
-# Without Dynamo what is compiled runs as it is: minutes of compilation say nothing about the scripts.
-ON_A_CPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
-    for name, value in ON_A_CPU.items():
-        monkeypatch.setenv(name, value)
-
-
-def run(folder: Path, script: str, *arguments: str, status: int = 0) -> str:
-    """What a script prints, in that folder."""
-    corpus = ROOT / "tests" / "support" / "fixed_corpus.py"
-    return run_python(folder, corpus, str(BENCH / script), *arguments, status=status)
-
-
-def read(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 def test_every_kind_of_contender_on_a_cpu(tmp_path):
     ours = ["clusterns whole", "clusterns in chunks", "clusterns backend=torch"]
     theirs = ["eager", "published", "torch.compile", "linear_cross_entropy", "Liger"]
     run(tmp_path, "run.py", "large", *SMALL, "--contenders", *ours, *theirs, "--output", ".")
-    content = read(tmp_path / "cpu-large.json")
+    content = json.loads((tmp_path / "cpu-large.json").read_text("utf-8"))
     assert not content["skipped"]
     assert content["machine"]["matrix rate"]
     assert (tmp_path / "cpu-large.png").stat().st_size > 10_000
@@ -57,13 +43,10 @@ def test_the_kernels_and_another_checkout_beside_ours(tmp_path):
     pytest.importorskip("triton")
     names = ["--contenders", "clusterns backend=triton", "before", "--before", str(ROOT)]
     run(tmp_path, "run.py", "objective", *SMALL, "--batch", "16", *names, "--output", ".")
-    rows = read(tmp_path / "cpu-objective.json")["rows"]
-    assert [(row["contender"], row["status"]) for row in rows] == [
-        ("clusterns", "ok"),
-        ("clusterns backend=triton", "ok"),
-        ("before", "ok"),
-    ]
-    assert rows[2]["ratio_device"] > 0
+    found = rows(tmp_path / "cpu-objective.json")
+    assert [row["contender"] for row in found] == ["clusterns", "clusterns backend=triton", "before"]
+    assert {row["status"] for row in found} == {"ok"}
+    assert found[2]["ratio_device"] > 0
 
 
 def test_a_row_of_ours_that_fails_is_said_and_fails(tmp_path, monkeypatch):
@@ -71,14 +54,17 @@ def test_a_row_of_ours_that_fails_is_said_and_fails(tmp_path, monkeypatch):
     contenders = ["--contenders", "clusterns backend=triton", "eager"]
     said = run(tmp_path, "run.py", "step", *SMALL, *contenders, "--output", ".", status=1)
     assert "failed RuntimeError: backend: 'triton' cannot run" in said
-    assert [row["status"] for row in read(tmp_path / "cpu-step.json")["rows"]] == ["ok", "failed", "ok"] * 2
+    assert [row["status"] for row in rows(tmp_path / "cpu-step.json")] == ["ok", "failed", "ok"] * 2
 
 
-@pytest.mark.parametrize("question", ["step", "large", "assign", "k-means", "evaluate", "training"])
+@pytest.mark.parametrize("question", "step large assign k-means evaluate exactness training data".split())
 def test_questions_have_lists_headline_first(tmp_path, question):
     lines = run(tmp_path, "run.py", question, "--device", "cuda", "--list").splitlines()
-    assert lines[0].startswith("training step" if question == "training" else "clusterns ")
-    assert question not in ("step", "large") or lines[1].startswith("eager ")
+    names = [line.split()[0] for line in lines if " kind=" in line]
+    assert lines
+    if question not in ("data", "training"):
+        assert names[0] == ("exactness" if question == "exactness" else "clusterns")
+    assert question not in ("step", "large") or names[1] == "eager"
 
 
 def test_expected_figures_say_that_nobody_measured_them(tmp_path):
@@ -89,28 +75,43 @@ def test_expected_figures_say_that_nobody_measured_them(tmp_path):
 
 def test_exactness_by_every_backend_and_dtype(tmp_path):
     pytest.importorskip("triton")
-    small = "--batches 40 --dim 32 --clusters 32".split()
-    run(tmp_path, "exactness.py", *small, "--output", str(tmp_path / "exactness.csv"))
-    with (tmp_path / "exactness.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * 3 * 2  # dtypes, backends, λ
-    assert {row["within"] for row in rows} == {row["repeatable"] for row in rows} == {"True"}
-    started = f"TRITON_INTERPRET=1 python bench/exactness.py {' '.join(small)} --output "
-    assert rows[0]["command"].startswith(started)
+    run(tmp_path, "exactness.py", *"--batch 40 --dim 32 --clusters 32 --output .".split())
+    found = rows(tmp_path / "exactness.csv")
+    assert found[0].keys() == rows(BENCH / "results" / "exactness.csv")[0].keys()
+    assert len(found) == 3 * 3 * 2  # dtypes, backends, λ
+    assert {row["within"] for row in found} == {row["repeatable"] for row in found} == {"True"}
+    assert found[0]["command"].startswith("TRITON_INTERPRET=1 python bench/exactness.py --batch 40 ")
 
 
 def test_training_in_its_parts(tmp_path):
-    """With sentences per second of three trainers, the memory of a step, and what the loss adds to one."""
+    """What the loss adds to a step, three trainers, the parts of a step, and its memory."""
     pytest.importorskip("accelerate")
-    small = "--layers 1 --hidden 64 --batch 16 --clusters 8 --steps 6 --rounds 1 --memory-batches 16".split()
-    run(tmp_path, "training.py", "--device", "cpu", *small, "--output", "training.json")
-    content = read(tmp_path / "training.json")
-    assert [row["sentences_per_second"] > 0 for row in content["whole"].values()] == [True] * 3
-    assert {"data", "encoder", "optimiser", "loss: clusterns", "loss: published"} <= content["parts"].keys()
-    assert [row["peak_mib"] > 0 for row in content["memory"]] == [True] * 3
-    run(tmp_path, "run.py", "training", "--device", "cpu", "--output", ".")
-    rows = read(tmp_path / "cpu-training.json")["rows"]
-    assert [row["contender"] for row in rows if "adds_percent" in row][3] == "ClusterNS"
+    small = "--layers 1 --dim 64 --batch 16 --clusters 8 --steps 6 --rounds 1 --output .".split()
+    run(tmp_path, "training.py", "--device", "cpu", *small)
+    kinds: dict[str, list[dict]] = {}
+    for row in rows(tmp_path / "cpu-training.json"):
+        assert row["status"] == "ok", row
+        kinds.setdefault(row["kind"], []).append(row)
+    assert [row["contender"] for row in kinds["training"] if "adds_percent" in row][3] == "ClusterNS"
+    assert [row["sentences_per_second"] > 0 for row in kinds["trainer"]] == [True] * 3
+    assert [row["contender"] for row in kinds["part"]] == "data encoder clusterns optimiser published".split()
+    assert sum(row["share"] for row in kinds["part"][:4]) == pytest.approx(1)
+    assert [row["peak_mib"] > 0 for row in kinds["step memory"]] == [True] * 3
+
+
+def test_data_by_every_loader(tmp_path):
+    pytest.importorskip("sentence_transformers")
+    options = "--rows 300 --batch 32 --rounds 1 --steps 2 --output .".split()
+    command = [sys.executable, fixed_corpus.__file__, str(BENCH / "data.py"), *options]
+    # No fork: its loaders start workers of their own.
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    found = rows(tmp_path / "cpu-data.json")
+    kinds = {(row["kind"], row["contender"].split(",")[0]) for row in found}
+    assert len(kinds) == 5  # ours and the trainer's for both, datasets.map for sentences
+    for row in found:
+        assert row["rows"] == 300
+        assert min(row["rows_per_second"], row["wait_ms"]) > 0
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
@@ -124,7 +125,7 @@ def test_what_was_measured_before_a_stop_is_there(tmp_path, stop):
         )  # fmt: skip
         results = tmp_path / "cpu-step.json"
         try:
-            while not (results.exists() and read(results)["rows"]):
+            while not (results.exists() and rows(results)):
                 assert started.poll() is None, printed.name
                 time.sleep(0.01)
         finally:
@@ -132,7 +133,7 @@ def test_what_was_measured_before_a_stop_is_there(tmp_path, stop):
         started.wait()
         printed.seek(0)
         said = printed.read()
-    content = read(results)
+    content = json.loads(results.read_text("utf-8"))
     assert (content["rows"][0]["status"], content["rows"][0]["contender"]) == ("ok", "clusterns")
     if stop == signal.SIGINT:
         assert started.returncode == 0
@@ -150,8 +151,8 @@ def test_gpu_tests_need_nothing_that_a_gpu_machine_lacks():
     for path in (ROOT / "tests").glob("test_*.py"):
         if path != Path(__file__) and "pytest.mark.gpu" in path.read_text(encoding="utf-8"):
             assert f"tests/{path.name}" in named
-    absent = "import sys; sys.modules.update(dict.fromkeys(('datasets', 'ruff', 'mypy')))"
-    collect = f"{absent}; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    absent = "sys.modules.update(dict.fromkeys(('datasets', 'ruff', 'mypy')))"
+    collect = f"import sys; {absent}; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     command = [sys.executable, "-c", collect, "--collect-only", "-q", "-p", "no:cacheprovider", *named]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -172,4 +173,4 @@ def test_results_hold_no_path_of_the_machine_that_made_them(monkeypatch, tmp_pat
     shown = '--output=bench/x.json --data "../shared/y" z.bin 1 / 2 a/b ../c https://d/e'
     assert report.without_paths(given) == shown
     report.write_json(tmp_path / "new" / "x.json", {"λ": str(inside), "none": float("nan")})
-    assert read(tmp_path / "new" / "x.json") == {"λ": "bench/x.json", "none": None}
+    assert json.loads((tmp_path / "new" / "x.json").read_text("utf-8")) == {"λ": "bench/x.json", "none": None}

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import pytest
 import torch
-from forked import run_python
+from fixed_corpus import rows, run
 from tiny import make_tokenizer, write_sts_folder
 from train_problems import sentences
 from transformers import DistilBertConfig, DistilBertModel
 
 from clusterns.encoder import SentenceEncoder
 from clusterns.files import holding
-
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "bench" / "ablations.py"
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +31,9 @@ def data(tmp_path_factory):
 
 
 def ablations(data: Path, output: Path, *more: str, status: int = 0) -> str:
-    """What the script prints."""
     small = "--layers 1 --batch 32 --steps 4 --eval-steps 2 --learning-rate 1e-3".split()
     arguments = ("--data", str(data), "--output", str(output), *small, *more)
-    return run_python(
-        output, ROOT / "tests" / "support" / "fixed_corpus.py", str(SCRIPT), *arguments, status=status
-    )
+    return run(output, "ablations.py", *arguments, status=status)
 
 
 def test_runs_are_made_once_and_shared(data, tmp_path):
@@ -54,14 +47,8 @@ def test_runs_are_made_once_and_shared(data, tmp_path):
 
     ablations(data, tmp_path, *two, "2")
     assert first.read_bytes() == before
-    with (tmp_path / "comparison.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["variant"], row["seed"]) for row in rows] == [
-        ("SimCSE", "1"),
-        ("SimCSE", "2"),
-        ("random clusters", "1"),
-        ("random clusters", "2"),
-    ]
+    runs = [(row["variant"], row["seed"]) for row in rows(tmp_path / "comparison.csv")]
+    assert runs == [(name, seed) for name in ("SimCSE", "random clusters") for seed in "12"]
     lines = (tmp_path / "comparison.md").read_text(encoding="utf-8").splitlines()
     assert sum(line.startswith("|") for line in lines) == 4  # head, rule, two variants
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
@@ -73,23 +60,19 @@ def test_runs_are_made_once_and_shared(data, tmp_path):
 
 def test_the_search_sees_dev_alone(data, tmp_path):
     ablations(data, tmp_path, "--search", "--seeds", "1")
-    with (tmp_path / "search.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert rows[0].keys() == {"settings", "seed", "dev", "clustering_started"}
-    lines = (tmp_path / "search.md").read_text(encoding="utf-8").splitlines()[2 : 2 + len(rows)]
-    shown = [float(line.split("|")[2]) for line in lines]
-    assert shown == sorted((round(float(row["dev"]), 2) for row in rows), reverse=True)
-    ranked = [line.split("|")[1].strip() for line in lines]
-    assert sum("SimCSE" in row["settings"] for row in rows) == 3
-    assert {row["seed"] for row in rows} == {"1000"}
+    found = rows(tmp_path / "search.csv")
+    assert found[0].keys() == {"settings", "seed", "dev", "clustering_started"}
+    dev = [float(row["dev"]) for row in found]
+    assert dev == sorted(dev, reverse=True)
+    ranked = [row["settings"] for row in found]
+    assert sum("SimCSE" in name for name in ranked) == 3
+    assert {row["seed"] for row in found} == {"1000"}
     result = next((tmp_path / "search").rglob("result.json")).read_text(encoding="utf-8")
     assert '"test"' not in result
 
     ablations(data, tmp_path, "--search", "--seeds", "2", "--best", "2")
-    with (tmp_path / "search.csv").open(encoding="utf-8", newline="") as file:
-        more = list(csv.DictReader(file))
+    more = rows(tmp_path / "search.csv")
     again = {row["settings"] for row in more if row["seed"] == "1001"}
-    assert set(ranked[:2]) <= again  # and the best SimCSE
-    assert len(again) <= 3
-    assert any("SimCSE" in name for name in again)
-    assert len(more) == len(rows) + len(again)
+    best_simcse = next(name for name in ranked if name.startswith("SimCSE"))
+    assert again == {*ranked[:2], best_simcse}
+    assert len(more) == len(found) + len(again)

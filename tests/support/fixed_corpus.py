@@ -6,19 +6,36 @@ and without the picture of a training, most of the time of a tiny one.
 
 from __future__ import annotations
 
+import csv
+import json
 import runpy
 import sys
 from itertools import pairwise
 from pathlib import Path
 
 import torch._dynamo
+from forked import run_python
 from train_problems import sentences
 
 from clusterns import train
 from clusterns.corpus import docstrings
 
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = ROOT / "bench"
 LINES = [f"{line.capitalize()}." for line in sentences(400)]
 CORPUS = docstrings.DocstringCorpus(LINES, [], [], list(pairwise(LINES)))
+
+
+def run(folder: Path, script: str, *arguments: str, status: int = 0) -> str:
+    """What a script of bench/ prints, in that folder."""
+    return run_python(folder, Path(__file__), str(BENCH / script), *arguments, status=status)
+
+
+def rows(path: Path) -> list[dict]:
+    """Rows of a table, or of the results of a run."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file)) if path.suffix == ".csv" else json.load(file)["rows"]
+
 
 if __name__ == "__main__":
     torch._dynamo.config.disable = True
