@@ -49,7 +49,6 @@ class Columns(NamedTuple):
     own: Tensor | None  # (M, 1) the column of the row's own positive, where it is here
     wanted: slice  # the columns that want a gradient: positives, explicit negatives, or both
     gradient: Tensor | None  # of the unit rows `wanted`
-    buffer: Tensor  # (R, n+N+K) for the weights of a chunk
     totals: bool
     gradients: bool
 
@@ -119,6 +118,7 @@ class TorchProducts:
         # Of the unit rows, but for the factor `row_scale`.
         self.gradient = torch.empty_like(self.a) if batch.needs[0] or batch.needs[3] else self.a[:0]
         self.positive_sum: Tensor | None = None
+        self.buffer = self.a[:0]  # (R, n+N+K) for the weights of a chunk
         places = self.numbers if self.order is None else self.order
         self.side = Side(
             places + batch.first if batch.first else places,
@@ -166,18 +166,19 @@ class TorchProducts:
         gradient = None
         if gradients and wanted.start < wanted.stop:
             gradient = torch.empty_like(units[wanted])
-        if self.centroids is not None and own is not None:  # every row meets them once
-            width += self.centroids.shape[0]
-        rows = max(1, self.options.workspace_bytes // (3 * width * self.dtype.itemsize))
-        buffer = units.new_empty((min(self.a.shape[0], rows), width))
-        return Columns(
-            units, scale, order, Side(places, ids), borders, own, wanted, gradient, buffer, totals, gradients
-        )
+        side = Side(places, ids)
+        return Columns(units, scale, order, side, borders, own, wanted, gradient, totals, gradients)
 
     def chunks(self, columns: Columns) -> Iterator[slice]:
-        """Rows whose weights fit the workspace."""
-        count, step = self.a.shape[0], columns.buffer.shape[0]
-        return (slice(start, min(start + step, count)) for start in range(0, count, step))
+        """Rows whose weights fit the workspace, which is held as long as they are asked for."""
+        count, width = self.a.shape[0], columns.units.shape[0]
+        if self.centroids is not None and columns.own is not None:  # every row meets them once
+            width += self.centroids.shape[0]
+        step = min(count, max(1, self.options.workspace_bytes // (3 * width * self.dtype.itemsize)))
+        self.buffer = self.a.new_empty((step, width))
+        for start in range(0, count, step):
+            yield slice(start, min(start + step, count))
+        self.buffer = self.a[:0]
 
     def weigh(self, columns: Columns, rows: slice) -> Weights:
         """Take product 1; what the rule decides; and with `totals` what adds up over the columns."""
@@ -277,7 +278,7 @@ class TorchProducts:
 
     def _logits(self, columns: Columns, rows: slice) -> Tensor:
         """a Xᵀ/τ for the rows of a chunk, with log n_k on the centroids' columns, (R, n+N+K)."""
-        out, a, units = columns.buffer[: rows.stop - rows.start], self.a[rows], columns.units
+        out, a, units = self.buffer[: rows.stop - rows.start], self.a[rows], columns.units
         others, hard = out[:, : units.shape[0]], out[:, units.shape[0] :]
         scale = 1 / self.temperature
         torch.addmm(others, a, units.T, beta=0, alpha=1 if isinstance(scale, Tensor) else scale, out=others)

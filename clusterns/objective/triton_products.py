@@ -59,7 +59,6 @@ class Columns(NamedTuple):
     own: Tensor | None  # (M,) by sorted row: the column of its own positive, where it is here
     ids: Tensor | None
     mates: Mates | None
-    buffers: list[Tensor]  # (R, padded(n)) each: the weights of a chunk; without rows where none are kept
     chunk: int  # R
     totals: bool
     differentiate: bool
@@ -124,6 +123,9 @@ class TritonProducts:
         self.along = zeros()  # Σ a_i · ∂InfoNCE/∂a_i
         self.unit_gradient: Tensor | None = None  # (M, D) float32, sorted: over several blocks
         self.gradient: Tensor | None = None  # (M, D), of the anchors themselves
+        self.buffers: list[
+            Tensor
+        ] = []  # (R, padded(n)) each: the weights of a chunk; no rows if none are kept
 
     def open(self, block: Block, totals: bool, gradients: bool) -> Columns:
         """Prepare to meet a block: for the totals of the rows, for the gradients, or for both."""
@@ -154,17 +156,21 @@ class TritonProducts:
         # So many rows that weights and temporaries stay within the workspace; whole tiles if it can be.
         chunk = max(1, self.options.workspace_bytes // row_bytes)
         chunk = min(len(self.anchors), chunk - chunk % 128 if chunk > 128 else chunk)
-        buffers = [
-            source.raw.new_empty((chunk if gradients else 0, width), dtype=source.operand.dtype)
-            for source, width in zip(sources, widths, strict=True)
-        ]
         mates = self._find_mates(block.cluster_ids, own) if self.has_margins else None
-        return Columns(sources, found, own, block.cluster_ids, mates, buffers, chunk, totals, gradients)
+        return Columns(sources, found, own, block.cluster_ids, mates, chunk, totals, gradients)
 
     def chunks(self, columns: Columns) -> Iterator[slice]:
-        """Rows whose weights fit the workspace."""
+        """Rows whose weights fit the workspace, which is held as long as they are asked for."""
         count, step = len(self.anchors), columns.chunk
-        return (slice(start, min(start + step, count)) for start in range(0, count, step))
+        self.buffers = [
+            source.raw.new_empty(
+                (step if columns.differentiate else 0, padded(len(source.raw))), dtype=source.operand.dtype
+            )
+            for source in columns.sources
+        ]
+        for start in range(0, count, step):
+            yield slice(start, min(start + step, count))
+        self.buffers = []
 
     def weigh(self, columns: Columns, rows: slice) -> Weights:
         """Take product 1; with `totals` also what adds up over the columns."""
@@ -211,7 +217,7 @@ class TritonProducts:
         need_anchors, _, _, need_temperature = self.batch.needs
         parts = [
             buffer[: len(x), : len(source.raw)]
-            for source, buffer in zip(columns.sources, columns.buffers, strict=True)
+            for source, buffer in zip(columns.sources, self.buffers, strict=True)
         ]
         du: Tensor | None = None
         if need_anchors or need_temperature:
@@ -321,7 +327,7 @@ class TritonProducts:
         """Run the first product for every kind of columns; row sums or maxima by tile, (tiles, R)."""
         tiles = [source.tiles for source in columns.sources]
         partial = torch.empty((sum(tiles), len(x)), dtype=torch.float32, device=x.device)
-        pieces = zip(columns.sources, columns.buffers, partial.split(tiles), strict=True)
+        pieces = zip(columns.sources, self.buffers, partial.split(tiles), strict=True)
         for place, (source, buffer, part) in enumerate(pieces):
             more: dict[str, Tensor | None] = {}
             if place == 0:
