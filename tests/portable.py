@@ -25,7 +25,7 @@ import torch
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 # Files whose tests start processes, or are of texts and files.
-OTHERS = """architecture audit bad_input bench bench_ablations bench_data cached checkpoint compile config
+OTHERS = """architecture audit bad_input bench bench_ablations cached checkpoint compile config
 data data_page distributed docs docstrings evaluate evaluated_model files gpu killed load_sts
 model_settings package report scratch shapes sources train_distributed""".split()
 NUMERIC = sorted(path for path in TESTS.glob("test_*.py") if path.stem.removeprefix("test_") not in OTHERS)
