@@ -24,7 +24,6 @@ from clusterns.rules import CloseMates, Decision, GuidedMargin
 WAYS = {
     "torch": {"backend": "torch"},
     "torch in cluster order": {"backend": "torch", "workspace_bytes": 3_000},
-    "torch, all pairs": {"backend": "torch"},
     "triton": {"backend": "triton"},
     "triton in chunks": {"backend": "triton", "workspace_bytes": 1},
 }
@@ -47,7 +46,7 @@ def how(request, monkeypatch):
         monkeypatch.setattr(TritonProducts, "open", in_chunks)
     if "order" in request.param:
         monkeypatch.setattr(torch_products, "_SORTED_BATCH", 1)
-    if "all pairs" in request.param:  # as on a GPU, where to count them would be to wait
+        # And as on a GPU, where to count the pairs that are held would be to wait.
         monkeypatch.setattr(torch_products, "_FEW", 10**9)
     return WAYS[request.param]
 
