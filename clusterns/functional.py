@@ -29,7 +29,7 @@ from .objective import operators
 from .objective.norms import compute_dtype, unit_rows, without_autocast
 from .objective.problem import WORKSPACE_BYTES, Clusters, Known, Options
 from .objective.ranks import Alone, seeding_chain
-from .rules import CloseMates, Rule, check_rule
+from .rules import CloseMates, Rule, check_has_clusters, check_rule
 
 
 class NearestCentroids(NamedTuple):
@@ -287,6 +287,7 @@ def objective(
         check_within("hard_negative_ids", hard_ids, len(centroids))
     check_temperature(temperature, "anchors", anchors)
     check_options(options)
+    check_has_clusters(options.false_negatives, ids is not None or centroids is not None)
     backend = choose_backend(backend, anchors, positives, negatives, centroids, options)
     check_transforms(backend)
     if centroids is not None and backend != "triton":

@@ -22,7 +22,7 @@ from .checks import (
 from .functional import check_options, evaluate
 from .objective.problem import WORKSPACE_BYTES, Clusters, Options
 from .objective.ranks import GATHERS, Ranks, meet, seeding_chain
-from .rules import Rule
+from .rules import Rule, check_has_clusters
 
 _NOT_STARTED = (
     "fullgraph: expected clustering_active, or eval mode, for a whole graph, as until then each step reads "
@@ -136,6 +136,7 @@ class ClusterNSLoss(OnlineKMeans):
         self.gather = gather
         self.workspace_bytes = workspace_bytes
         check_options(self._options)
+        check_has_clusters(false_negatives, num_clusters > 0)
         self.last: dict[str, Tensor] = {}
         self._begun = False
         self._told: set[str] = set()

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .checks import check_choice, check_number
+from .checks import check_choice, check_number, in_short
 
 WORDS = ("bml", "exclude", "keep")
 
@@ -149,6 +149,15 @@ def check_rule(name: str, value: Any) -> None:
     """Require one of `WORDS`, or a rule."""
     if not callable(value) or isinstance(value, type):
         check_choice(name, value, WORDS, "a function of clusterns.rules.Pairs")
+
+
+def check_has_clusters(rule: str | Rule, has_clusters: bool) -> None:
+    """Require clusters for a rule of one's own that needs them: without it would do nothing."""
+    if not isinstance(rule, str) and not has_clusters and rule_of(rule, False) is None:
+        raise ValueError(
+            "false_negatives: expected clusters beside a rule that does not say needs_clusters = False, "
+            f"got none for {in_short(rule)}"
+        )
 
 
 def rule_of(false_negatives: str | Rule, has_clusters: bool) -> Rule | None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from objective_problems import OPTIONS, assert_exact, exact, fix_clusters, gradients, problem, terms_of
 
-from clusterns import info_nce
+from clusterns import ClusterNSLoss, info_nce
 from clusterns.objective import torch_products
 from clusterns.objective.problem import Clusters, Options
 from clusterns.objective.sweep import sweep
@@ -523,6 +523,12 @@ def test_rules_decide_as_they_say():
         ValueError, match=r"^centroids: expected those of the clusters for this rule, got None"
     ):
         info_nce(anchors, positives, cluster_ids=ids, false_negatives=CloseMates())
+    nothing = r"^false_negatives: expected clusters beside a rule .* got none for CloseMates"
+    with pytest.raises(ValueError, match=nothing):
+        info_nce(anchors, positives, false_negatives=CloseMates())
+    with pytest.raises(ValueError, match=nothing):
+        ClusterNSLoss(6, 0, hard_negatives=False, false_negatives=CloseMates())
+    ClusterNSLoss(6, 0, hard_negatives=False, false_negatives=GuidedMargin())
     with pytest.raises(ValueError, match=r"^cluster_ids: expected ids in \[0, 4\), got 9"):
         info_nce(
             anchors, positives, **{**arguments, "cluster_ids": ids * 0 + 9}, false_negatives=CloseMates()
