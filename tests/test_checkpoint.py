@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_files import cases
 from torch import nn
 from train_problems import command, log_of, refused, run, save_tiny_model, summary_of, write_place
 
@@ -51,16 +52,6 @@ def edit(folder: Path, **facts: object) -> None:
     path.write_text(json.dumps({name: value for name, value in changed.items() if value is not None}))
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(bytes(content))
-
-
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -96,32 +87,29 @@ def test_at_most_so_many_and_the_newest_last(checkpoints):
 
 
 FOREIGN, CHANGED = "expected a checkpoint of clusterns train, got", "expected the file as it was written"
+# What is done to a file of a checkpoint: its first bytes replaced, or other facts in it, or it is taken away.
+DAMAGE = [
+    ("progress.json", None, f"{FOREIGN} none"),
+    ("progress.json", b"{{", f"{FOREIGN} none"),
+    ("progress.json", {"format": "other"}, f"{FOREIGN} another progress.json"),
+    ("progress.json", {"settings": None}, "expected step, settings and files, got others"),
+    ("progress.json", {"version": 99}, "expected checkpoint version 1, got 99"),
+    ("training.pt", None, "training.pt: expected a whole checkpoint, got none of this"),
+    ("training.pt", b"x", f"training.pt: {CHANGED}"),
+    ("modules.safetensors", b"x", f"{CHANGED}.*; delete that folder to resume from the one before"),
+    (LOG, b"x", f"log.jsonl: {CHANGED}"),
+]
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: (f / "progress.json").unlink(), f"{FOREIGN} none"),
-        (lambda f: (f / "progress.json").write_text("{"), f"{FOREIGN} none"),
-        (lambda f: (f / "progress.json").write_text('{"step": 3}'), f"{FOREIGN} another progress.json"),
-        (lambda f: edit(f, settings=None), "progress.json: expected step, settings and files, got others"),
-        (lambda f: edit(f, version=99), "expected checkpoint version 1, got 99"),
-        (
-            lambda f: (f / "training.pt").unlink(),
-            "training.pt: expected a whole checkpoint, got none of this",
-        ),
-        (lambda f: cut(f / "modules.safetensors"), f"modules.safetensors: {CHANGED}"),
-        (
-            lambda f: flip(f / "modules.safetensors"),
-            f"{CHANGED}.*; delete that folder to resume from the one before",
-        ),
-        (lambda f: flip(f / "training.pt"), f"training.pt: {CHANGED}"),
-        (lambda f: cut(f / LOG), f"log.jsonl: {CHANGED}"),
-    ],
-)
-def test_damaged_and_foreign(checkpoints, damage, message):
+@cases("name change message", DAMAGE)
+def test_damaged_and_foreign(checkpoints, name, change, message):
     folder = write(checkpoints, 3)
-    damage(folder)
+    if isinstance(change, dict):
+        edit(folder, **change)
+    elif change:
+        (folder / name).write_bytes(change + (folder / name).read_bytes()[len(change) :])
+    else:
+        (folder / name).unlink()
     with pytest.raises(ValueError, match=f"step-00000003.*{message}") as caught:
         checkpoints.read(folder, LOG)
     assert "\n" not in str(caught.value)
@@ -135,16 +123,6 @@ def test_pickles_that_run_code_are_refused(checkpoints):
     edit(folder, files={**files, "training.pt": _size_and_crc(folder / "training.pt")})
     with pytest.raises(ValueError, match="expected a whole checkpoint, got: Weights only load failed"):
         checkpoints.read(folder, LOG)
-
-
-def test_other_dimensions(checkpoints):
-    read = checkpoints.read(write(checkpoints, 3), LOG)
-    for modules, words in (
-        ({"encoder": module(width=5)}, r"expected encoder.bias of shape \(5,\) for this model and loss, got"),
-        ({"encoder": module(), "head": module()}, r"expected head.bias of shape \(3,\) .*, got none"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            read.load_modules(modules)
 
 
 @pytest.mark.parametrize("room", [0, 100, 1000])
@@ -172,9 +150,13 @@ def test_full_disk_leaves_the_last_good_one(checkpoints, room):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """With an output folder that has two checkpoints."""
+    """With an output folder that has two checkpoints, and a model and files that it is not of."""
     root = write_place(tmp_path_factory.mktemp("checkpoints"))
     run(root, root / "run", RUN)
+    save_tiny_model(root / "others" / "MODEL", pooling="mean", std=0.3)
+    text = (root / "sentences.txt").read_text()
+    (root / "others" / "FEWER.txt").write_text("\n".join(text.splitlines()[:-10]))
+    (root / "others" / "OTHER.txt").write_text(text.replace("cat", "dog"))
     return root
 
 
@@ -185,39 +167,25 @@ def resumed(place, tmp_path):
     return tmp_path / "run", command(place, tmp_path / "run", f"{RUN} --resume")
 
 
-@pytest.mark.parametrize(
-    ("facts", "more", "message"),
+@cases(
+    "facts more message",
     [
         ({}, "--learning-rate 2e-3", f"--learning-rate: expected 0.001 as in .*{LAST}.* got 0.002"),
-        ({}, "--num-clusters 5", "--num-clusters: expected 4 as in"),
         ({}, "--max-steps 5", f"--max-steps: expected at least the 8 steps of .*{LAST}, got 5"),
-        ({}, "--eval-steps 2", "--eval-steps: expected 125 as in"),
         ({}, "--pooling cls", "--pooling: expected None as in .* got 'cls'"),
-        ({}, "--no-hard-negatives", "--hard-negatives: expected True as in .* got False"),
         ({"processes": 2}, "--max-steps 9", "--nproc-per-node: expected 2 processes as in"),
-        (
-            {"evaluations_without_gain": 3},
-            "--max-steps 9",
-            "--patience: expected 0 or more than 3, as the train",
-        ),
+        ({"evaluations_without_gain": 3}, "--max-steps 9", "--patience: expected 0 or more than 3, as the t"),
         ({}, "--model MODEL", f"--model: expected what .*{LAST} began with, got another, "),
         ({}, "--train-file FEWER.txt", "--train-file: expected the 390 rows of .* got 380"),
         ({}, "--train-file OTHER.txt", "--train-file: expected the 390 rows of .* got other ones"),
     ],
 )
-def test_what_would_change_the_run_is_refused(place, resumed, tmp_path, capsys, facts, more, message):
+def test_what_would_change_the_run_is_refused(place, resumed, capsys, monkeypatch, facts, more, message):
     output, given = resumed
     edit(output / "checkpoints" / LAST, **facts)
-    text = (place / "sentences.txt").read_text()
-    (tmp_path / "FEWER.txt").write_text("\n".join(text.splitlines()[:-10]))
-    (tmp_path / "OTHER.txt").write_text(text.replace("cat", "dog"))
-    if "MODEL" in more:
-        save_tiny_model(tmp_path / "MODEL", pooling="mean", std=0.3)
     before = (output / LOG).read_bytes()
-    words = [
-        str(tmp_path / word) if word in ("MODEL", "FEWER.txt", "OTHER.txt") else word for word in more.split()
-    ]
-    assert main([*given, *words]) == 2
+    monkeypatch.chdir(place / "others")
+    assert main([*given, *more.split()]) == 2
     said = capsys.readouterr()
     assert re.search(message, said.err.splitlines()[-1])
     assert "going on" not in said.out
@@ -243,12 +211,10 @@ def test_what_changes_nothing_may_change(place, resumed, tmp_path, capsys, monke
     assert summary_of(output)["finished"]
 
 
-@pytest.mark.parametrize("longer", ["--max-steps 12", "--epochs 2"])
-def test_a_run_that_has_ended_goes_on_for_longer(place, tmp_path, capsys, monkeypatch, longer):
+def test_a_run_that_has_ended_goes_on_for_longer(place, tmp_path, capsys, monkeypatch):
     """At the rates of a run of that length, from the last checkpoint on."""
-    output, (name, count) = tmp_path / "run", longer.removeprefix("--").split()
-    short = f"--checkpoint-steps 3 --resume {'--max-steps 8' if name == 'max-steps' else ''}"
-    steps = len(run(place, output, short))
+    output, short = tmp_path / "run", "--checkpoint-steps 5 --resume"
+    assert len(run(place, output, short)) == 12
     capsys.readouterr()
     assert main(command(place, output, short)) == 0
     assert "ended already" in capsys.readouterr().out
@@ -259,15 +225,13 @@ def test_a_run_that_has_ended_goes_on_for_longer(place, tmp_path, capsys, monkey
         return whole(self, watched=watched)
 
     monkeypatch.setattr(Run, "train_step", train_step)
-    rates = [record["learning_rate"] for record in run(place, output, f"{short} {longer}")]
-    kept, total = steps - steps % 3, 12 if name == "max-steps" else 2 * steps
-    assert f"going on after step {kept}" in capsys.readouterr().out
-    expected = [1e-3 * (1 - step / steps) for step in range(1, kept + 1)]
-    expected += [1e-3 * (1 - step / total) for step in range(kept + 1, total + 1)]
-    assert rates == pytest.approx(expected)  # of the step after each
-    assert used == pytest.approx([1e-3 * (1 - step / total) for step in range(kept, total)])
+    rates = [record["learning_rate"] for record in run(place, output, f"{short} --epochs 2")]
+    assert "going on after step 10" in capsys.readouterr().out
+    before, after = ([1e-3 * (1 - step / total) for step in range(total + 1)] for total in (12, 24))
+    assert used == pytest.approx(after[10:24])
+    assert rates == pytest.approx(before[1:11] + after[11:])  # of the step after each
     assert summary_of(output)["finished"]
-    assert summary_of(output)["settings"][name.replace("-", "_")] == int(count)
+    assert summary_of(output)["settings"]["epochs"] == 2
 
 
 def test_a_run_that_has_ended_and_cannot_go_on(place, tmp_path, capsys):
@@ -280,13 +244,8 @@ def test_a_run_that_has_ended_and_cannot_go_on(place, tmp_path, capsys):
     assert words in refused(capsys, [*given, "--max-steps", "9"])
     assert "--model: expected" in refused(capsys, [*given, "--model", "/nope"])
     assert main(given) == 0
-
-
-def test_resume_among_other_files_is_refused(place, tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    given = command(place, tmp_path, f"{RUN} --resume")
-    assert "--resume: expected the output folder of a training" in refused(capsys, given)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    elsewhere = [*given, "--output-dir", str(place / "others")]
+    assert "--resume: expected the output folder of a training" in refused(capsys, elsewhere)
 
 
 def test_a_new_run_in_the_folder_forgets_the_old_one(resumed, capsys, monkeypatch):
