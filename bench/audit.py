@@ -76,10 +76,9 @@ def record(dtype: torch.dtype, dim: int, batch: int) -> dict[str, launch.Launch]
     def a_step(rule: str, others: Any, temperature: Any, known: Any, *update: Any) -> None:
         given, clustered = (x, y, others, temperature), known is not None
         numbers = Options(0.0, rule)[:5]
-        settings = (*given, known, None, None, clustered, clustered, clustered, *update, *numbers)
+        settings = (*given, known, None, None, clustered, clustered, True, *update, *numbers)
         state = objective_launchers.forward(*settings)[2:]
-        needs = (True, True, others is not None)
-        objective_launchers.backward(tau, *given, None, None, clustered, needs, *numbers, state)
+        objective_launchers.backward(tau, *given, numbers[2], (True, True, others is not None), state)
 
     def a_chunk(rule: str, others: Any, temperature: Any, needs: bool) -> None:
         ids = meta(batch, dtype=torch.int64)

@@ -1,8 +1,11 @@
 """The masked objective over finished cosines: InfoNCE, false negatives, margin loss, all sums, in one launch.
 
-One program owns a few whole rows of the cosines, so that every row sum is local and nothing of size B×B is
-written. It leaves four numbers a row for the gradients; the last program to arrive adds up the terms, in a
-fixed order.
+One program owns a few whole rows of the cosines, so that every row sum is local. For the gradients a second
+pass over the same rows writes w = Bτ · ∂loss/∂S in the place of S:
+
+    w_ij = softmax_ij + λτ/B · slope_ij,  w_ii = −Σ_{j≠i} w_ij
+
+The last program to arrive adds up the terms, in a fixed order.
 
 Notation (method.md): S_ij cosines, s_i = S_ii, G_ik cosines with the centroids, τ the temperature, n_ik how
 often centroid k stands in the denominator of row i. Logits are kept in base 2.
@@ -41,8 +44,6 @@ TERMS = (
     "with_mates",
     "temperature_gradient",
 )
-# Rows of `row_state`, what the backward needs of each anchor.
-ROW_STATE = ("log_total", "own_weight", "positive_cosine", "along")
 
 
 @triton.jit
@@ -95,17 +96,26 @@ def _add(sums, logit, delta):
     return reference, total * keep + weight, pull * keep + weight * delta
 
 
+@triton.jit
+def _store_row(weight, starts, columns, count, row_mask):
+    """Write weights (M, N) where `load_row` has read, 0 into the padding; returns what counts of them."""
+    weight = tl.where(row_mask[:, None] & (columns < count), weight, 0.0)
+    tl.store(starts + columns, weight, mask=row_mask[:, None] & (columns < padded(count)))
+    return weight
+
+
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def objective_kernel(
-    cosines_ptr,  # (B, padded(B) + N) S, then cosines with the explicit negatives
-    centroid_cosines_ptr,  # (B, K) G
+    cosines_ptr,  # (B, padded(B) + N) S, then cosines with the explicit negatives; out w
+    centroid_cosines_ptr,  # (B, K) G; out w
     cluster_ids_ptr,  # (B,) int: equal ids are false negatives of each other
     hard_ids_ptr,  # (B,) int: whose centroid is sentence j's hard negative
     counters_ptr,  # int32, see `counters`; the arrivals are zero before and after
     nearest_ptr,  # (B,) int64, with HAS_NEAREST
     nearest_cosine_ptr,  # (B,), with HAS_NEAREST
     runner_up_cosine_ptr,  # (B,), with HAS_NEAREST
-    row_state_ptr,  # out (4, B), see ROW_STATE
+    x_along_ptr,  # out (B,) Σ_j w_ij S_ij
+    y_along_ptr,  # out (row tiles, padded(B) + N), parts of Σ_i w_ij S_ij; where None w is not asked for
     row_terms_ptr,  # scratch (8, B)
     loss_ptr,  # out, 0-dim
     terms_ptr,  # out (8,), see TERMS
@@ -122,6 +132,7 @@ def objective_kernel(
     HAS_NEGATIVES: tl.constexpr,
     HAS_HARD_IDS: tl.constexpr,
     HAS_NEAREST: tl.constexpr,
+    HAS_Y_ALONG: tl.constexpr,
     FALSE_NEGATIVES: tl.constexpr,
     TEMPERATURE_POINTER: tl.constexpr,
     WAIT_FOR_STORES: tl.constexpr,
@@ -189,27 +200,57 @@ def objective_kernel(
     total, pull = tl.sum(total * kept, axis=1), tl.sum(pull * kept, axis=1)
 
     # log(1 + Σ_others / E_ii): neither the loss nor its gradient is a difference of near-equals.
-    positive = tl.reshape(positive, (BLOCK_M,))
-    margin = (tl.log2(total) + reference - positive * scale) * LN_2
+    positives = tl.reshape(positive, (BLOCK_M,))
+    margin = (tl.log2(total) + reference - positives * scale) * LN_2
     info_nce = tl.maximum(margin, 0.0) + log1p_of_unit(tl.exp2(-tl.abs(margin) * LOG2_E))
-    log_total = positive * scale + info_nce * LOG2_E
+    log_total = positives * scale + info_nce * LOG2_E
     pull_sum = pull * tl.exp2(reference - log_total)
     others_share = 1.0 / (1.0 + tl.exp2(-margin * LOG2_E))
     slope_unit = bml_weight * tau / num_rows  # a slope of 1, in units of 1/(Bτ)
     own_weight = -others_share - slope_unit * tl.sum(slope_sum, axis=1)
     along = pull_sum + slope_unit * tl.sum(slope_pull, axis=1)
-    at = row_state_ptr + rows
-    tl.store(at, log_total, mask=row_mask)
-    tl.store(at + num_rows, own_weight, mask=row_mask)
-    tl.store(at + 2 * num_rows, positive, mask=row_mask)
-    tl.store(at + 3 * num_rows, along, mask=row_mask)
+    if HAS_Y_ALONG:
+        tl.store(x_along_ptr + rows, along, mask=row_mask)
+        log_total, own_weight = log_total[:, None], own_weight[:, None]
+        parts_ptr = y_along_ptr + program.to(tl.int64) * (cosine_blocks.to(tl.int64) * 16)
+        for start in range(0, num_rows, BLOCK_N):
+            columns = (start + tl.arange(0, BLOCK_N))[None, :]
+            cosine = load_row(starts, columns, num_rows)
+            weight = tl.exp2(cosine * scale - log_total)
+            if FALSE_NEGATIVES != KEEP:
+                cluster = tl.load(cluster_ids_ptr + columns, mask=columns < num_rows, other=0)
+            if FALSE_NEGATIVES == EXCLUDE:
+                weight = tl.where(cluster == own_cluster, 0.0, weight)
+            if FALSE_NEGATIVES == BML:
+                slope = margin_slope(cosine - positive, alpha, beta) * slope_unit
+                weight += tl.where(cluster == own_cluster, slope, 0.0)
+            weight = tl.where(columns == rows[:, None], own_weight, weight)
+            weight = _store_row(weight, starts, columns, num_rows, row_mask)
+            part = tl.sum(weight * cosine, axis=0)[None, :]
+            tl.store(parts_ptr + columns, part, mask=columns < num_rows)
+        if HAS_NEGATIVES:
+            parts_ptr += padded(num_rows)
+            for start in range(0, num_negatives, BLOCK_N):
+                columns = (start + tl.arange(0, BLOCK_N))[None, :]
+                cosine = load_row(negative_starts, columns, num_negatives)
+                weight = tl.exp2(cosine * scale - log_total)
+                weight = _store_row(weight, negative_starts, columns, num_negatives, row_mask)
+                part = tl.sum(weight * cosine, axis=0)[None, :]
+                tl.store(parts_ptr + columns, part, mask=columns < num_negatives)
+        if HAS_HARD_IDS:
+            for start in range(0, num_centroids, BLOCK_N):
+                ids = (start + tl.arange(0, BLOCK_N))[None, :]
+                cosine, logit = hard_logits(
+                    hard_starts, ids, num_centroids, uses_ptr, own_hard, hard_negative_weight, scale
+                )
+                _store_row(tl.exp2(logit - log_total), hard_starts, ids, num_centroids, row_mask)
 
     # What the means are made of, row by row: as long as `terms`, in its order.
     at = row_terms_ptr + rows
     tl.store(at, info_nce, mask=row_mask)
     tl.store(at + num_rows, tl.sum(margin_sum, axis=1), mask=row_mask)
     tl.store(at + 2 * num_rows, tl.sum(cosine_sum, axis=1), mask=row_mask)
-    tl.store(at + 3 * num_rows, positive, mask=row_mask)
+    tl.store(at + 3 * num_rows, positives, mask=row_mask)
     if HAS_NEAREST:
         tl.store(at + 4 * num_rows, tl.load(nearest_cosine_ptr + safe_rows), mask=row_mask)
         tl.store(at + 5 * num_rows, tl.load(runner_up_cosine_ptr + safe_rows), mask=row_mask)

@@ -164,14 +164,3 @@ def counters(counters_ptr, num_centroids):
     step = padded(num_centroids)
     uses_ptr = counters_ptr + step
     return counters_ptr, uses_ptr, uses_ptr + step, uses_ptr + step + 16
-
-
-@triton.jit
-def store_through_norm(product, z_ptr, z_stride, out_ptr, rows, d, count, dim, inverse, along, factor):
-    """dz = (du − u (u·du)) / ‖z‖ for du = product, written in the dtype of z."""
-    mask = (rows < count)[:, None] & (d < dim)[None, :]
-    z = tl.load(row_starts(z_ptr, rows, z_stride) + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    unit = z * inverse[:, None]
-    gradient = (product - unit * along[:, None]) * (inverse * factor)[:, None]
-    out = row_starts(out_ptr, rows, dim) + d[None, :]
-    tl.store(out, gradient.to(out_ptr.dtype.element_ty), mask=mask)

@@ -43,10 +43,9 @@ def record(batch, dtype=torch.float32, dim=24):
     numbers = (0.0, "keep", 0.0, 0.0, 0.0)
     with launch.recording() as launches:
         loss, _, *state = objective_launchers.forward(
-            x, x, None, 0.05, None, None, None, False, False, False, "", 0.0, *numbers
+            x, x, None, 0.05, None, None, None, False, False, True, "", 0.0, *numbers
         )
-        needs = (True, True, False)
-        objective_launchers.backward(loss, x, x, None, 0.05, None, None, False, needs, *numbers, state)
+        objective_launchers.backward(loss, x, x, None, 0.05, numbers[2], (True, True, False), state)
     return launches
 
 

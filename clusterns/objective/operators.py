@@ -176,16 +176,16 @@ class Sweep(torch.autograd.Function):
 _forward = _launcher(
     "objective_launchers",
     f"forward(Tensor anchors, Tensor positives, Tensor? negatives, {_TAU}, Tensor(a!)? centroids, "
-    "Tensor? ids, Tensor? hard_ids, bool assigns, bool has_hard, bool keeps_centroids, str statistic, "
-    f"float momentum, {_NUMBERS}) -> (Tensor loss, Tensor terms, Tensor cosines, Tensor anchor_inverse, "
-    "Tensor positive_inverse, Tensor counters, Tensor row_state, Tensor nearest, Tensor runner_up, "
-    "Tensor centroid_cosines, Tensor centroid_inverse, Tensor centroids)",
+    "Tensor? ids, Tensor? hard_ids, bool assigns, bool has_hard, bool for_gradients, str statistic, "
+    f"float momentum, {_NUMBERS}) -> (Tensor loss, Tensor terms, Tensor weights, Tensor anchor_inverse, "
+    "Tensor positive_inverse, Tensor anchor_along, Tensor positive_along, Tensor centroid_weights, "
+    "Tensor centroid_inverse, Tensor centroids)",
     place=3,
 )
 _backward = _launcher(
     "objective_launchers",
-    f"backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor? negatives, {_TAU}, Tensor? ids, "
-    f"Tensor? hard_ids, bool has_hard, bool[] needs, {_NUMBERS}, Tensor[] state) -> "
+    f"backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor? negatives, {_TAU}, "
+    "float bml_weight, bool[] needs, Tensor[] state) -> "
     "(Tensor anchors, Tensor positives, Tensor negatives)",
     place=4,
 )
@@ -200,20 +200,19 @@ class _Whole(torch.autograd.Function):
         count = 0 if centroids is None else centroids.shape[0]
         has_hard = count > 0 and clusters.hard_negatives and (hard_ids is not None or count > 1)
         assigns = has_hard or (count > 0 and ids is None)
-        hard_ids = hard_ids if has_hard else None
         statistic, momentum = clusters.update or ("", 0.0)
         numbers = options[:5]
         if ids is None and not assigns:
             numbers = (numbers[0], "keep", *numbers[2:])
         tau = _split(temperature)
-        keeps = has_hard and keeps_graph and ctx.needs_input_grad[0]
+        for_gradients = keeps_graph and any(ctx.needs_input_grad[:3])
         with torch.no_grad():
             loss, terms, *state = _forward(
-                anchors, positives, negatives, *tau, centroids, ids, hard_ids, assigns, has_hard, keeps,
-                statistic, momentum, *numbers,
+                anchors, positives, negatives, *tau, centroids, ids, hard_ids if has_hard else None, assigns,
+                has_hard, for_gradients, statistic, momentum, *numbers,
             )  # fmt: skip
-        ctx.save_for_backward(anchors, positives, negatives, tau[1], ids, hard_ids, terms, *state)
-        ctx.rest = (tau[0], has_hard, numbers)
+        ctx.save_for_backward(anchors, positives, negatives, tau[1], terms, *state)
+        ctx.rest = (tau[0], options.bml_weight)
         ctx.mark_non_differentiable(terms)
         ctx.set_materialize_grads(False)  # else the engine fills zeros for `terms`: one more launch
         return loss, terms
@@ -223,15 +222,14 @@ class _Whole(torch.autograd.Function):
         check_differentiated_once()
         if grad_loss is None:
             return (None,) * 8
-        anchors, positives, negatives, temperature, ids, hard_ids, terms, *state = ctx.saved_tensors
-        tau, has_hard, numbers = ctx.rest
+        anchors, positives, negatives, temperature, terms, *state = ctx.saved_tensors
+        tau, bml_weight = ctx.rest
         needs = list(ctx.needs_input_grad[:3])
         gradients: list[Tensor | None] = [None, None, None]
         if any(needs):
             found = _backward(
-                grad_loss, anchors, positives, negatives, tau, temperature, ids, hard_ids, has_hard, needs,
-                *numbers, state,
-            )  # fmt: skip
+                grad_loss, anchors, positives, negatives, tau, temperature, bml_weight, needs, state
+            )
             gradients = [g if need else None for g, need in zip(found, needs, strict=True)]
         of_temperature = None
         if temperature is not None and ctx.needs_input_grad[3]:
