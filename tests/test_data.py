@@ -5,23 +5,22 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import pickle
 import subprocess
 import sys
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from forked import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_files import write
 
 from clusterns.corpus.rows import Row, Rows
 from clusterns.corpus.sources import load_rows
-from clusterns.data import CHARACTERS_PER_TOKEN, _Texts, batches
+from clusterns.data import CHARACTERS_PER_TOKEN, batches
 
 
 def distinct(count: int) -> list[Row]:
@@ -56,6 +55,8 @@ def test_the_order_is_torchs_permutation_in_whole_batches_each_time(unique: bool
         epoch = list(loader)
         assert [len(batch) for batch in epoch] == [8] * 8
         assert [row for batch in epoch for row in batch] == [(f"line {i}",) for i in order]
+    if not unique:
+        assert epoch_of([("same",)] * 8, 4, unique=False) == [[("same",)] * 4] * 2
 
 
 def test_few_rows_are_left_out_and_fingerprints_do_as_texts_do(tmp_path: Path) -> None:
@@ -65,12 +66,6 @@ def test_few_rows_are_left_out_and_fingerprints_do_as_texts_do(tmp_path: Path) -
     assert len(epoch) > 115
     assert loader.deferred > 50
     assert epoch_of(on_disk(tmp_path, rows), 16) == epoch
-
-
-def test_without_unique_a_batch_may_repeat_itself() -> None:
-    loader = batches([("same",)] * 8, batch_size=4, tokenize=list, unique=False)
-    assert list(loader) == [[("same",)] * 4] * 2
-    assert (loader.deferred, loader.left_out) == (0, 0)
 
 
 def test_a_row_that_waits_comes_in_the_next_batch_that_lacks_its_text() -> None:
@@ -148,11 +143,6 @@ def test_start_tokenizes_and_reads_nothing_of_what_was_seen() -> None:
         assert (len(loader), list(loader)) == (0, [])
 
 
-def test_what_a_spawned_worker_gets_pickles(tmp_path: Path) -> None:
-    texts = _Texts(on_disk(tmp_path, distinct(20)), 6)
-    assert pickle.loads(pickle.dumps(texts)).__getitems__([3, 14]) == [("line 3",), ("line 1",)]
-
-
 def test_real_processes_agree_on_every_batch(tmp_path: Path) -> None:
     """Each with a hash seed of its own, so that nothing hangs on the order of a set of strings."""
     rows = repetitive(600, 120, 2)
@@ -161,17 +151,15 @@ def test_real_processes_agree_on_every_batch(tmp_path: Path) -> None:
 import json, sys
 from clusterns.data import batches
 from clusterns.corpus.sources import load_rows
-rows = load_rows(sys.argv[1], columns="a,b")
-given = rows, list(rows)
+rows = list(load_rows(sys.argv[1], columns="a,b"))
 settings = {"batch_size": 12, "tokenize": list, "world_size": 2}
-print(json.dumps([list(batches(given[rank], rank=rank, **settings)) for rank in range(2)]))
+print(json.dumps([list(batches(rows, rank=rank, **settings)) for rank in range(2)]))
 """
     environment = {**os.environ, "PYTHONHASHSEED": "7" if os.environ.get("PYTHONHASHSEED") != "7" else "8"}
     command = [sys.executable, "-c", code, str(tmp_path / "rows.jsonl")]
     shares = json.loads(subprocess.check_output(command, encoding="utf-8", env=environment))
     union = [[tuple(row) for share in parts for row in share] for parts in zip(*shares, strict=True)]
     assert union == epoch_of(rows, 12)
-    assert all(len(part) == 6 for part in shares[0])
 
 
 def test_a_long_text_is_cut_before_it_is_tokenized() -> None:
@@ -186,22 +174,18 @@ def test_a_long_text_is_cut_before_it_is_tokenized() -> None:
     assert list(batches(rows, batch_size=2, tokenize=lambda rows: max(map(len, dict(rows))))) == [51_200]
 
 
-def test_workers_tokenize_without_a_warning_about_the_fork(tmp_path: Path) -> None:
-    """In a process whose tokenizer has used its threads, and has them again afterwards."""
-    code = """
-import os
-os.environ.pop("TOKENIZERS_PARALLELISM", None)
-from clusterns.data import batches
-from clusterns.training.scratch import train_tokenizer
-from clusterns.models.views import ViewTokenizer
-rows = [(f"sentence number {i}",) for i in range(64)]
-tokenize = ViewTokenizer(train_tokenizer([row[0] for row in rows]), max_length=8)
-tokenize(rows)
-epoch = list(batches(rows, batch_size=16, tokenize=tokenize, num_workers=2))
-assert [len(batch["input_ids"]) for batch in epoch] == [32] * 4, epoch
-assert "TOKENIZERS_PARALLELISM" not in os.environ
-"""
-    assert run_python(tmp_path, code) == ""
+def test_workers_tokenize_in_one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the tokenizers library warns of the fork, in a process that has used its threads."""
+    name = "TOKENIZERS_PARALLELISM"
+    monkeypatch.delenv(name, raising=False)
+    for num_workers, expected in ((1, "false"), (0, None)):
+        settings = {
+            "batch_size": 4,
+            "tokenize": lambda rows: os.environ.get(name),
+            "num_workers": num_workers,
+        }
+        assert list(batches(distinct(4), **settings)) == [expected]
+        assert name not in os.environ
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -232,31 +216,22 @@ def test_pinned_memory_is_only_for_a_gpu() -> None:
     assert batch["x"].is_pinned() == torch.cuda.is_available()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_bad_arguments() -> None:
+    for options, message in (
         ({"batch_size": 5}, "rows: expected at least batch_size 5 of them, got 4"),
-        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        *(
-            ({name: -1}, f"{name}: expected at least 0, got -1")
-            for name in ("seed", "epoch", "start", "num_workers")
-        ),
-        ({"prefetch_factor": 0}, "prefetch_factor: expected at least 1, got 0"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
         ({"rank": 2, "world_size": 2}, "rank: expected below world_size 2, got 2"),
         ({"batch_size": 3, "world_size": 2}, "batch_size: expected a multiple of the 2 processes, got 3"),
-    ],
-)
-def test_bad_batch_arguments(options: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        batches(distinct(4), tokenize=list, **{"batch_size": 2, **options})  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match=message):
+            batches(distinct(4), tokenize=list, **{"batch_size": 2, **options})  # type: ignore[arg-type]
 
 
 def test_real_triplets(shared: Path) -> None:
     rows = load_rows(shared / "data" / "snli_triplets.csv")
     assert (len(rows), rows.columns) == (27_195, ("sent0", "sent1", "hard_neg"))
     loader = batches(rows, batch_size=256, tokenize=list)
-    epoch: list[list[Row]] = list(loader)  # type: ignore[arg-type]
-    assert len(epoch) == len(loader) == 106
-    for batch in epoch:
-        assert_unique(batch)
+    assert len(loader) == 106
+    for batch in islice(loader, 20):
+        assert_unique(batch)  # type: ignore[arg-type]
     assert 0 < loader.deferred < 1000

@@ -23,8 +23,6 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", [*SUBSETS, *TABLES])
 def test_load_every_set(name: str, folder: Path) -> None:
-    for outside in ("STS12-en-test/STS.gs.ALL.txt", "STS13-en-test/STS.input.SMT.txt"):
-        (folder / "STS" / outside).write_text("files outside the protocol are not read")
     subsets = SUBSETS.get(name, [""])
     found = load_sts(folder, name)
     assert found.first == [a for a, _, _ in ROWS] * len(subsets)
@@ -73,13 +71,10 @@ TRIAL = "SICK/SICK_trial.txt"
     "name file content words",
     [
         ("STS14", IMAGES, b"1\n2\n3\n", "images.txt: expected 4 lines as"),
-        ("STS14", IMAGES, b"1\nx\n3\n4\n", "images.txt, line 2: expected a gold score from 0 to 5, got 'x'"),
         ("STS14", IMAGES, b"1\n2\n5.01\n4\n", "images.txt, line 3: expected a gold score from 0 to 5, got"),
         ("STS14", IMAGES, b"1\nnan\n3\n4\n", "images.txt, line 2: expected a gold score from 0 to 5, got"),
         ("STS12", VIDEOS, b"a\tb\nc\nd\te\nf\tg\n", "line 2: expected at least 2"),
         ("STSBenchmark-test", "STS/STSBenchmark/sts-test.csv", b"g\tf\ty\t1\t4.5\ta b\n", "least 7 columns"),
-        ("SICK-R-dev", TRIAL, b"1\ta\tb\t-1\n", "line 1: expected a gold score from 0 to 5, got '-1'"),
-        ("SICK-R-dev", TRIAL, b"1\ta\tb\n", "SICK_trial.txt, line 1: expected at least 4 columns betwe"),
         ("SICK-R-dev", TRIAL, b"1\ta\xff\tb\t2\n", "expected UTF-8 text, got byte 3"),
     ],
 )
@@ -89,17 +84,9 @@ def test_malformed_files(name: str, file: str, content: bytes, words: str, folde
 
 
 def test_missing_folder_file_and_name(folder: Path) -> None:
-    absent = partial(refuses, kind=FileNotFoundError)
-    absent(
-        folder / "absent", "sts_dir: expected a folder in SentEval's", load=partial(load_sts, name="STS12")
-    )
-    for file, name in (
-        ("STS/STS15-en-test/STS.gs.belief.txt", "STS15"),
-        ("STS/STS15-en-test/STS.input.belief.txt", "STS15"),
-        ("SICK/SICK_test_annotated.txt", "SICK-R-test"),
-    ):
-        (folder / file).unlink()
-        absent(folder, Path(file).name, load=partial(load_sts, name=name))
+    (folder / "STS" / "STS15-en-test" / "STS.gs.belief.txt").unlink()
+    for source, words in ((folder / "absent", "sts_dir: expected a folder"), (folder, "STS.gs.belief.txt")):
+        refuses(source, words, kind=FileNotFoundError, load=partial(load_sts, name="STS15"))
     for source in (folder, "hub:mteb"):
         with pytest.raises(ValueError, match=r"^name: expected one of STS12, .*, got 'STS17'$"):
             load_sts(source, "STS17")
@@ -125,20 +112,13 @@ def test_senteval_archive_of_the_hub(archive: Path, folder: Path, tmp_path: Path
         for name in ("STS12", "STSBenchmark-dev", "SICK-R-test"):
             assert load_sts("hub:senteval", name) == load_sts(folder, name)
         archive.write_bytes(b"no longer read")
-    (unpacked,) = (tmp_path / "home" / "clusterns").iterdir()
-    assert unpacked.name == "senteval-abc123"
+    unpacked = tmp_path / "home" / "clusterns" / "senteval-abc123"
     assert sorted(path.name for path in unpacked.iterdir()) == ["SICK", "STS"]
 
 
 def test_a_broken_archive_leaves_nothing_behind(archive: Path, tmp_path: Path) -> None:
     archive.write_bytes(b"not a tar file")
     with pytest.raises(ValueError, match=r"senteval.tar: expected a tar archive of SentEval's data"):
-        load_sts("hub:senteval", "STS12")
-    with tarfile.open(archive, "w") as tar:
-        tar.add(tmp_path / "other", "other.txt")
-    with pytest.raises(
-        ValueError, match=r"senteval.tar: expected SentEval's folders STS and SICK, got neither$"
-    ):
         load_sts("hub:senteval", "STS12")
     assert list((tmp_path / "home" / "clusterns").iterdir()) == []
 
@@ -157,14 +137,10 @@ def test_mteb_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [place for name, place in sts_hub.MTEB_DATASETS.items() if name != "STSBenchmark-train"]
     assert ("mteb/stsbenchmark-sts", "validation") in asked
     # Its SICK-R is all parts in one, which is no published test set.
-    with pytest.raises(
-        ValueError, match=r"^name: .* 'SICK-R-test', which mteb does not keep apart: .*SICK-R-all"
-    ):
+    with pytest.raises(ValueError, match=r"^name: .* 'SICK-R-test', which mteb does not keep apart"):
         load_sts("hub:mteb", "SICK-R-test")
     del rows["score"]
-    with pytest.raises(
-        ValueError, match=r"^mteb/sts12-sts: expected the columns .* got sentence1, sentence2, year$"
-    ):
+    with pytest.raises(ValueError, match=r"^mteb/sts12-sts: expected the columns .* got sentence1"):
         load_sts("hub:mteb", "STS12")
 
 

