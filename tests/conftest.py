@@ -30,8 +30,7 @@ SLOW = set(
     train_distributed test_known_score_of_a_test_set test_never_builds_a_square_matrix
     test_ranks_equal_one_process test_real_processes_agree_on_every_batch test_real_triplets
     test_resume_keeps_the_clusters test_the_switch_reaches_a_new_process
-    test_workers_give_what_this_process_gives
-    test_workers_tokenize_without_a_warning_about_the_fork""".split()
+    test_workers_give_what_this_process_gives""".split()
 )
 
 # Real data beside the checkout; a user's checkout has none, and the tests that need it skip.
