@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 
 from clusterns.kernels import cosine_launchers, launch, objective_launchers
 from clusterns.kernels.target import Target, assume
-from clusterns.objective.problem import WORKSPACE_BYTES, Clusters, Options
+from clusterns.objective.problem import WORKSPACE_BYTES, Batch, Clusters, Options
 from clusterns.objective.sweep import sweep
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -83,7 +83,8 @@ def record(dtype: torch.dtype, dim: int, batch: int) -> dict[str, launch.Launch]
     def a_chunk(rule: str, others: Any, temperature: Any, needs: bool) -> None:
         ids = meta(batch, dtype=torch.int64)
         clusters, options = Clusters(ids, centroids, ids), Options(0.0, rule)
-        sweep(x, y, others, temperature, clusters, options, (needs,) * 4, "triton-chunked")
+        batch = Batch(x, y, others, temperature, clusters, options)
+        sweep(batch, (needs,) * 4, "triton-chunked")
 
     with launch.recording() as recorded:
 

@@ -27,7 +27,7 @@ from .checks import (
 )
 from .objective import operators
 from .objective.norms import compute_dtype, unit_rows, without_autocast
-from .objective.problem import WORKSPACE_BYTES, Clusters, Known, Options
+from .objective.problem import WORKSPACE_BYTES, Batch, Clusters, Known, Options
 from .objective.ranks import Alone, seeding_chain
 from .rules import CloseMates, Rule, check_has_clusters, check_rule
 
@@ -172,35 +172,26 @@ def seed_centroids(
     return seeding_chain(anchors, positives, num_clusters, first, Alone(batch))
 
 
-def evaluate(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor | None,
-    temperature: float | Tensor,
-    clusters: Clusters,
-    options: Options,
-    backend: str,
-    ranks: Alone | None = None,
-) -> ObjectiveTerms:
+def evaluate(batch: Batch, backend: str, ranks: Alone | None = None) -> ObjectiveTerms:
     """Loss and parts of the objective for input that is checked, on a backend as `choose_backend` returns it.
 
     `ranks`: the embeddings and ids are this rank's rows of a batch that several ranks share.
     """
+    clusters, options = batch.clusters, batch.options
     if backend == "triton":
-        loss, terms = operators.whole_batch(anchors, positives, negatives, temperature, clusters, options)
+        loss, terms = operators.whole_batch(batch)
         parts: list[Tensor | None] = list(terms.unbind()[:7])
         if not clusters.hard_negatives:
             parts[5] = None
         return ObjectiveTerms(loss, *parts[: 4 if clusters.centroids is None else 7])  # type: ignore[arg-type]
     if clusters.hard_ids is not None:
-        clusters = clusters._replace(hard_ids=clusters.hard_ids.long())
+        batch = batch._replace(clusters=clusters._replace(hard_ids=clusters.hard_ids.long()))
     if backend == "reference":
-        return _reference_objective(anchors, positives, negatives, temperature, clusters, options)
-    inputs = (anchors, positives, negatives, temperature)
+        return _reference_objective(batch)
     run = operators.Sweep.apply
     if torch.compiler.is_compiling() and not isinstance(options.false_negatives, str):
         run = torch.compiler.disable(run)  # a rule is Python of its own, and asks the numbers
-    loss, terms = run(*inputs, clusters, options, backend, ranks, torch.is_grad_enabled())
+    loss, terms = run(*batch, backend, ranks, torch.is_grad_enabled())
     return ObjectiveTerms(loss, *terms.unbind())
 
 
@@ -259,19 +250,12 @@ def info_nce(
     """
     clusters = Clusters(cluster_ids, centroids, hard_negative_ids)
     options = Options(hard_negative_weight, false_negatives, bml_weight, bml_alpha, bml_beta, workspace_bytes)
-    return objective(anchors, positives, negatives, temperature, clusters, options, backend).loss
+    return objective(Batch(anchors, positives, negatives, temperature, clusters, options), backend).loss
 
 
-def objective(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor | None = None,
-    temperature: float | Tensor = 0.05,
-    clusters: Clusters = Clusters(),  # noqa: B008 (a tuple)
-    options: Options = Options(),  # noqa: B008
-    backend: str = "auto",
-) -> ObjectiveTerms:
+def objective(batch: Batch, backend: str = "auto") -> ObjectiveTerms:
     """Loss and parts of the objective; see `info_nce`, which returns the loss alone, for the arguments."""
+    anchors, positives, negatives, temperature, clusters, options = batch
     ids, centroids, hard_ids = clusters[:3]
     check_embeddings("anchors", anchors)
     check_like("positives", positives, "anchors", anchors, same_rows=True)
@@ -291,9 +275,8 @@ def objective(
     backend = choose_backend(backend, anchors, positives, negatives, centroids, options)
     check_transforms(backend)
     if centroids is not None and backend != "triton":
-        dtype = compute_dtype(anchors, positives, negatives)
-        clusters = _complete(clusters, centroids, anchors, options, backend, dtype)
-    return evaluate(anchors, positives, negatives, temperature, clusters, options, backend)
+        batch = batch._replace(clusters=_complete(batch, backend))
+    return evaluate(batch, backend)
 
 
 def check_options(options: Options) -> None:
@@ -307,53 +290,42 @@ def check_options(options: Options) -> None:
 
 
 @torch.no_grad()
-def _complete(
-    clusters: Clusters,
-    centroids: Tensor,
-    anchors: Tensor,
-    options: Options,
-    backend: str,
-    dtype: torch.dtype,
-) -> Clusters:
+def _complete(batch: Batch, backend: str) -> Clusters:
     """Clusters with what is missing of them from an assignment to the centroids."""
-    ids, _, hard_ids = clusters[:3]
+    ids, centroids, hard_ids = batch.clusters[:3]
+    assert centroids is not None
+    clusters, dtype = batch.clusters, compute_dtype(*batch[:3])
     if ids is None or hard_ids is None:
-        clusters = assign(anchors, centroids, dtype, backend)
+        clusters = assign(batch.anchors, centroids, dtype, backend)
         if hard_ids is not None or len(centroids) == 1:
             clusters = clusters._replace(hard_ids=hard_ids)
     if ids is not None:
         clusters = clusters._replace(ids=ids)
-        if isinstance(options.false_negatives, CloseMates):
+        if isinstance(batch.options.false_negatives, CloseMates):
             check_within("cluster_ids", ids, len(centroids))
             own = unit_rows(centroids, dtype)[0][ids]
-            clusters = clusters._replace(nearest_cosine=(unit_rows(anchors, dtype)[0] * own).sum(dim=1))
+            nearest_cosine = (unit_rows(batch.anchors, dtype)[0] * own).sum(dim=1)
+            clusters = clusters._replace(nearest_cosine=nearest_cosine)
     return clusters
 
 
-def _reference_objective(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor | None,
-    temperature: float | Tensor,
-    clusters: Clusters,
-    options: Options,
-) -> ObjectiveTerms:
-    dtype = compute_dtype(anchors, positives, negatives)
-    z1, z2 = anchors.to(dtype), positives.to(dtype)
-    others, centroids = (None if z is None else z.to(dtype) for z in (negatives, clusters.centroids))
-    numbers = options._asdict()
+def _reference_objective(batch: Batch) -> ObjectiveTerms:
+    dtype, clusters = compute_dtype(*batch[:3]), batch.clusters
+    anchors, positives = batch.anchors.to(dtype), batch.positives.to(dtype)
+    negatives, centroids = (None if z is None else z.to(dtype) for z in (batch.negatives, clusters.centroids))
+    numbers = batch.options._asdict()
     del numbers["workspace_bytes"]
-    with without_autocast(anchors.device):
+    with without_autocast(batch.anchors.device):
         terms = reference.objective(
-            z1,
-            z2,
-            temperature=temperature,
-            negatives=others,
+            anchors,
+            positives,
+            temperature=batch.temperature,
+            negatives=negatives,
             centroids=centroids,
             hard_negative_ids=clusters.hard_ids,
             cluster_ids=clusters.ids,
             nearest_cosine=clusters.nearest_cosine,
             **numbers,
         )
-        cosines = reference.cosine_similarity_matrix(z1, z2).detach()
+        cosines = reference.cosine_similarity_matrix(anchors, positives).detach()
     return ObjectiveTerms(*terms, cosines.mean(), cosines.diagonal().mean())

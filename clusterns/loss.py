@@ -20,7 +20,7 @@ from .checks import (
     warn,
 )
 from .functional import check_options, evaluate
-from .objective.problem import WORKSPACE_BYTES, Clusters, Options
+from .objective.problem import WORKSPACE_BYTES, Batch, Clusters, Options
 from .objective.ranks import GATHERS, Ranks, meet, seeding_chain
 from .rules import Rule, check_has_clusters
 
@@ -180,7 +180,7 @@ class ClusterNSLoss(OnlineKMeans):
             cosines = self._describe(clusters, ranks)
             if not self.hard_negatives:
                 clusters = clusters._replace(hard_negatives=False, hard_ids=None)
-        terms = evaluate(*inputs, self.temperature, clusters, self._options, backend, ranks)
+        terms = evaluate(Batch(*inputs, self.temperature, clusters, self._options), backend, ranks)
         found = {name: term.detach() for name, term in terms._asdict().items() if term is not None}
         self.last = found | cosines
         after_step = self._after_step

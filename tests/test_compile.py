@@ -13,6 +13,7 @@ from conftest import embeddings
 
 from clusterns import ClusterNSLoss, cosine_similarity_matrix, nearest_centroids
 from clusterns.functional import objective
+from clusterns.objective.problem import Batch
 
 DIM, CLUSTERS = 32, 4
 TOLERANCE = 2e-5  # of the norm in float64, for float32
@@ -120,7 +121,7 @@ def test_within_torch_func_only_the_reference_is_compiled():
     anchors, positives = (view.detach() for view in views_of(8, 0, torch.float64))
 
     def gradient(word):
-        loss = lambda z: objective(z, positives, backend=word).loss  # noqa: E731
+        loss = lambda z: objective(Batch(z, positives), word).loss  # noqa: E731
         return torch.func.grad(loss)(anchors)
 
     compiled = torch.compile(gradient, backend="aot_eager")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import check_differentiated_once
 from .norms import common_dtype, compute_dtype, kept_dtype, through_norm, unit_stride, without_autocast
-from .problem import WORKSPACE_BYTES, Clusters, Options
+from .problem import WORKSPACE_BYTES, Batch, Clusters, Options
 from .sweep import sweep
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def _fake_sweep(anchors, positives, negatives, temperature, tensor, ids, centroi
 def _sweep(anchors, positives, negatives, temperature, tensor, ids, centroids, hard_ids, *rest):
     *numbers, needs, backend = rest
     clusters, tau = Clusters(ids, centroids, hard_ids), _joined(temperature, tensor)
-    found = sweep(anchors, positives, negatives, tau, clusters, Options(*numbers), tuple(needs), backend)
+    batch = Batch(anchors, positives, negatives, tau, clusters, Options(*numbers))
+    found = sweep(batch, tuple(needs), backend)
     gradients = [_empty(anchors, 0, 0) if g is None else g.contiguous() for g in found.gradients]
     if backend == "torch" and needs[2]:  # a part of one tensor with that of the positives
         gradients[2] = gradients[2].clone()
@@ -150,7 +151,7 @@ class Sweep(torch.autograd.Function):
                 )  # fmt: skip
                 gradients = tuple(g if need else None for g, need in zip(found, needs, strict=True))
             else:
-                loss, terms, gradients = sweep(*inputs, clusters, options, needs, backend, ranks)
+                loss, terms, gradients = sweep(Batch(*inputs, clusters, options), needs, backend, ranks)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [value.dtype if isinstance(value, Tensor) else None for value in inputs]
         ctx.mark_non_differentiable(terms)
@@ -242,21 +243,15 @@ def _shares(centroids: Tensor) -> bool:
     return centroids.dtype == torch.float32 and centroids.stride(1) == 1
 
 
-def whole_batch(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor | None,
-    temperature: float | Tensor,
-    clusters: Clusters,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
+def whole_batch(batch: Batch) -> tuple[Tensor, Tensor]:
     """Loss, 0-d, and terms (8,), which `kernels.objective.TERMS` names, on Triton.
 
     Clusters that are missing are those of an assignment, after the `update`, which moves the centroids (K, D)
     in place.
     """
-    dtype = common_dtype(anchors, positives, negatives)
-    inputs = [None if z is None else unit_stride(z.to(dtype)) for z in (anchors, positives, negatives)]
+    temperature, clusters, options = batch[3:]
+    dtype = common_dtype(*batch[:3])
+    inputs = [None if z is None else unit_stride(z.to(dtype)) for z in batch[:3]]
     state = clusters.centroids
     centroids = None if state is None else unit_stride(state.detach().float())
     found = _Whole.apply(*inputs, temperature, centroids, clusters, options, torch.is_grad_enabled())

@@ -74,19 +74,14 @@ class Clusters(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The rows of a process, and what they share with the rest of the batch."""
+    """What the objective is of: the rows of a process, which may be a part of the batch."""
 
     anchors: Tensor  # (M, D)
     positives: Tensor  # (M, D), row i belongs to anchor i
-    negatives: Tensor | None  # (N, D)
-    temperature: float | Tensor
-    clusters: Clusters
-    options: Options
-    needs: Needs
-    size: int  # B, rows of the whole batch
-    first: int = 0  # place of the first of these rows in it
-    shared: bool = False  # with other ranks
-    hard_counts: Tensor | None = None  # (K,) n_k: for how many sentences of the batch k is the hard negative
+    negatives: Tensor | None = None  # (N, D), every anchor sees all of them
+    temperature: float | Tensor = 0.05
+    clusters: Clusters = Clusters()
+    options: Options = Options()
 
 
 class Block(NamedTuple):
@@ -123,23 +118,13 @@ def own_bonus(counts: Tensor, weight: float) -> Tensor:
     return replaced.log() + shift - counts.log()
 
 
-class Sums(NamedTuple):
-    """Sums over rows."""
-
-    info_nce: Tensor  # 0-d
-    margins: Tensor  # 0-d: beyond what Δ = 0 adds
-    positive_cosines: Tensor  # 0-d
-    anchors: Tensor  # (D,) of the unit rows
-    positives: Tensor  # (D,)
-
-
-def combine(batch: Batch, sums: Sums, has_margins: bool) -> tuple[Tensor, Tensor]:
-    """Loss and terms of `Found` from sums over all rows."""
-    size, options = batch.size, batch.options
-    info_nce = sums.info_nce / size
-    bml = sums.margins / size**2
+def combine(options: Options, size: int, sums: Tensor, has_margins: bool) -> tuple[Tensor, Tensor]:
+    """Loss and terms of `Found` from the sums over all `size` rows that `Products.sums` gives, (3 + 2·D,)."""
+    info_nce, margins, positive_cosine = sums[:3].unbind()
+    anchors, positives = sums[3:].chunk(2)
+    info_nce, bml = info_nce / size, margins / size**2
     if has_margins:
         bml = bml + options.margin_at_zero
-    mean_cosine = torch.dot(sums.anchors, sums.positives) / size**2  # without S: identity 2
+    mean_cosine = torch.dot(anchors, positives) / size**2  # without S: identity 2
     loss = torch.add(info_nce, bml, alpha=options.bml_weight)
-    return loss, torch.stack([info_nce, bml, mean_cosine, sums.positive_cosines / size])
+    return loss, torch.stack([info_nce, bml, mean_cosine, positive_cosine / size])

@@ -19,7 +19,7 @@ and the parameters get the gradient of a single process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,10 +46,6 @@ class Alone:
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, the same bits on each."""
         return tensor
-
-    def sum_each(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """`sum` of some small ones at once."""
-        return tensors
 
     def from_first(self, tensor: Tensor) -> Tensor:
         """What rank 0 has."""
@@ -130,13 +126,6 @@ class Ranks(Alone):
         for part in rest:
             first = first + part
         return first
-
-    def sum_each(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """`sum` of some small ones at once."""
-        parts = self.sum(torch.cat([each.reshape(-1) for each in tensors])).split(
-            [t.numel() for t in tensors]
-        )
-        return [part.view(each.shape) for part, each in zip(parts, tensors, strict=True)]
 
     def from_first(self, tensor: Tensor) -> Tensor:
         """What rank 0 has."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from .problem import Batch, Block, Clusters, Found, Needs, Options, Sums, combine, count_hard_negatives
+from .problem import Batch, Block, Found, Needs, combine, count_hard_negatives
 from .ranks import Alone
 from .torch_products import TorchProducts
 
@@ -34,7 +34,9 @@ class Products(Protocol):
 
     has_margins: bool  # some pair is in the margin loss
 
-    def __init__(self, batch: Batch): ...
+    def __init__(self, batch: Batch, ranks: Alone, hard_counts: Tensor | None):
+        """hard_counts (K,): for how many sentences of the whole batch k is the hard negative, n_k."""
+
     def open(self, block: Block, totals: bool, gradients: bool) -> Any:
         """Columns of a block, for the totals of the rows, for gradients, or for both."""
 
@@ -53,45 +55,21 @@ class Products(Protocol):
     def own(self) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the anchors (M, D) and of τ, 0-d, where wanted; once."""
 
-    def sums(self) -> Sums:
-        """Over the rows of this process."""
+    def sums(self) -> Tensor:
+        """Sums over the rows of this process, (3 + 2·D,).
+
+        Of InfoNCE, of the margins beyond what Δ = 0 adds, of s_i; and of the unit rows a_i and p_i.
+        """
 
 
-def sweep(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor | None,
-    temperature: float | Tensor,
-    clusters: Clusters,
-    options: Options,
-    needs: Needs,
-    backend: str,
-    ranks: Alone | None = None,
-) -> Found:
+def sweep(batch: Batch, needs: Needs, backend: str, ranks: Alone | None = None) -> Found:
     """Loss and gradients of a batch, of which these are this process's rows; with `ranks` all call it."""
-    ranks = ranks or Alone(anchors.shape[0], needs)
-    if ranks.size > 1:
-        anchors, positives = anchors.contiguous(), positives.contiguous()
-        negatives = negatives.contiguous() if negatives is not None else None
-    tau = temperature.detach() if isinstance(temperature, Tensor) else temperature
-    counts = count_hard_negatives(clusters)
-    counts = ranks.sum(counts) if counts is not None else None
-    batch = Batch(
-        anchors,
-        positives,
-        negatives,
-        tau,
-        clusters,
-        options,
-        ranks.needs,
-        ranks.batch,
-        ranks.first,
-        ranks.size > 1,
-        counts,
-    )
-    products = make_products(backend, batch)
-    home, wants = Block(positives, negatives, clusters.ids, ranks.first, 0), any(ranks.needs)
+    ranks = ranks or Alone(batch.anchors.shape[0], needs)
+    counts = count_hard_negatives(batch.clusters)
+    products = make_products(backend)(batch, ranks, ranks.sum(counts) if counts is not None else None)
+    home = Block(batch.positives, batch.negatives, batch.clusters.ids, ranks.first, 0)
     # Z of every row must be known before a gradient.
+    wants = any(ranks.needs)
     rounds = [(True, wants)] if ranks.one_block else [(True, False), (False, True)][: 1 + wants]
     for totals, gradients in rounds:
         for block in ranks.blocks(home):
@@ -102,7 +80,7 @@ def sweep(
                     products.differentiate(columns, rows, weights)
             if gradients:
                 ranks.give(*products.close(columns))
-    loss, terms = combine(batch, Sums(*ranks.sum_each(products.sums())), products.has_margins)
+    loss, terms = combine(batch.options, ranks.batch, ranks.sum(products.sums()), products.has_margins)
     of_anchors, of_temperature = products.own()
     found = [of_anchors, *ranks.take()]
     if ranks.size > 1:  # back to the gradient of one process under an average; τ's is whole on each rank
@@ -112,10 +90,10 @@ def sweep(
     return Found(loss, terms, tuple(g if need else None for g, need in zip(found, needs, strict=True)))
 
 
-def make_products(backend: str, batch: Batch) -> Products:
+def make_products(backend: str) -> type[Products]:
     """`TritonProducts` for "triton-chunked", else `TorchProducts`."""
     if backend != "triton-chunked":
-        return TorchProducts(batch)
+        return TorchProducts
     from .triton_products import TritonProducts
 
-    return TritonProducts(batch)
+    return TritonProducts

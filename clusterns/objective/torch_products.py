@@ -19,13 +19,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from ..rules import Pairs, Side, rule_of
 from .norms import compute_dtype, through_norm, unit_rows
-from .problem import Batch, Block, Sums, own_bonus
+from .problem import Batch, Block, own_bonus
+from .ranks import Alone
 
 # Largest |logit| for which exp and sums of 2^40 of them stay inside the dtype without a row maximum.
 _SAFE_LOGIT = {torch.float32: 40.0, torch.float64: 300.0}
+
+# Where log(1 + e^x) is x to the last bit of float64.
+_LINEAR = 40.0
 
 # Rows that a rule is asked about at a time where mates stand side by side: enough to fill vector units, few
 # enough that little else falls between them.
@@ -73,14 +78,14 @@ class Held(NamedTuple):
 class TorchProducts:
     """Rows that meet blocks of columns; keeps what the rows have found so far."""
 
-    def __init__(self, batch: Batch):
-        self.batch, self.options = batch, batch.options
+    def __init__(self, batch: Batch, ranks: Alone, hard_counts: Tensor | None):
+        self.batch, self.options, self.ranks = batch, batch.options, ranks
         self.dtype = compute_dtype(batch.anchors, batch.positives, batch.negatives)
         clusters, known = batch.clusters, batch.clusters.known
         if known is not None and known.anchors.dtype != self.dtype:
             known = None
         tau = batch.temperature
-        self.temperature = tau.to(self.dtype) if isinstance(tau, Tensor) else tau
+        self.temperature = tau.detach().to(self.dtype) if isinstance(tau, Tensor) else tau
         self.safe = self.options.is_safe(tau, _SAFE_LOGIT[self.dtype])
         self.rule = rule_of(self.options.false_negatives, clusters.ids is not None)
         self.has_margins = False
@@ -90,7 +95,7 @@ class TorchProducts:
         within = getattr(self.rule, "within_clusters", False)
         self.order = (
             clusters.ids.argsort(stable=True)
-            if within and on_cpu and clusters.ids is not None and batch.size >= _SORTED_BATCH
+            if within and on_cpu and clusters.ids is not None and ranks.batch >= _SORTED_BATCH
             else None
         )
         if known is None:
@@ -101,12 +106,12 @@ class TorchProducts:
         self.numbers = torch.arange(count, device=self.a.device)
         self.centroids: Tensor | None = None  # unit rows
         self.own_bonus: Tensor | None = None
-        if batch.hard_counts is not None:
+        if hard_counts is not None:
             assert clusters.centroids is not None
             assert clusters.hard_ids is not None
             self.centroids = known.centroids if known else unit_rows(clusters.centroids, self.dtype)[0]
             self.centroid_cosines = self._sorted(known.cosines) if known else None
-            counts = batch.hard_counts.to(self.dtype)
+            counts = hard_counts.to(self.dtype)
             self.log_counts = counts.log()  # −inf where k is nobody's hard negative: the column drops out
             if self.options.hard_negative_weight != 0.0:
                 self.own_hard = self._sorted(clusters.hard_ids)[:, None]
@@ -116,12 +121,12 @@ class TorchProducts:
         self.row_scale = state[2]  # 1/(BτZ)
         self.slope_sum, self.slope_times_delta, self.margin_sum = state[3:]  # row sums of the margin loss
         # Of the unit rows, but for the factor `row_scale`.
-        self.gradient = torch.empty_like(self.a) if batch.needs[0] or batch.needs[3] else self.a[:0]
+        self.gradient = torch.empty_like(self.a) if ranks.needs[0] or ranks.needs[3] else self.a[:0]
         self.positive_sum: Tensor | None = None
         self.buffer = self.a[:0]  # (R, n+N+K) for the weights of a chunk
         places = self.numbers if self.order is None else self.order
         self.side = Side(
-            places + batch.first if batch.first else places,
+            places + ranks.first if ranks.first else places,
             None if clusters.ids is None else self._sorted(clusters.ids),
             self.positive_logit,
             None if clusters.nearest_cosine is None else self._sorted(clusters.nearest_cosine),
@@ -161,7 +166,7 @@ class TorchProducts:
         if totals and own is not None:
             mine = units[:count] if own.shape[0] == count else units[own[:, 0]]
             self.positive_sum = mine.sum(dim=0)
-        _, need_positives, need_negatives, _ = self.batch.needs
+        _, need_positives, need_negatives, _ = self.ranks.needs
         wanted = slice(0 if need_positives else count, width if need_negatives else count)
         gradient = None
         if gradients and wanted.start < wanted.stop:
@@ -217,7 +222,7 @@ class TorchProducts:
         total = others + (positive if shift is None else positive - shift).exp()  # Z
         unit = total
         if self.has_margins:
-            unit = total * (self.options.bml_weight * self.temperature / self.batch.size)
+            unit = total * (self.options.bml_weight * self.temperature / self.ranks.batch)
         for local, cells, slope in held:
             if isinstance(local, slice):
                 cells.addcmul_(slope, unit[local])
@@ -229,8 +234,8 @@ class TorchProducts:
                 own_weight = torch.addcmul(others, self.slope_sum[rows], unit)
             values.scatter_add_(1, columns.own[rows], own_weight.neg())
         row_scale = torch.reciprocal(total, out=self.row_scale[rows])
-        row_scale.div_(self.batch.size * self.temperature)
-        if self.batch.needs[0] or self.batch.needs[3]:
+        row_scale.div_(self.ranks.batch * self.temperature)
+        if self.ranks.needs[0] or self.ranks.needs[3]:
             known, first = columns.units.shape[0], columns.own is not None  # the own block comes first
             target = self.gradient[rows]
             target.addmm_(values[:, :known], columns.units, beta=0 if first else 1)
@@ -251,22 +256,22 @@ class TorchProducts:
         positives = _unsorted(gradient[:split], columns.order) if split else None
         return positives, gradient[split:] if gradient.shape[0] > split else None
 
-    def sums(self) -> Sums:
-        """Over the rows of this process."""
+    def sums(self) -> Tensor:
+        """Sums over the rows of this process, (3 + 2·D,)."""
         assert self.positive_sum is not None
-        margin = self.log_others - self.positive_logit
-        info_nce = torch.logaddexp(margin, torch.zeros_like(margin)).sum()  # log(1 + Σ_others / E_ii)
-        margins = self.margin_sum.sum() * self.temperature
-        cosines = self.positive_logit.sum() * self.temperature
-        return Sums(info_nce, margins, cosines, self.a.sum(dim=0), self.positive_sum)
+        # log(1 + Σ_others / E_ii)
+        info_nce = softplus(self.log_others - self.positive_logit, threshold=_LINEAR)
+        rows = torch.stack([info_nce, self.margin_sum, self.positive_logit]).sum(dim=(1, 2))
+        rows[1:] *= self.temperature
+        return torch.cat([rows, self.a.sum(dim=0), self.positive_sum])
 
     def own(self) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the anchors (M, D), in the caller's order, and of τ, 0-d, where wanted; once."""
-        need_anchors, _, _, need_temperature = self.batch.needs
+        need_anchors, _, _, need_temperature = self.ranks.needs
         gradient, of_temperature = self.gradient, None
         if need_temperature:  # −1/τ · Σ_ij S_ij ∂InfoNCE/∂S_ij
             along = ((self.a * gradient).sum(dim=1, keepdim=True) * self.row_scale).sum()  # with the margins
-            share = self.temperature * (self.options.bml_weight / self.batch.size**2)
+            share = self.temperature * (self.options.bml_weight / self.ranks.batch**2)
             of_temperature = (self.slope_times_delta.sum() * share - along) / self.temperature
         if not need_anchors:
             return None, of_temperature
@@ -347,7 +352,7 @@ class TorchProducts:
             if columns.totals:
                 self.slope_sum[rows].view(-1).index_add_(0, i, slope)
                 self.margin_sum[rows].view(-1).index_add_(0, i, margins.sub_(at_zero))
-                if self.batch.needs[3]:
+                if self.ranks.needs[3]:
                     self.slope_times_delta[rows].view(-1).index_add_(0, i, slope * delta)
             return Held(place, cells, slope)
         cells = values[local, low : low + pairs.shape[1]]
@@ -357,7 +362,7 @@ class TorchProducts:
         if columns.totals:
             self.slope_sum[rows] += slope.sum(dim=1, keepdim=True)
             self.margin_sum[rows] += margins.sub_(at_zero).mul_(pairs).sum(dim=1, keepdim=True)
-            if self.batch.needs[3]:
+            if self.ranks.needs[3]:
                 self.slope_times_delta[rows] += delta.mul_(slope).sum(dim=1, keepdim=True)
         return Held(local, cells, slope)
 

@@ -21,12 +21,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from ..kernels import chunk_launchers as launchers
 from ..kernels.launch import padded
 from ..kernels.weights import SAFE_TEMPERATURE
 from .norms import common_dtype, inverse_norms, kept_dtype, unit_stride
-from .problem import SAFE_WEIGHT, Batch, Block, Sums
+from .problem import SAFE_WEIGHT, Batch, Block
+from .ranks import Alone
 
 _LOG2_E = math.log2(math.e)
 
@@ -82,8 +84,8 @@ class TritonProducts:
     that order, the results in the caller's.
     """
 
-    def __init__(self, batch: Batch):
-        self.batch, self.options = batch, batch.options
+    def __init__(self, batch: Batch, ranks: Alone, hard_counts: Tensor | None):
+        self.batch, self.options, self.ranks = batch, batch.options, ranks
         self.dtype = common_dtype(batch.anchors, batch.positives, batch.negatives)
         self.weight_dtype = torch.bfloat16 if self.dtype.itemsize == 2 else torch.float32
         self.anchors = unit_stride(batch.anchors.detach().to(self.dtype))
@@ -98,15 +100,15 @@ class TritonProducts:
         self.cluster_ids = None if clusters.ids is None else self._sorted(clusters.ids)
         self.anchor_inverse = inverse_norms(self.anchors, torch.float32)
         self.centroids: Source | None = None
-        if batch.hard_counts is not None:
+        if hard_counts is not None:
             assert clusters.centroids is not None
             assert clusters.hard_ids is not None
             self.centroids = self._source(clusters.centroids.float().contiguous(), True)
-            self.hard_ids, self.uses = self._sorted(clusters.hard_ids), batch.hard_counts.float()
+            self.hard_ids, self.uses = self._sorted(clusters.hard_ids), hard_counts.float()
         tau = batch.temperature
-        self.temperature = tau.float() if isinstance(tau, Tensor) else tau
+        self.temperature = tau.detach().float() if isinstance(tau, Tensor) else tau
         self.needs_maximum = not self.options.is_safe(tau, 1 / SAFE_TEMPERATURE.value)
-        self.slope_scale = self.options.bml_weight / batch.size**2
+        self.slope_scale = self.options.bml_weight / ranks.batch**2
         self.margins = {
             "alpha": float(self.options.bml_alpha),
             "beta": float(self.options.bml_beta),
@@ -123,13 +125,12 @@ class TritonProducts:
         self.along = zeros()  # Σ a_i · ∂InfoNCE/∂a_i
         self.unit_gradient: Tensor | None = None  # (M, D) float32, sorted: over several blocks
         self.gradient: Tensor | None = None  # (M, D), of the anchors themselves
-        self.buffers: list[
-            Tensor
-        ] = []  # (R, padded(n)) each: the weights of a chunk; no rows if none are kept
+        # (R, padded(n)) each: the weights of a chunk; no rows if none are kept
+        self.buffers: list[Tensor] = []
 
     def open(self, block: Block, totals: bool, gradients: bool) -> Columns:
         """Prepare to meet a block: for the totals of the rows, for the gradients, or for both."""
-        need_anchors, need_positives, need_negatives, need_temperature = self.batch.needs
+        need_anchors, need_positives, need_negatives, need_temperature = self.ranks.needs
         sources, needed = [self._source(block.positives)], [need_positives]
         if block.negatives is not None:
             sources.append(self._source(block.negatives))
@@ -213,8 +214,8 @@ class TritonProducts:
     def differentiate(self, columns: Columns, rows: slice, weights: Weights) -> None:
         """Take products 2 and 3."""
         x, x_inverse, a, p, positive, others = weights
-        row_scale = 1.0 / (self.batch.size * self.temperature * (positive + others))  # 1/(BτZ)
-        need_anchors, _, _, need_temperature = self.batch.needs
+        row_scale = 1.0 / (self.ranks.batch * self.temperature * (positive + others))  # 1/(BτZ)
+        need_anchors, _, _, need_temperature = self.ranks.needs
         parts = [
             buffer[: len(x), : len(source.raw)]
             for source, buffer in zip(columns.sources, self.buffers, strict=True)
@@ -264,7 +265,7 @@ class TritonProducts:
                 positive=self.positive_cosine, out=columns.gradients[0], TRANSPOSED=True, **self.margins,
             )  # fmt: skip
         # Those that ranks add up stay in float32.
-        dtype = torch.float32 if self.batch.shared else kept_dtype(self.dtype)
+        dtype = torch.float32 if self.ranks.size > 1 else kept_dtype(self.dtype)
         through: list[Tensor | None] = [None, None]
         for place, (source, gradient) in enumerate(zip(columns.sources, columns.gradients, strict=False)):
             if gradient is not None:
@@ -272,16 +273,15 @@ class TritonProducts:
                 launchers.through_norm(gradient, source.raw, source.inverse, out, scaled=True)
         return through[0], through[1]
 
-    def sums(self) -> Sums:
-        """Over the rows of this process."""
+    def sums(self) -> Tensor:
+        """Sums over the rows of this process, (3 + 2·D,)."""
         margin = self.log_others / _LOG2_E - self.positive_cosine / self.temperature
-        info_nce = torch.logaddexp(margin, torch.zeros_like(margin)).sum()  # log(1 + Σ_others / E_ii)
-        cosines = self.positive_cosine.sum()
-        return Sums(info_nce, self.margin_sum.sum(), cosines, self.anchor_sum, self.positive_sum)
+        rows = torch.stack([softplus(margin), self.margin_sum, self.positive_cosine])
+        return torch.cat([rows.sum(dim=1), self.anchor_sum, self.positive_sum])
 
     def own(self) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the anchors (M, D), in the caller's order, and of τ, 0-d, where wanted."""
-        need_anchors, _, _, need_temperature = self.batch.needs
+        need_anchors, _, _, need_temperature = self.ranks.needs
         of_temperature = -self.along / self.temperature if need_temperature else None
         if not need_anchors:
             return None, of_temperature

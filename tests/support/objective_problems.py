@@ -8,7 +8,7 @@ from conftest import DEVICE, embeddings
 
 from clusterns import ClusterNSLoss, nearest_centroids
 from clusterns.functional import objective
-from clusterns.objective.problem import Clusters, Options
+from clusterns.objective.problem import Batch, Clusters, Options
 
 OPTIONS = {"bml_weight": 0.3, "bml_alpha": 0.1, "bml_beta": 0.3}
 
@@ -52,7 +52,9 @@ def terms_of(anchors, positives, *, backend="auto", negatives=None, temperature=
     clusters = Clusters(
         *(arguments.pop(name, None) for name in ("cluster_ids", "centroids", "hard_negative_ids"))
     )
-    return objective(anchors, positives, negatives, temperature, clusters, Options(**arguments), backend)
+    return objective(
+        Batch(anchors, positives, negatives, temperature, clusters, Options(**arguments)), backend
+    )
 
 
 def gradients(anchors, positives, arguments, upstream=1.0, **more):
