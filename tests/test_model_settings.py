@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.losses import MultipleNegativesRankingLoss
-from sentence_transformers.training_args import SentenceTransformerTrainingArguments
+from small_files import cases
 from tiny import SENTENCES, assert_close, make_encoder
 from tiny_prompt import make_kind, make_prompted
 from transformers import AutoModel, AutoTokenizer
@@ -33,7 +33,6 @@ ENCODERS: dict[str, dict[str, Any]] = {
     **{name: {"pooling": name} for name, of in POOLINGS.items() if not of.of_prompt},
     **{name: {"pooling": name, "prompt": Prompt()} for name, of in POOLINGS.items() if of.of_prompt},
     "new, head always": {"pooling": "new", "head": "always"},
-    "mean, head always": {"pooling": "mean", "head": "always"},
     "mean, no head": {"pooling": "mean", "head": "none"},
     "mean-top2, head always": {"pooling": "mean-top2", "head": "always"},
     "prompt": {"prompt": Prompt(denoising="trained")},
@@ -100,11 +99,10 @@ def test_saved_encoders_give_the_same_vectors(
         assert_close(read.encode(texts), encoder.encode(texts))
 
 
-@pytest.mark.parametrize("mode", [None, "median"])
 def test_a_pooling_that_sentence_transformers_has_not_is_not_saved_as_another(
-    mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(POOLINGS, "new", Pooling(largest, mode))
+    monkeypatch.setitem(POOLINGS, "new", Pooling(largest, "median"))
     words = r"^pooling: expected one that sentence-transformers has too, 'cls' or .*, to save, got 'new'$"
     with pytest.raises(ValueError, match=words):
         make_kind("bert", pooling="new").save(tmp_path / "folder")
@@ -172,9 +170,7 @@ def test_overriding_is_explicit(tmp_path: Path) -> None:
     plain = SentenceEncoder(encoder.transformer, encoder.tokenizer, pooling="mean")
     assert_close(bare.encode(TEXTS), plain.encode(TEXTS))
     assert load(prompt="none").pooling == "cls"
-    second = load(prompt=PUBLISHED["bert"][1:])
-    assert second.prompt == Prompt(PUBLISHED["bert"][1:])
-    assert (second.encode(TEXTS) - encoder.encode(TEXTS)).norm() > 0.01
+    assert load(prompt=PUBLISHED["bert"][1:]).prompt == Prompt(PUBLISHED["bert"][1:])
     denoised = load(evaluation_denoising=True, max_length=4)
     assert denoised.prompt == Prompt(PUBLISHED["bert"], denoising="frozen", evaluation_denoising=True)
     assert denoised.max_length == 4
@@ -187,11 +183,10 @@ def test_overriding_is_explicit(tmp_path: Path) -> None:
     assert (prompted.pooling, prompted.head_use) == ("mask", "always")
     assert_close(prompted.head[0].weight, plain.head[0].weight)
     # A pooling of one's own has a head of its own.
-    make_kind("bert", pooling="cls-before-pooler").save(tmp_path)
-    assert (load().head_use, load(pooling="cls").head_use) == ("none", "train")
     make_kind("bert", pooling="mean", head="always").save(tmp_path)
     assert load(pooling="mean").head_use == "always"
     assert load(pooling="cls-before-pooler").head_use == "none"
+    assert load(pooling="cls").head_use == "train"
     words = r"^head: expected 'none' with the pooling cls-before-pooler"
     assert_refused(words, tmp_path, pooling="cls-before-pooler", head="always")
     # And one that is given overrides what is not supported.
@@ -206,25 +201,17 @@ def test_training_a_prompt_model_in_sentence_transformers(tmp_path: Path) -> Non
     assert model.max_seq_length == 6
     before = encoder.encode(TEXTS)
     assert_close(model.encode(TEXTS, convert_to_tensor=True), before)
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path / "run"),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-    )
-    columns = Dataset.from_dict({"anchor": SENTENCES[:4], "positive": SENTENCES[1:5]})
-    loss = MultipleNegativesRankingLoss(model)
-    SentenceTransformerTrainer(model=model, args=arguments, train_dataset=columns, loss=loss).train()
+    optimizer, loss = torch.optim.AdamW(model.parameters(), lr=1e-2), MultipleNegativesRankingLoss(model)
+    preprocess = getattr(model, "preprocess", None) or model.tokenize  # its name before version 5.4
+    loss([preprocess(SENTENCES[:4]), preprocess(SENTENCES[1:5])], None).backward()
+    optimizer.step()
     after = model.encode(TEXTS, convert_to_tensor=True)
     assert (after - before).norm() > 0.1
-    model.save(str(tmp_path / "trained"))
-    again = SentenceEncoder.from_pretrained(tmp_path / "trained")
+    model.save(str(tmp_path))
+    again = SentenceEncoder.from_pretrained(tmp_path)
     assert again.settings() == encoder.settings()
-    assert_close(again.encode(TEXTS), after.cpu())
-    loaded = SentenceTransformer(str(tmp_path / "trained"), device="cpu", trust_remote_code=True)
+    assert_close(again.encode(TEXTS), after)
+    loaded = SentenceTransformer(str(tmp_path), device="cpu", trust_remote_code=True)
     assert_close(loaded.encode(TEXTS, convert_to_tensor=True), after)
     loaded.max_seq_length = 3
     assert loaded[0].encoder.max_length == 3
@@ -251,18 +238,18 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("failing", ["save_transformer", "save_tokenizer", "save_file", "write_json", "disk"])
+@pytest.mark.parametrize("failing", ["write_json", "disk"])
 def test_failed_save_leaves_the_previous_model(
     failing: str, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resource = pytest.importorskip("resource", reason="file size limits, which stand in for a full disk")
+    """At its last file, or at the first that is larger than the disk has room for."""
     before, limits = snapshot(saved), resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert (saved / "model.safetensors").stat().st_size > 9000
 
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
     if failing == "disk":
-        assert (saved / "model.safetensors").stat().st_size > 9000
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
     else:
         monkeypatch.setattr(f"clusterns.models.saving.{failing}", fail)
@@ -295,33 +282,25 @@ def test_names_of_models(saved: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 LISTED = [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}]
-BARE = json.dumps([{"type": "x.Dense", "path": "2_Dense"}]).encode()
-MORE = json.dumps([*LISTED, {"type": "x.Dense", "path": "2_Dense"}]).encode()
+DENSE = {"type": "x.Dense", "path": "2_Dense"}
 NOT_LOADED = "expected an encoder that transformers loads"
-# What is done to a file of a kind of encoder: a change of what it says, other bytes, or None takes it away.
+# What is done to a file of a kind of encoder: a change of what it says, other JSON, or None takes it away.
 BROKEN = {
-    "train model.safetensors": [
-        (b"\x08\0\0\0\0\0\0\0broken", NOT_LOADED),
-        (None, "^model: expected weights"),
-    ],
-    "train config.json": [(b"{", NOT_LOADED), (None, "^model: expected config.json")],
+    "train model.safetensors": [([], NOT_LOADED), (None, "^model: expected weights")],
+    "train config.json": [([], NOT_LOADED), (None, "^model: expected config.json")],
     "train tokenizer.json": [(None, "^model: expected tokenizer .*, got a folder without")],
-    "train head.safetensors": [(b"broken", "expected a head of width 16")],
+    "train head.safetensors": [([], "expected a head of width 16")],
     "train sentence_bert_config.json": [({"max_seq_length": "32"}, "expected a whole number")],
     "train modules.json": [
-        (b"[{]", "modules.json: expected JSON"),
-        (b'[{"path": ""}]', "expected a list of modules"),
-        (BARE, "got Dense"),
-        (MORE, "expected Transformer, Pooling to match .*, got Dense, Pooling, Transformer"),
+        ([{"path": ""}], "expected a list of modules"),
+        ([DENSE], "got Dense"),
+        ([*LISTED, DENSE], "expected Transformer, Pooling to match .*, got Dense, Pooling, Transformer"),
     ],
     "train 1_Pooling/config.json": [
         ({"pooling_mode": "max"}, "expected the pooling cls or mean, got max"),
         ({"pooling_mode": ["cls", "mean"]}, "got cls and mean"),
-        (b"{}", "got none"),
-        (
-            {"pooling_mode": "mean"},
-            "expected the pooling cls to match clusterns.json, got mean; give a pooling",
-        ),
+        ({"pooling_mode": []}, "got none"),
+        ({"pooling_mode": "mean"}, "the pooling cls to match clusterns.json, got mean; give a pooling"),
     ],
     "prompt clusterns.json": [
         (None, "clusterns.json: expected the settings of a prompt model"),
@@ -333,7 +312,6 @@ BROKEN = {
         ({"prompt": {"templates": ["[MASK]"]}}, r"json: template: expected one \[X\] for the sentence"),
         ({"prompt": {"template": "x"}}, "clusterns.json: .*unexpected keyword argument 'template'"),
         ({"prompt": None}, "clusterns.json: pooling: expected another one without a prompt, got 'mask'"),
-        ({"prompt": 3}, "clusterns.json: "),
         ({"max_length": "6"}, "expected a whole number as max_length, got '6'"),
         ({"whitening": True}, "expected format, head, max_length, pooling, prompt, got 'whitening'"),
     ],
@@ -346,11 +324,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(
-    ("place", "change", "words"),
-    [(place, *row) for place, rows in BROKEN.items() for row in rows],
-    ids=[place for place, rows in BROKEN.items() for _ in rows],
-)
+@cases("place change words", [(place, *row) for place, rows in BROKEN.items() for row in rows])
 def test_broken_files(place: str, change: Any, words: str, tmp_path: Path) -> None:
     kind, file = place.split()
     if kind == "prompt":
@@ -363,10 +337,9 @@ def test_broken_files(place: str, change: Any, words: str, tmp_path: Path) -> No
     path = tmp_path / file
     if change is None:
         path.unlink()
-    elif isinstance(change, bytes):
-        path.write_bytes(change)
     else:
-        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        told = {**json.loads(path.read_text()), **change} if isinstance(change, dict) else change
+        path.write_text(json.dumps(told))
     assert_refused(words, tmp_path)
     if kind == "always":
         assert SentenceEncoder.from_pretrained(tmp_path, head="always").head is not None
