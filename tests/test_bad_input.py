@@ -12,7 +12,6 @@ from clusterns import (
     ClusterNSLoss,
     cosine_similarity_matrix,
     info_nce,
-    nearest_centroids,
     seed_centroids,
 )
 
@@ -32,12 +31,10 @@ def refused(message, call, *arguments, **settings):
     ("anchors", "positives", "message"),
     [
         (GOOD[0], GOOD, r"anchors: expected 2 dimensions \(rows, dim\), got shape \(3,\)"),
-        (GOOD[:0], GOOD[:0], r"anchors: expected at least one row .* got shape \(0, 3\)"),
         (GOOD.long(), GOOD, r"anchors: expected float16, .* got torch.int64"),
         (GOOD.tolist(), GOOD, r"anchors: expected a tensor .* got list"),
         (GOOD, GOOD.to_sparse(), r"positives: expected a dense tensor, got one of layout torch.sparse_coo"),
         (GOOD, GOOD[:3], r"positives: expected shape \(4, 3\) to match anchors, got \(3, 3\)"),
-        (GOOD, GOOD[:, :2], r"positives: expected shape \(4, 3\) to match anchors, got \(4, 2\)"),
         (GOOD, META, r"positives: expected device cpu to match anchors, got meta"),
     ],
 )
@@ -48,20 +45,14 @@ def test_embeddings(anchors, positives, message):
 
 SETTINGS = [
     ("num_clusters", 1, "at least 2 with hard_negatives=True.*got 1"),
-    ("num_clusters", -1, "at least 0, got -1"),
     ("num_clusters", 2.5, "an integer, got float 2.5"),
-    ("embedding_dim", 0, "at least 1, got 0"),
     ("embedding_dim", torch.zeros(9, 9), r"an integer, got Tensor tensor.{,70}$"),
     ("embedding_dim", torch.nn.Linear(3, 3), r"an integer, got the model Linear; .*sentence_transformers.Cl"),
     ("temperature", 0, "a finite number above 0, got 0"),
-    ("temperature", NAN, "a finite number above 0, got nan"),
     ("temperature", torch.tensor(-1.0), "a finite number above 0, got -1.0"),
     ("temperature", torch.ones(2), r"a number or a 0-dim .* got shape \(2,\)"),
-    ("temperature", "warm", "a finite number above 0, got str 'warm'"),
     ("start_cosine", 5, "a finite number at least -1 and at most 1, got 5"),
-    ("start_cosine", -2, "a finite number at least -1 and at most 1, got -2"),
     ("centroid_momentum", 0, "a finite number above 0 and at most 1, got 0"),
-    ("centroid_momentum", 1.5, "a finite number above 0 and at most 1, got 1.5"),
     ("centroid_update", "median", "one of 'sum', .* got 'median'"),
     ("false_negatives", "drop", "one of 'bml', .* got 'drop'"),
     ("backend", "numpy", "one of 'auto', .* got 'numpy'"),
@@ -69,7 +60,6 @@ SETTINGS = [
     ("hard_negative_weight", INFINITE, "a finite number, got inf"),
     ("bml_weight", -1, "a finite number at least 0, got -1"),
     ("bml_alpha", None, "a finite number, got NoneType None"),
-    ("bml_beta", NAN, "a finite number, got nan"),
     ("workspace_bytes", 0, "at least 1, got 0"),
 ]
 
@@ -86,10 +76,8 @@ def test_settings(name, value, expected):
         *(({n: v}, f"{n}: expected {line}") for n, v, line in SETTINGS if n in info_nce.__kwdefaults__),
         ({"cluster_ids": IDS[:3]}, r"cluster_ids: expected shape \(4,\), got \(3,\)"),
         ({"cluster_ids": IDS.float()}, "cluster_ids: expected int64 or int32, got torch.float32"),
-        ({"cluster_ids": [0, 0, 0, 0]}, r"cluster_ids: expected an integer tensor .* got list"),
         ({"hard_negative_ids": IDS}, "hard_negative_ids: expected together with centroids, got centroids=No"),
         ({"centroids": GOOD[:, :2]}, r"centroids: expected shape \(rows, 3\) to match anchors, got \(4, 2\)"),
-        ({"negatives": GOOD[:, :2]}, r"negatives: expected shape \(rows, 3\) to match anchors"),
         ({"centroids": GOOD[:1], "hard_negative_ids": IDS - 1}, r"hard_.*: expected ids in \[0, 1\), got -1"),
         ({"centroids": GOOD[:2], "hard_negative_ids": IDS + 2}, r"hard_.*: expected ids in \[0, 2\), got 2"),
     ],
@@ -110,24 +98,19 @@ def test_arguments(arguments, message):
         (cosine_similarity_matrix, (GOOD, GOOD[:, :2]), r"b: expected shape \(rows, 3\)"),
         (seed_centroids, (GOOD, GOOD, 5), "num_clusters: expected at most the batch size 4 .*, got 5"),
         (partial(seed_centroids, first=4), (GOOD, GOOD, 2), r"first: expected an index in \[0, 4\), got 4"),
-        (nearest_centroids, (GOOD, GOOD[:0]), "centroids: expected at least one row"),
     ],
 )
 def test_calls(call, arguments, message):
     refused(message, call, *arguments)
 
 
-@pytest.mark.parametrize("learned", [True, False])
-def test_temperature_on_another_device(learned):
-    tau = torch.empty((), device="meta")
-    settings = {"temperature": torch.nn.Parameter(tau) if learned else tau}
+def test_temperature_on_another_device():
+    settings = {"temperature": torch.nn.Parameter(torch.empty((), device="meta"))}
     calls = [
-        *(ClusterNSLoss(3, 2, backend=word, **settings) for word in ("auto", "torch", "reference")),
-        ClusterNSLoss(3, 0, hard_negatives=False, **settings).eval(),
+        ClusterNSLoss(3, 2, **settings),
         lambda a, p: CachedClusterNSLoss(3, 2, **settings)(torch.nn.Linear(3, 3), a, p),
         partial(info_nce, **settings),
         partial(cosine_similarity_matrix, **settings),
     ]
-    calls[0].start_from(GOOD[:2])
     for call in calls:
         refused(r"temperature: expected the device of (anchors|a), cpu, got meta; move it", call, GOOD, GOOD)

@@ -18,13 +18,6 @@ CASES = range(9)
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
-def load(shared, case):
-    with np.load(shared / "golden" / f"case{case}.npz") as archive:
-        arrays = dict(archive)
-    meta = {name[5:]: value.item() for name, value in arrays.items() if name.startswith("meta_")}
-    return arrays, meta
-
-
 def loss_for(meta, backend):
     update = "replace" if meta["optim"] == "kmeans" else "mean" if meta["mean"] else "sum"
     return ClusterNSLoss(
@@ -44,9 +37,8 @@ def loss_for(meta, backend):
 
 
 def assert_close(actual, expected, tolerance, what):
-    expected = torch.as_tensor(expected)
-    actual = actual.cpu()
-    error = (actual.detach().double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+    expected, actual = torch.as_tensor(expected), actual.detach().double().cpu()
+    error = (actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
     assert error <= tolerance, f"{what}: relative error {error:.1e} above {tolerance:.0e}"
 
 
@@ -69,7 +61,9 @@ def far_from_ties(z1, centroids):
     ids=["reference-float64", "torch-float64", "torch-float32", "triton-float32"],
 )
 def test_recorded_run(shared, case, backend, dtype, monkeypatch):
-    arrays, meta = load(shared, case)
+    with np.load(shared / "golden" / f"case{case}.npz") as archive:
+        arrays = dict(archive)
+    meta = {name[5:]: value.item() for name, value in arrays.items() if name.startswith("meta_")}
     device = DEVICE if backend == "triton" else "cpu"
     loss_fn = loss_for(meta, backend).to(device)
     double = dtype == torch.float64
@@ -99,11 +93,8 @@ def test_recorded_run(shared, case, backend, dtype, monkeypatch):
             assert torch.equal(mask, torch.tensor(arrays[f"false_negatives_{step}"]))
             if meta["hard"]:
                 assert torch.equal(assigned.runner_up.cpu(), torch.tensor(arrays[f"runner_up_{step}"]))
-        assert_close(loss, arrays[f"loss_{step}"], tolerance, "loss")
-        assert_close(loss_fn.last["info_nce"], arrays[f"info_nce_{step}"], tolerance, "InfoNCE")
-        assert_close(loss_fn.last["bml"], arrays[f"bml_{step}"], tolerance, "BML")
-        assert_close(loss_fn.last["mean_cosine"], arrays[f"mean_cosine_{step}"], tolerance, "cosine")
-        assert_close(z1.grad, arrays[f"grad1_{step}"], tolerance, "anchor gradient")
-        assert_close(z2.grad, arrays[f"grad2_{step}"], tolerance, "positive gradient")
-        assert_close(loss_fn.centroids, arrays[f"centroids_{step}"], tolerance, "centroids")
+        found = {"loss": loss, "grad1": z1.grad, "grad2": z2.grad, "centroids": loss_fn.centroids}
+        found |= {name: loss_fn.last[name] for name in ("info_nce", "bml", "mean_cosine")}
+        for name, value in found.items():
+            assert_close(value, arrays[f"{name}_{step}"], tolerance, name)
     assert clustered_steps >= 2

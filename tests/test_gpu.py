@@ -5,13 +5,11 @@ The other kernel tests run there too, on the GPU instead of the interpreter.
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from objective_problems import eager_half, errors, exact, fix_clusters, gradients, problem
 
-from clusterns import ClusterNSLoss, info_nce, nearest_centroids
+from clusterns import ClusterNSLoss, nearest_centroids
 from clusterns.backend import choose_backend
 from clusterns.kernels import launch
 
@@ -30,27 +28,13 @@ def active_loss(dim, clusters, **arguments):
 
 
 def views(batch, dim, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(batch, dim, generator=generator)
-    other = z + torch.randn(batch, dim, generator=generator)
-    return [t.cuda().to(dtype).requires_grad_() for t in (z, other)]
-
-
-@contextlib.contextmanager
-def aside():
-    """On another stream."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
+    return problem(batch, dim, 0, dtype=dtype, seed=seed)[:2]
 
 
 def test_auto_is_triton_here():
     anchors, positives = views(64, 32)
     assert choose_backend("auto", anchors, positives) == "triton"
     assert choose_backend("auto", anchors.double(), positives) == "torch"
-    assert torch.equal(info_nce(anchors, positives), info_nce(anchors, positives, backend="triton"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,9 +88,12 @@ def test_cuda_graph(dtype, batch, dim):
     eager.load_state_dict(captured.state_dict())
     start = {name: value.clone() for name, value in captured.state_dict().items()}
     anchors, positives = views(batch, dim, dtype)
-    with aside():
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(3):
             torch.autograd.grad(captured(anchors, positives), (anchors, positives))
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loss = captured(anchors, positives)
@@ -193,20 +180,6 @@ def test_assignment_of_many_points():
     best = (a @ c.T).topk(2, dim=1).values.float()
     torch.testing.assert_close(found.nearest_cosine, best[:, 0], atol=2e-6, rtol=0)
     torch.testing.assert_close(found.runner_up_cosine, best[:, 1], atol=2e-6, rtol=0)
-
-
-def test_another_stream_and_dirty_memory():
-    """Counters and padding must not rely on memory that happens to hold zeros."""
-    loss_fn = active_loss(64, 16)
-    state = {name: value.clone() for name, value in loss_fn.state_dict().items()}
-    anchors, positives = views(200, 64)
-    expected = loss_fn(anchors, positives)
-    with aside():
-        for _ in range(20):
-            dirt = [torch.full((size,), float("nan"), device="cuda") for size in (64, 256, 4096, 65536)]
-            del dirt
-            loss_fn.load_state_dict(state)
-            assert torch.equal(loss_fn(anchors, positives), expected)
 
 
 def test_inductor_compiles_the_step_whole():

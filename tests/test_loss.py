@@ -123,16 +123,13 @@ two = partial(ClusterNSLoss, 12, 2)
 WARNED = {
     "one row": (plain, [FEW, ONE, ONE], ["", ALONE, ""]),
     "one row and a mined one": (plain, [(*ONE, X)], [""]),
-    "one row, evaluated": (lambda: plain().eval(), [ONE], [""]),
     "one row and centroids": (started, [ONE], [""]),
     "one row and no centroids": (lambda: started(hard_negatives=False), [ONE], [ALONE]),
     "small": (partial(ClusterNSLoss, 12, 64, start_cosine=1.0), [FEW, FEW, MANY, FEW], [SMALL, "", "", ""]),
-    "just enough": (partial(ClusterNSLoss, 12, 64, start_cosine=1.0), [MANY, FEW], ["", ""]),
     "alike later": (two, [FEW, (X, X)], ["", ""]),
-    "alike, evaluated": (lambda: two().eval(), [(X, X)], [""]),
     "alike, cached": (partial(CachedClusterNSLoss, 12, 2), [(torch.nn.Linear(12, 12), X, X)], [ALIKE]),
 }
-for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+for dtype in (torch.float64, torch.bfloat16):
     same, almost = [(X.to(dtype), other.to(dtype)) for other in (2 * X, ALMOST)]
     WARNED[f"alike, {dtype}"] = (two, [same, same], [ALIKE, ""])
     WARNED[f"almost alike, {dtype}"] = (two, [almost], [""])
@@ -148,20 +145,19 @@ def test_warnings(case):
 def test_steps_without_gradient_are_told():
     with torch.no_grad():
         told, later = warned(two, FEW, FEW)
-        assert warned(lambda: two().eval(), FEW) == [""]
     assert re.match(r"training: a step without gradient moves the centroids .*\.eval\(\)", told)
     assert later == ""
 
 
 def test_temperatures_that_are_meant_otherwise():
-    for temperature in (20, 20.0, torch.tensor(20.0), torch.nn.Parameter(torch.tensor(20.0))):
+    for temperature in (20, torch.nn.Parameter(torch.tensor(20.0))):
         with pytest.warns(UserWarning, match="temperature: 20 looks like the scale .* temperature=0.05$"):
             CachedClusterNSLoss(12, 2, temperature=temperature)
     with pytest.warns(UserWarning, match="temperature: .* becomes a buffer, .* pass torch.nn.Parameter"):
         two(temperature=torch.tensor(0.05, requires_grad=True))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for good in (1.0, 0.05, torch.tensor(0.05), torch.nn.Parameter(torch.tensor(0.05))):
+        for good in (1.0, torch.nn.Parameter(torch.tensor(0.05))):
             two(temperature=good)
 
 
@@ -170,8 +166,6 @@ def test_ranks_that_share_nothing_are_told(monkeypatch):
         monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)
     words = "each of the 2 ranks sees its own rows only; to share one batch pass "
     assert warned(two, FEW, FEW) == [words + ClusterNSLoss.lone_ranks_cure, ""]
-    monkeypatch.setattr(ClusterNSLoss, "lone_ranks_cure", "it on")
-    assert warned(two, FEW) == [words + "it on"]
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 1)  # the first one says it for all
     assert warned(two, FEW) == [""]
 
@@ -179,7 +173,7 @@ def test_ranks_that_share_nothing_are_told(monkeypatch):
 # --- what the centroids survive ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("update", ["mean", "adamw"])
 def test_non_finite_rows_do_not_poison_the_centroids(bad, update):
     clean, dirty = started(centroid_update=update), started(centroid_update=update)
@@ -200,25 +194,21 @@ def test_non_finite_rows_do_not_poison_the_centroids(bad, update):
 def test_evaluation_mode_changes_nothing():
     loss_fn, fresh = started().eval(), two(start_cosine=1.0).eval()
     before = copy.deepcopy(loss_fn.state_dict())
-    loss_fn(*FEW)
+    assert warned(lambda: loss_fn, ONE, (X, X)) == ["", ""]
     fresh(*FEW)
     assert all(torch.equal(value, before[name]) for name, value in loss_fn.state_dict().items())
     assert not fresh.clustering_active
 
 
-@pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("how", ["save", "assign", "deepcopy"])
-def test_a_run_goes_on_as_if_never_interrupted(update, how):
+@pytest.mark.parametrize(("update", "assign"), [*((update, False) for update in UPDATES), ("adamw", True)])
+def test_a_run_goes_on_as_if_never_interrupted(update, assign):
     whole = started(centroid_update=update)
     whole(*views(40, seed=0))
-    if how == "deepcopy":
-        resumed = copy.deepcopy(whole)
-    else:
-        file = io.BytesIO()
-        torch.save(whole.state_dict(), file)
-        file.seek(0)
-        resumed = ClusterNSLoss(12, 6, centroid_update=update)
-        resumed.load_state_dict(torch.load(file, weights_only=True), assign=how == "assign")
+    file = io.BytesIO()
+    torch.save(whole.state_dict(), file)
+    file.seek(0)
+    resumed = ClusterNSLoss(12, 6, centroid_update=update)
+    resumed.load_state_dict(torch.load(file, weights_only=True), assign=assign)
     assert resumed.clustering_active
     for seed in (1, 2):
         batch = views(40, seed=seed)
@@ -238,16 +228,13 @@ def test_loading_a_started_state_into_a_used_loss():
     assert torch.equal(fresh.centroids, double.centroids)
     fresh.initialized.fill_(False)
     assert not fresh.clustering_active
-    fresh.initialized = torch.tensor(True)
-    assert fresh.clustering_active
 
 
-@pytest.mark.parametrize("convert", [torch.nn.Module.half, torch.nn.Module.bfloat16])
-def test_centroids_stay_float32(convert):
+def test_centroids_stay_float32():
     """At γ = 1e-4 the decay would round away in half precision."""
     loss_fn = started(centroid_momentum=1e-4)
     before = loss_fn.centroids.clone()
-    convert(loss_fn)
+    loss_fn.bfloat16()
     assert loss_fn.centroids.dtype == torch.float32
     assert torch.equal(loss_fn.centroids, before)
     with torch.autocast("cpu", torch.bfloat16):
@@ -266,9 +253,3 @@ def test_active_step_never_asks_the_device():
         assert loss_fn.centroids.device.type == "meta"
     with pytest.raises(RuntimeError):  # the check can fail: before the start the rule does read a value
         two().to("meta")(*batch)
-
-
-def test_repr_names_the_settings():
-    text = repr(two(centroid_update="mean"))
-    assert "embedding_dim=12, num_clusters=2" in text
-    assert "centroid_update='mean'" in text

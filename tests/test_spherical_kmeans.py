@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import pickle
-import subprocess
 import sys
 import warnings
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from compare import assert_close_to_truth
@@ -18,30 +15,29 @@ from largest import LargestTensor
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.utils.estimator_checks import check_estimator
 
+import clusterns
 from clusterns import SphericalKMeans, functional, kmeans_steps
 from clusterns.objective import operators
 
 LAYOUTS = {
     "C": np.ascontiguousarray,
     "Fortran": np.asfortranarray,
-    "rows of more": lambda x: np.repeat(x, 2, axis=0)[::2],
     "columns of more": lambda x: np.repeat(x, 3, axis=1)[:, ::3],
     "backwards": lambda x: x[::-1].copy()[::-1],
     "big-endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
     "read-only": lambda x: np.frombuffer(x.tobytes(), dtype=x.dtype).reshape(x.shape),
-    "list": lambda x: x.tolist(),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, recwarn):
     x = blobs(120, 7, 4)
-    expected = SphericalKMeans(4, init=x[:4]).fit(x)
+    expected = SphericalKMeans(np.int64(4), init=x[:4], tol=np.float32(1e-4)).fit(x)
     found = SphericalKMeans(4, init=x[:4]).fit(LAYOUTS[layout](x))
     assert_array_equal(found.labels_, expected.labels_)
     assert_allclose(found.cluster_centers_, expected.cluster_centers_, atol=1e-12)
@@ -71,11 +67,10 @@ def test_tensors_come_back_as_tensors(dtype):
 
 
 @pytest.mark.parametrize("batch_size", [None, 256])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_same_bits_every_time(tmp_path, batch_size, weighted):
+def test_same_bits_every_time(tmp_path, batch_size):
     """And the same clusters from a memory map, which lies elsewhere in memory."""
     x = blobs(2000, 24, 10, spread=1.5, dtype=np.float32)
-    weight = np.random.default_rng(0).random(2000) if weighted else None
+    weight = np.random.default_rng(0).random(2000)
 
     def fit(points, seed=3):
         model = SphericalKMeans(10, batch_size=batch_size, max_iter=10, random_state=seed)
@@ -91,7 +86,7 @@ def test_same_bits_every_time(tmp_path, batch_size, weighted):
     assert_allclose(fit(mapped).cluster_centers_, fit(wide).cluster_centers_, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
 def test_whole_numbers_are_numbers(dtype):
     """As the docstring says, they become float64; an array of them always did."""
     x = torch.randint(0, 2 if dtype == torch.bool else 9, (60, 5), generator=torch.Generator().manual_seed(0))
@@ -101,16 +96,12 @@ def test_whole_numbers_are_numbers(dtype):
     other = SphericalKMeans(3, random_state=0).fit(x.double().numpy())
     assert_allclose(model.cluster_centers_.numpy(), other.cluster_centers_, atol=1e-12)
     assert_array_equal(model.predict(x).numpy(), other.labels_)
-    assert_allclose(model.transform(x).numpy(), other.transform(x.double().numpy()), atol=1e-12)
-    given = SphericalKMeans(3, init=x[:3] + torch.eye(3, 5, dtype=dtype), random_state=0)
-    assert given.partial_fit(x).labels_.shape == (60,)
 
 
-@pytest.mark.parametrize("layout", ["C", "Fortran"])
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize(("layout", "dtype"), [("C", np.float32), ("Fortran", np.float16)])
 def test_memory_stays_within_the_workspace(monkeypatch, layout, dtype):
     """Nothing of the size of the points (n×D) or of all cosines (n×K) is ever made."""
-    rows, dim, clusters = 5000, 64, 50
+    rows, dim, clusters = 2000, 64, 50
     x = LAYOUTS[layout](blobs(rows, dim, clusters, dtype=dtype))
     workspace = 100_000
     monkeypatch.setattr(kmeans_steps, "WORKSPACE_BYTES", workspace)
@@ -131,7 +122,7 @@ def test_memory_stays_within_the_workspace(monkeypatch, layout, dtype):
 
 
 X = blobs(20, 3, 2)
-NAN, INFINITE = (np.where(np.arange(60).reshape(20, 3) == 22, value, X) for value in (np.nan, np.inf))
+NAN = np.where(np.arange(60).reshape(20, 3) == 22, np.nan, X)
 LARGE = (3e38 * X / abs(X).max()).astype(np.float32)
 
 
@@ -139,26 +130,18 @@ LARGE = (3e38 * X / abs(X).max()).astype(np.float32)
     ("arguments", "x", "message"),
     [
         ({"n_clusters": 0}, X, "n_clusters: expected at least 1, got 0"),
-        ({"n_clusters": 2.0}, X, "n_clusters: expected an integer, got float 2.0"),
         ({"n_clusters": 21}, X, "n_clusters: expected at most n_samples=20, got 21"),
-        ({"n_init": 0}, X, "n_init: expected at least 1, got 0"),
         ({"n_init": "often"}, X, "n_init: expected one of 'auto', got 'often'"),
-        ({"max_iter": 0}, X, "max_iter: expected at least 1, got 0"),
         ({"tol": -1}, X, "tol: expected a finite number at least 0, got -1"),
-        ({"batch_size": 0}, X, "batch_size: expected at least 1, got 0"),
         ({"init_size": True}, X, "init_size: expected an integer, got bool True"),
         ({"init": "best"}, X, r"init: expected one of 'k-means\+\+', 'random', got 'best'"),
         ({"init": X[:3]}, X, r"init: expected .* centres of shape \(2, 3\), got shape \(3, 3\)"),
-        ({"init": max}, X, r"init: expected .* centres of shape \(2, 3\), got <built-in function max>"),
         ({"init": 0 * X[:2]}, X, "init: expected finite centres that are not zero, got others"),
         ({}, NAN, "X: expected finite values, got NaN or inf in row 7"),
-        ({}, INFINITE, "X: expected finite values, got NaN or inf in row 7"),
         ({}, torch.from_numpy(NAN), "X: expected finite values, got NaN or inf in row 7"),
         ({}, LARGE, "X: expected rows whose norm fits float32, got a larger"),
         ({}, 0 * X, "X: expected a row that is not zero and has a weight above 0, got none"),
-        ({}, torch.ones(4), r"X: expected 2 dimensions \(rows, dim\), got shape \(4,\)"),
         ({}, torch.ones(4, 3).cfloat(), "X: expected float16, bfloat16, .*, got torch.complex64"),
-        ({}, torch.ones(4, 3).to_sparse(), "X: expected a dense tensor, got one of layout torch.sparse_coo"),
     ],
 )
 def test_bad_input(arguments, x, message):
@@ -169,31 +152,19 @@ def test_bad_input(arguments, x, message):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("weight", "message"),
-    [
+def test_bad_weights_and_features():
+    for weight, message in (
         (np.ones(19), r"sample_weight: expected shape \(20,\), got \(19,\)"),
-        (np.ones((20, 1)), r"sample_weight: expected shape \(20,\), got \(20, 1\)"),
         (-np.ones(20), "sample_weight: expected finite numbers of at least 0, got others"),
-        (np.full(20, np.nan), "sample_weight: expected finite numbers of at least 0, got others"),
         ("balanced", "sample_weight: expected 20 numbers, got 'balanced'"),
         (np.zeros(20), "X: expected a row that is not zero and has a weight above 0, got none"),
-    ],
-)
-def test_bad_weights(weight, message):
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        SphericalKMeans(2).fit(X, sample_weight=weight)
-
-
-def test_prediction_wants_what_was_fitted():
-    with pytest.raises(NotFittedError):
-        SphericalKMeans().predict(X)
+    ):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            SphericalKMeans(2).fit(X, sample_weight=weight)
     model = SphericalKMeans(2).fit(torch.from_numpy(X))
     for method in (model.predict, model.transform, model.score, model.partial_fit):
         with pytest.raises(ValueError, match="X: expected 3 features, got 2"):
             method(torch.ones(4, 2))
-        with pytest.raises(ValueError, match="X has 2 features"):
-            method(np.ones((4, 2)))
     with pytest.raises(ValueError, match="NaN or inf in row 7"):
         model.predict(NAN)
 
@@ -220,54 +191,19 @@ def test_scikit_learns_own_checks(arguments):
     assert len(results) > 40
 
 
-def test_clone_and_pickle():
-    x = blobs(dtype=np.float32)
-    model = SphericalKMeans(np.int64(4), tol=np.float32(1e-3), random_state=np.random.RandomState(0))
-    assert clone(model).get_params()["tol"] == model.tol
-    loaded = pickle.loads(pickle.dumps(model.fit(x)))
-    assert_array_equal(loaded.predict(x), model.labels_)
-    assert_allclose(
-        loaded.partial_fit(x[:50]).cluster_centers_, model.partial_fit(x[:50]).cluster_centers_, atol=1e-5
-    )
-
-
-def test_named_columns():
-    frame = pd.DataFrame(blobs(50, 3, 2), columns=["a", "b", "c"])
-    model = SphericalKMeans(2, random_state=0).set_output(transform="pandas").fit(frame)
-    assert list(model.feature_names_in_) == ["a", "b", "c"]
-    assert list(model.transform(frame).columns) == ["sphericalkmeans0", "sphericalkmeans1"]
-    model.fit(torch.from_numpy(frame.to_numpy()))
-    assert not hasattr(model, "feature_names_in_")
-
-
-def test_progress(capsys):
-    SphericalKMeans(3, verbose=1, random_state=0).fit(X)
-    shown = capsys.readouterr().err
-    assert "k-means++: 100%" in shown
-    assert "inertia=" in shown
-    SphericalKMeans(3, random_state=0).fit(X)
-    assert capsys.readouterr().err == ""
-
-
-def test_import_needs_no_scikit_learn():
-    code = (
-        "import sys, clusterns; assert 'sklearn' not in sys.modules; sys.modules['sklearn'] = None\n"
-        "from clusterns import *; assert 'numpy' not in dir() and not hasattr(clusterns, 'KMeans')\n"
-        "try: clusterns.SphericalKMeans\n"
-        "except ImportError as error: print(error)"
-    )
-    printed = subprocess.check_output([sys.executable, "-c", code], text=True)
-    assert printed.startswith("SphericalKMeans: expected scikit-learn 1.6 or newer, got: ")
-    assert 'pip install "clusterns[cluster]"' in printed
+def test_without_scikit_learn_it_is_named(monkeypatch):
+    monkeypatch.delitem(vars(clusterns), "SphericalKMeans", raising=False)
+    monkeypatch.setitem(sys.modules, "clusterns.spherical_kmeans", None)
+    with pytest.raises(ImportError, match=r"expected scikit-learn .*pip install .clusterns.cluster."):
+        clusterns.SphericalKMeans  # noqa: B018
 
 
 # --- the kernel, real data ---------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is for CPU tensors")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_on_the_triton_kernel(monkeypatch, dtype):
-    x = torch.from_numpy(blobs(90, 17, 6)).to(dtype)
+def test_on_the_triton_kernel(monkeypatch):
+    x = torch.from_numpy(blobs(90, 17, 6)).half()
     x[40] = 0
     calls = []
 
@@ -278,7 +214,7 @@ def test_on_the_triton_kernel(monkeypatch, dtype):
     monkeypatch.setattr(kmeans_steps, "uses_kernel", lambda points, centers: True)
     monkeypatch.setattr(kmeans_steps, "nearest_centroids", nearest_centroids)
     fit_as_the_oracle(x)
-    assert set(calls) == {dtype}
+    assert set(calls) == {torch.float16}
     assert len(calls) > 2
 
 

@@ -11,12 +11,9 @@ Z = torch.randn(4, 8)
 OTHER, DOUBLE = Z[:, :5], Z.double()
 BAD_INPUTS = [
     ((Z, Z[:3]), ValueError, r"positives: expected shape (4, 8) to match anchors, got (3, 8)"),
-    ((Z.long(), Z), TypeError, "anchors: expected float16, bfloat16, float32 or float64, got"),
     ((Z.tolist(), Z), TypeError, "anchors: expected a tensor of shape (rows, dim), got list"),
-    ((Z[:0], Z[:0]), ValueError, "anchors: expected at least one row and one column"),
     ((OTHER, OTHER), ValueError, "anchors: expected embedding_dim 8, got shape (4, 5)"),
     ((Z, Z, OTHER), ValueError, "negatives: expected shape (rows, 8)"),
-    ((Z[0], Z[0]), ValueError, "anchors: expected 2 dimensions"),
 ]
 DISAGREEMENTS = [
     ((DOUBLE, DOUBLE), 8, "the same dtype on every rank", "float64"),
