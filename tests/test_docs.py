@@ -9,6 +9,7 @@ import pytest
 from forked import run_python
 from tiny import make_encoder
 from tiny_prompt import make_kind
+from train_problems import sentences
 
 from clusterns.cli import main
 
@@ -28,10 +29,7 @@ def place(tmp_path_factory):
         (folder / name).parent.mkdir(exist_ok=True)
         make_encoder().save(folder / name)
     make_kind("roberta").save(folder / "roberta-base")
-    texts = [
-        f"{a} {b} {c}" for a in ("a", "the", "bird") for b in ("cat", "dog", "mat") for c in ("sat", "ran")
-    ]
-    (folder / "sentences.txt").write_text("\n".join(texts * 2) + "\n")
+    (folder / "sentences.txt").write_text("\n".join(sentences(40)) + "\n")
     return folder
 
 

@@ -24,39 +24,32 @@ def run(code: str, *, without: str = "") -> str:
     return done.stdout.strip()
 
 
-def test_imports_are_where_they_belong():
+@pytest.mark.parametrize("triton", ["triton", ""])
+def test_what_import_needs(triton):
     """Triton is not loaded before it is needed, and the bare name `kernels` belongs to another package,
-    which transformers probes for."""
+    which transformers probes for. Without what training needs, the extra that brings it is named."""
     code = """
-import clusterns
+import torch, clusterns
 from importlib.util import find_spec
-print("triton" in sys.modules, find_spec("kernels"))
-import clusterns.kernels
+print(sys.modules.get("triton"), find_spec("kernels"))
+import clusterns.kernels, clusterns.cli
 print(clusterns.kernels.__file__)
-"""
-    loaded, installed = run(code).splitlines()
-    assert loaded == "False None"
-    assert Path(installed).resolve() == ROOT / "kernels" / "__init__.py"
-    assert (metadata.distribution("clusterns").read_text("top_level.txt") or "").split() == ["clusterns"]
-
-
-def test_import_needs_neither_triton_nor_what_training_needs():
-    code = """
-import torch, clusterns, clusterns.kernels, clusterns.cli
 x = torch.randn(8, 4, requires_grad=True)
 loss = clusterns.ClusterNSLoss(4, 2, start_cosine=1.0)(x, x.detach().flip(0))
 loss.backward()
 print(bool(loss.isfinite()))
+for command in ("train", "evaluate m --sts-dir d"):
+    print(clusterns.cli.main(command.split()))
 """
-    assert run(code, without="triton transformers datasets scipy matplotlib sentence_transformers") == "True"
-
-
-@pytest.mark.parametrize(("arguments", "extra"), [("train", "train"), ("evaluate m --sts-dir d", "evaluate")])
-def test_without_what_training_needs_the_extra_is_named(arguments, extra):
-    code = f"from clusterns.cli import main; print(main({arguments.split()}))"
-    said = run(code, without="transformers datasets scipy matplotlib pyarrow sklearn")
-    assert f'which is not installed; pip install "clusterns[{extra}]"' in said
-    assert said.endswith("2")
+    of_training = "transformers datasets scipy matplotlib pyarrow sklearn sentence_transformers"
+    said = run(code, without=f"{triton} {of_training}")
+    loaded, installed, finite, *refusals = said.splitlines()
+    assert (loaded, finite) == ("None None", "True")
+    assert Path(installed).resolve() == ROOT / "kernels" / "__init__.py"
+    assert refusals[1::2] == ["2", "2"]
+    for extra, line in zip(("train", "evaluate"), refusals[::2], strict=True):
+        assert f'which is not installed; pip install "clusterns[{extra}]"' in line
+    assert (metadata.distribution("clusterns").read_text("top_level.txt") or "").split() == ["clusterns"]
 
 
 def test_an_interrupt_while_torch_is_loaded():
