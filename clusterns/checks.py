@@ -125,22 +125,21 @@ def check_number(
     at_most: float | None = None,
 ) -> None:
     """Require a finite real number within the given bounds."""
-    bounds = [
-        f"{word} {bound:g}"
-        for word, bound in (("above", above), ("at least", at_least), ("at most", at_most))
-        if bound is not None
-    ]
-    wanted = " ".join(["a finite number", " and ".join(bounds)]).strip()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__} {in_short(value)}")
-    inside = (
-        math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if (
+        is_number
+        and math.isfinite(value)
         and (above is None or value > above)
         and (at_least is None or value >= at_least)
         and (at_most is None or value <= at_most)
-    )
-    if not inside:
-        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+    ):
+        return
+    limits = (("above", above), ("at least", at_least), ("at most", at_most))
+    bounds = " and ".join(f"{word} {bound:g}" for word, bound in limits if bound is not None)
+    wanted = f"a finite number {bounds}".strip()
+    if not is_number:
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__} {in_short(value)}")
+    raise ValueError(f"{name}: expected {wanted}, got {value!r}")
 
 
 def check_count(name: str, value: int, *, at_least: int) -> None:

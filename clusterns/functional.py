@@ -26,7 +26,7 @@ from .checks import (
     under_functorch,
 )
 from .objective import operators
-from .objective.norms import compute_dtype, unit_rows, without_autocast
+from .objective.norms import compute_dtype, unit_rows, without_autocast, without_autograd
 from .objective.problem import WORKSPACE_BYTES, Batch, Clusters, Known, Options
 from .objective.ranks import Alone, seeding_chain
 from .rules import CloseMates, Rule, check_has_clusters, check_rule
@@ -113,10 +113,10 @@ def assign(points: Tensor, centroids: Tensor, dtype: torch.dtype, backend: str) 
         ids, G = reference.nearest_and_runner_up(*wide), reference.cosine_similarity_matrix(*wide)
         cosine, second = (G.gather(1, each[:, None])[:, 0] for each in ids)
         return Clusters(ids[0], centroids, ids[1], cosine, second)
-    (a, scale), (c, _) = unit_rows(points, dtype), unit_rows(centroids, dtype)
-    clusters = c.shape[0]
     found = []
-    with without_autocast(a.device):
+    with without_autograd(), without_autocast(points.device):
+        (a, scale), (c, _) = unit_rows(points, dtype), unit_rows(centroids, dtype)
+        clusters = c.shape[0]
         for chunk in a.split(max(1, WORKSPACE_BYTES // (2 * clusters * dtype.itemsize))):
             G = chunk @ c.T
             cosine, nearest = G.max(dim=1)  # the first of equals; topk promises nothing

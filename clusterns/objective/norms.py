@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from ..checks import under_functorch
 from ..reference import SHORTEST_NORM
 
 
@@ -37,6 +38,16 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
+def without_autograd() -> AbstractContextManager:
+    """Pass by autograd's layers of the dispatcher, which take their time beside a small batch.
+
+    `torch.no_grad` still walks through them. For sums whose gradient, if any, is made by hand.
+    """
+    if torch.compiler.is_compiling() or under_functorch():
+        return torch.no_grad()
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 def unit_stride(tensor: Tensor) -> Tensor:
     """The tensor, or a copy, whose neighbouring columns are neighbours in memory."""
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
@@ -48,7 +59,7 @@ def inverse_norms(z: Tensor, dtype: torch.dtype | None = None, keepdim: bool = F
     Non-finite rows give NaN or 0.
     """
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=keepdim, dtype=dtype)
-    return norm.reciprocal().masked_fill_(norm <= SHORTEST_NORM, 0.0)
+    return torch.threshold_(norm, SHORTEST_NORM, torch.inf).reciprocal_()
 
 
 def unit_rows(z: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:

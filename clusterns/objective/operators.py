@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from ..checks import check_differentiated_once
-from .norms import common_dtype, compute_dtype, kept_dtype, through_norm, unit_stride, without_autocast
+from .norms import (
+    common_dtype,
+    compute_dtype,
+    kept_dtype,
+    through_norm,
+    unit_stride,
+    without_autocast,
+    without_autograd,
+)
 from .problem import WORKSPACE_BYTES, Batch, Clusters, Options
 from .sweep import sweep
 
@@ -143,7 +151,7 @@ class Sweep(torch.autograd.Function):
         a, p, n, tau = (need and keeps_graph for need in ctx.needs_input_grad[:4])
         needs = (a, p, n, tau)
         whole = torch.compiler.is_compiling() and ranks is None
-        with torch.no_grad(), without_autocast(anchors.device):
+        with without_autograd(), without_autocast(anchors.device):
             if whole:
                 loss, terms, *found = _sweep_operator(
                     anchors, positives, negatives, *_split(temperature), *clusters[:3], *options, list(needs),

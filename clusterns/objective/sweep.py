@@ -40,13 +40,13 @@ class Products(Protocol):
     def open(self, block: Block, totals: bool, gradients: bool) -> Any:
         """Columns of a block, for the totals of the rows, for gradients, or for both."""
 
-    def chunks(self, columns: Any) -> Iterator[slice]:
+    def chunks(self, columns: Any) -> Iterator[Any]:
         """Rows at a time."""
 
-    def weigh(self, columns: Any, rows: slice) -> Any:
+    def weigh(self, columns: Any, rows: Any) -> Any:
         """Product 1, and with `totals` all sums over the columns."""
 
-    def differentiate(self, columns: Any, rows: slice, weights: Any) -> None:
+    def differentiate(self, columns: Any, rows: Any, weights: Any) -> None:
         """Products 2 and 3."""
 
     def close(self, columns: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -15,7 +15,7 @@ batch, so their rule is asked about some B²/K cells instead of B² (identity 5)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,24 @@ class Columns(NamedTuple):
     wanted: slice  # the columns that want a gradient: positives, explicit negatives, or both
     gradient: Tensor | None  # of the unit rows `wanted`
     totals: bool
-    gradients: bool
+
+
+class Rows(NamedTuple):
+    """A chunk of rows: views into what is kept of all of them."""
+
+    where: slice
+    a: Tensor  # (R, D) unit rows
+    own: Tensor | None  # (R, 1) the column of the row's own positive, where it is here
+    gradient: Tensor | None  # (R, D) of the unit rows, but for the factor `scale`
+    centroid_cosines: Tensor | None  # (R, K)
+    own_hard: Tensor | None  # (R, 1) own hard negative, and what w adds to its logit
+    own_bonus: Tensor | None
+    positive: Tensor  # (R, 1) logit of the own positive
+    log_others: Tensor  # (R, 1) log Σ E of the others, over the blocks so far
+    scale: Tensor  # (R, 1) 1/(BτZ)
+    slope_sum: Tensor  # (R,) sums of the margin loss
+    slope_times_delta: Tensor  # (R,)
+    margin_sum: Tensor  # (R,)
 
 
 class Weights(NamedTuple):
@@ -70,7 +87,7 @@ class Weights(NamedTuple):
 class Held(NamedTuple):
     """Pairs in the margin loss, and their slopes in {−1, 0, 1}."""
 
-    local: Tensor | slice  # rows of the chunk: (pairs,), or all of some
+    rows: Tensor | slice  # of the chunk: (pairs,), or all of some
     cells: Tensor  # (pairs,) places in the chunk, or a view into it
     slope: Tensor
 
@@ -105,30 +122,27 @@ class TorchProducts:
         count = self.a.shape[0]
         self.numbers = torch.arange(count, device=self.a.device)
         self.centroids: Tensor | None = None  # unit rows
-        self.own_bonus: Tensor | None = None
+        centroid_cosines, own_hard, bonus = None, None, None
         if hard_counts is not None:
             assert clusters.centroids is not None
             assert clusters.hard_ids is not None
             self.centroids = known.centroids if known else unit_rows(clusters.centroids, self.dtype)[0]
-            self.centroid_cosines = self._sorted(known.cosines) if known else None
+            centroid_cosines = self._sorted(known.cosines) if known else None
             counts = hard_counts.to(self.dtype)
             self.log_counts = counts.log()  # −inf where k is nobody's hard negative: the column drops out
             if self.options.hard_negative_weight != 0.0:
-                self.own_hard = self._sorted(clusters.hard_ids)[:, None]
-                self.own_bonus = own_bonus(counts[self.own_hard], self.options.hard_negative_weight)
-        state = self.a.new_zeros((6, count, 1)).unbind()
-        self.positive_logit, self.log_others = state[:2]  # of the others: log Σ E over the blocks so far
-        self.row_scale = state[2]  # 1/(BτZ)
-        self.slope_sum, self.slope_times_delta, self.margin_sum = state[3:]  # row sums of the margin loss
-        # Of the unit rows, but for the factor `row_scale`.
-        self.gradient = torch.empty_like(self.a) if ranks.needs[0] or ranks.needs[3] else self.a[:0]
+                own_hard = self._sorted(clusters.hard_ids)[:, None]
+                bonus = own_bonus(counts[own_hard], self.options.hard_negative_weight)
+        gradient = torch.empty_like(self.a) if ranks.needs[0] or ranks.needs[3] else None
+        state = (*self.a.new_empty((3, count, 1)).unbind(), *self.a.new_zeros((3, count)).unbind())
+        self.rows = Rows(slice(0, count), self.a, None, gradient, centroid_cosines, own_hard, bonus, *state)
         self.positive_sum: Tensor | None = None
-        self.buffer = self.a[:0]  # (R, n+N+K) for the weights of a chunk
+        self.buffer: Tensor | None = None  # (R, n+N+K) for the weights of a chunk
         places = self.numbers if self.order is None else self.order
         self.side = Side(
             places + ranks.first if ranks.first else places,
             None if clusters.ids is None else self._sorted(clusters.ids),
-            self.positive_logit,
+            self.rows.positive,
             None if clusters.nearest_cosine is None else self._sorted(clusters.nearest_cosine),
         )
 
@@ -164,36 +178,39 @@ class TorchProducts:
             parts = ((positives, units[:count]), (negatives, units[count:]))
             scale = torch.cat([unit_rows(z, self.dtype, out)[1] for z, out in parts])
         if totals and own is not None:
-            mine = units[:count] if own.shape[0] == count else units[own[:, 0]]
+            mine = units if own.shape[0] == width else units[own[:, 0]]
             self.positive_sum = mine.sum(dim=0)
         _, need_positives, need_negatives, _ = self.ranks.needs
         wanted = slice(0 if need_positives else count, width if need_negatives else count)
         gradient = None
         if gradients and wanted.start < wanted.stop:
-            gradient = torch.empty_like(units[wanted])
+            gradient = units.new_empty((wanted.stop - wanted.start, units.shape[1]))
         side = Side(places, ids)
-        return Columns(units, scale, order, side, borders, own, wanted, gradient, totals, gradients)
+        return Columns(units, scale, order, side, borders, own, wanted, gradient, totals)
 
-    def chunks(self, columns: Columns) -> Iterator[slice]:
+    def chunks(self, columns: Columns) -> Iterator[Rows]:
         """Rows whose weights fit the workspace, which is held as long as they are asked for."""
         count, width = self.a.shape[0], columns.units.shape[0]
         if self.centroids is not None and columns.own is not None:  # every row meets them once
             width += self.centroids.shape[0]
         step = min(count, max(1, self.options.workspace_bytes // (3 * width * self.dtype.itemsize)))
         self.buffer = self.a.new_empty((step, width))
-        for start in range(0, count, step):
-            yield slice(start, min(start + step, count))
-        self.buffer = self.a[:0]
+        everything = self.rows._replace(own=columns.own)
+        if step == count:  # the same without a view: each takes its time beside a small batch
+            yield everything
+        else:
+            for start in range(0, count, step):
+                where = slice(start, min(start + step, count))
+                yield Rows(where, *(None if each is None else each[where] for each in everything[1:]))  # type: ignore[arg-type]
+        self.buffer = None
 
-    def weigh(self, columns: Columns, rows: slice) -> Weights:
+    def weigh(self, columns: Columns, rows: Rows) -> Weights:
         """Take product 1; what the rule decides; and with `totals` what adds up over the columns."""
         values = self._logits(columns, rows)
-        own = columns.own[rows] if columns.own is not None else None
-        positive = self.positive_logit[rows]
+        own, positive, known, shift = rows.own, rows.positive, rows.log_others, None
         if own is not None and columns.totals:
             torch.gather(values, 1, own, out=positive)
         held = self._ask_rule(columns, values, rows) if self.rule is not None else []
-        known, shift = self.log_others[rows], None
         if not self.safe:
             largest = torch.maximum(values.amax(dim=1, keepdim=True), positive)
             shift = largest if columns.totals else torch.logaddexp(known, positive)
@@ -203,48 +220,45 @@ class TorchProducts:
             values.scatter_(1, own, 0.0)
         if columns.totals:
             others = values.sum(dim=1, keepdim=True)
-            log_others = others.log() if shift is None else others.log() + shift
-            if own is not None:  # the first block
-                known.copy_(log_others)
-            else:
+            log_others = torch.log(others, out=None if own is None else known)  # the own block comes first
+            if shift is not None:
+                log_others.add_(shift)
+            if own is None:
                 torch.logaddexp(known, log_others, out=known)
         else:
             others = known.exp() if shift is None else (known - shift).exp()
         return Weights(values, others, shift, held)
 
-    def differentiate(self, columns: Columns, rows: slice, weights: Weights) -> None:
+    def differentiate(self, columns: Columns, rows: Rows, weights: Weights) -> None:
         """Turn E into BτZ · ∂loss/∂S, and take products 2 and 3.
 
         ∂loss/∂S = 1/(Bτ) · (E/Z − I + W − diag(row sums of W)); W: slopes of the margin loss times λτ/B.
         """
         values, others, shift, held = weights
-        positive = self.positive_logit[rows]
-        total = others + (positive if shift is None else positive - shift).exp()  # Z
+        total = others + (rows.positive if shift is None else rows.positive - shift).exp()  # Z
         unit = total
         if self.has_margins:
             unit = total * (self.options.bml_weight * self.temperature / self.ranks.batch)
-        for local, cells, slope in held:
-            if isinstance(local, slice):
-                cells.addcmul_(slope, unit[local])
+        for some, cells, slope in held:
+            if isinstance(some, slice):
+                cells.addcmul_(slope, unit[some])
             else:
-                values.view(-1).index_add_(0, cells, slope * unit.view(-1)[local])
-        if columns.own is not None:
+                values.view(-1).index_add_(0, cells, slope * unit.view(-1)[some])
+        if rows.own is not None:
             own_weight = others
             if self.has_margins:
-                own_weight = torch.addcmul(others, self.slope_sum[rows], unit)
-            values.scatter_add_(1, columns.own[rows], own_weight.neg())
-        row_scale = torch.reciprocal(total, out=self.row_scale[rows])
-        row_scale.div_(self.ranks.batch * self.temperature)
-        if self.ranks.needs[0] or self.ranks.needs[3]:
+                own_weight = torch.addcmul(others, rows.slope_sum[:, None], unit)
+            values.scatter_add_(1, rows.own, own_weight.neg())
+        scale = torch.reciprocal(total, out=rows.scale).div_(self.ranks.batch * self.temperature)
+        if rows.gradient is not None:
             known, first = columns.units.shape[0], columns.own is not None  # the own block comes first
-            target = self.gradient[rows]
-            target.addmm_(values[:, :known], columns.units, beta=0 if first else 1)
+            rows.gradient.addmm_(values[:, :known], columns.units, beta=0 if first else 1)
             if values.shape[1] > known:
                 assert self.centroids is not None
-                target.addmm_(values[:, known:], self.centroids)
+                rows.gradient.addmm_(values[:, known:], self.centroids)
         if columns.gradient is not None:
-            share = self.a[rows] * row_scale
-            columns.gradient.addmm_(values[:, columns.wanted].T, share, beta=1 if rows.start else 0)
+            parts = values[:, columns.wanted].T
+            columns.gradient.addmm_(parts, rows.a * scale, beta=1 if rows.where.start else 0)
 
     def close(self, columns: Columns) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the block's positives (n, D) and explicit negatives (N, D), where wanted."""
@@ -260,111 +274,122 @@ class TorchProducts:
         """Sums over the rows of this process, (3 + 2·D,)."""
         assert self.positive_sum is not None
         # log(1 + Σ_others / E_ii)
-        info_nce = softplus(self.log_others - self.positive_logit, threshold=_LINEAR)
-        rows = torch.stack([info_nce, self.margin_sum, self.positive_logit]).sum(dim=(1, 2))
-        rows[1:] *= self.temperature
-        return torch.cat([rows, self.a.sum(dim=0), self.positive_sum])
+        rows = self.rows
+        info_nce = softplus((rows.log_others - rows.positive)[:, 0], threshold=_LINEAR)
+        sums = torch.stack([info_nce, rows.margin_sum, rows.positive[:, 0]]).sum(dim=1)
+        sums[1:] *= self.temperature
+        return torch.cat([sums, self.a.sum(dim=0), self.positive_sum])
 
     def own(self) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the anchors (M, D), in the caller's order, and of τ, 0-d, where wanted; once."""
-        need_anchors, _, _, need_temperature = self.ranks.needs
-        gradient, of_temperature = self.gradient, None
-        if need_temperature:  # −1/τ · Σ_ij S_ij ∂InfoNCE/∂S_ij
-            along = ((self.a * gradient).sum(dim=1, keepdim=True) * self.row_scale).sum()  # with the margins
+        gradient, of_temperature = self.rows.gradient, None
+        if gradient is None:
+            return None, None
+        if self.ranks.needs[3]:  # −1/τ · Σ_ij S_ij ∂InfoNCE/∂S_ij
+            along = ((self.a * gradient).sum(dim=1, keepdim=True) * self.rows.scale).sum()  # with the margins
             share = self.temperature * (self.options.bml_weight / self.ranks.batch**2)
-            of_temperature = (self.slope_times_delta.sum() * share - along) / self.temperature
-        if not need_anchors:
+            of_temperature = (self.rows.slope_times_delta.sum() * share - along) / self.temperature
+        if not self.ranks.needs[0]:
             return None, of_temperature
-        through_norm(gradient, self.a, self.anchor_scale * self.row_scale)
+        through_norm(gradient, self.a, self.anchor_scale * self.rows.scale)
         return _unsorted(gradient, self.order), of_temperature
 
     def _sorted(self, rows: Tensor) -> Tensor:
         return rows if self.order is None else rows[self.order]
 
-    def _logits(self, columns: Columns, rows: slice) -> Tensor:
+    def _logits(self, columns: Columns, rows: Rows) -> Tensor:
         """a Xᵀ/τ for the rows of a chunk, with log n_k on the centroids' columns, (R, n+N+K)."""
-        out, a, units = self.buffer[: rows.stop - rows.start], self.a[rows], columns.units
+        assert self.buffer is not None
+        out, units, scale = self.buffer, columns.units, 1 / self.temperature
+        if out.shape[0] > rows.a.shape[0]:
+            out = out[: rows.a.shape[0]]
         others, hard = out[:, : units.shape[0]], out[:, units.shape[0] :]
-        scale = 1 / self.temperature
-        torch.addmm(others, a, units.T, beta=0, alpha=1 if isinstance(scale, Tensor) else scale, out=others)
+        alpha = 1 if isinstance(scale, Tensor) else scale
+        torch.addmm(others, rows.a, units.T, beta=0, alpha=alpha, out=others)
         if isinstance(scale, Tensor):
             others.mul_(scale)
         if hard.shape[1]:
             assert self.centroids is not None
-            cosines = a @ self.centroids.T if self.centroid_cosines is None else self.centroid_cosines[rows]
+            cosines = rows.centroid_cosines
+            if cosines is None:
+                cosines = rows.a @ self.centroids.T
             if isinstance(scale, Tensor):
                 torch.addcmul(self.log_counts, cosines, scale, out=hard)
             else:
                 torch.add(self.log_counts, cosines, alpha=scale, out=hard)
-            if self.own_bonus is not None:
-                hard.scatter_add_(1, self.own_hard[rows], self.own_bonus[rows])
+            if rows.own_hard is not None and rows.own_bonus is not None:
+                hard.scatter_add_(1, rows.own_hard, rows.own_bonus)
         return out
 
-    def _ask_rule(self, columns: Columns, values: Tensor, rows: slice) -> list[Held]:
+    def _ask_rule(self, columns: Columns, values: Tensor, rows: Rows) -> list[Held]:
         """Put the rule's decisions into the logits of a chunk, and return what the margin loss holds.
 
         It is asked about some rows at a time, so that a mask and its temporaries stay within the workspace.
         """
         assert self.rule is not None
-        width = columns.side.places.shape[0]
+        width, start = columns.side.places.shape[0], rows.where.start
         step = max(1, self.options.workspace_bytes // (12 * width * self.dtype.itemsize))
         if columns.borders is not None:
             step = min(step, _MATE_ROWS)
         held = []
-        for first in range(rows.start, rows.stop, step):
-            some = slice(first, min(first + step, rows.stop))
+        for first in range(start, rows.where.stop, step):
+            some = slice(first, min(first + step, rows.where.stop))
             low, high = 0, width
             if columns.borders is not None:
                 low, high = columns.borders[0][first], columns.borders[1][some.stop - 1]
-            local = slice(first - rows.start, some.stop - rows.start)
+            local = slice(first - start, some.stop - start)
             cells = values[local, low:high]
             pairs = Pairs(cells, self.temperature, self.side, columns.side, some, slice(low, high))
             decision = self.rule(pairs)
             if decision.held is not None:
                 self.has_margins = True
-                held.append(self._hold(columns, values, decision.held, some, local, low))
+                held.append(self._hold(columns, rows, values, decision.held, local, low))
             if decision.out is not None:
                 cells.masked_fill_(decision.out, -torch.inf)
         return held
 
     def _hold(
-        self, columns: Columns, values: Tensor, pairs: Tensor, rows: slice, local: slice, low: int
+        self, columns: Columns, rows: Rows, values: Tensor, pairs: Tensor, some: slice, low: int
     ) -> Held:
-        """Slopes of the margin loss for pairs (rows, width) bool; adds the margins beyond Δ = 0 to the sums.
+        """Slopes of the margin loss for pairs (some, width) bool; adds the margins beyond Δ = 0 to the sums.
 
-        Per pair and in units of logits it is relu(Δ+α) + relu(−Δ−β), whose slope is [Δ > −α] − [Δ < −β]. A
-        sentence as its own mate is harmless: Δ_ii = 0 is what the cell would add anyway, and its slope on
+        Per pair and in units of logits relu(Δ+α) + relu(−Δ−β) is how far Δ is outside of the interval between
+        −β and −α, and its slope on which side of it; where β < α, it is α − β more.
+
+        A sentence as its own mate is harmless: Δ_ii = 0 is what the cell would add anyway, and its slope on
         S_ii cancels against its slope on s_i.
         """
         alpha, beta = self.options.bml_alpha / self.temperature, self.options.bml_beta / self.temperature
-        at_zero = self.options.margin_at_zero / self.temperature
-        positive = self.positive_logit[rows]
+        ends: Any = (-beta, -alpha) if self.options.bml_alpha <= self.options.bml_beta else (-alpha, -beta)
+        more: Any = max(0.0, self.options.bml_alpha - self.options.bml_beta) - self.options.margin_at_zero
+        more /= self.temperature
         # Where few pairs are held, those alone. On a GPU, to know would be to wait for the device.
         if values.device.type == "cpu" and int(pairs.count_nonzero()) * _FEW < pairs.numel():
             i, j = pairs.nonzero(as_tuple=True)
-            place = i + local.start if local.start else i
-            cells = torch.add(j, place, alpha=values.shape[1])
+            if some.start:
+                i += some.start
+            cells = torch.add(j, i, alpha=values.shape[1])
             if low:
                 cells += low
-            delta = values.view(-1)[cells].sub_(positive.view(-1)[i])
-            above, below = (delta + alpha).clamp_min_(0.0), (delta + beta).clamp_max_(0.0)
-            margins, slope = above - below, above.sign_().add_(below.sign_())
+            delta = values.view(-1)[cells].sub_(rows.positive.view(-1)[i])
+            outside = delta - delta.clamp(*ends)
+            slope = outside.sign()
             if columns.totals:
-                self.slope_sum[rows].view(-1).index_add_(0, i, slope)
-                self.margin_sum[rows].view(-1).index_add_(0, i, margins.sub_(at_zero))
+                rows.slope_sum.index_add_(0, i, slope)
+                rows.margin_sum.index_add_(0, i, outside.abs_().add_(more))
                 if self.ranks.needs[3]:
-                    self.slope_times_delta[rows].view(-1).index_add_(0, i, slope * delta)
-            return Held(place, cells, slope)
-        cells = values[local, low : low + pairs.shape[1]]
-        delta = cells - positive
-        above, below = (delta + alpha).clamp_min_(0.0), (delta + beta).clamp_max_(0.0)
-        margins, slope = above - below, above.sign_().add_(below.sign_()).mul_(pairs)
+                    rows.slope_times_delta.index_add_(0, i, slope * delta)
+            return Held(i, cells, slope)
+        cells = values[some, low : low + pairs.shape[1]]
+        delta = cells - rows.positive[some]
+        outside = delta - delta.clamp(*ends)
+        slope = outside.sign().mul_(pairs)
         if columns.totals:
-            self.slope_sum[rows] += slope.sum(dim=1, keepdim=True)
-            self.margin_sum[rows] += margins.sub_(at_zero).mul_(pairs).sum(dim=1, keepdim=True)
+            rows.slope_sum[some] += slope.sum(dim=1)
+            rows.margin_sum[some] += outside.abs_().add_(more).mul_(pairs).sum(dim=1)
             if self.ranks.needs[3]:
-                self.slope_times_delta[rows] += delta.mul_(slope).sum(dim=1, keepdim=True)
-        return Held(local, cells, slope)
+                rows.slope_times_delta[some] += delta.mul_(slope).sum(dim=1)
+        return Held(some, cells, slope)
 
 
 def _unsorted(rows: Tensor, order: Tensor | None) -> Tensor:
