@@ -39,10 +39,10 @@ lint: $(VENV)/.ready-test
 	$(RUN)/mypy
 
 bench: $(VENV)/.ready-test
-	$(RUN)/python -m pytest bench --benchmark-only -s
+	$(RUN)/python bench/run.py --output bench/results
 
 exactness: $(VENV)/.ready-test
-	TRITON_INTERPRET=1 $(RUN)/python bench/exactness.py --dim 256
+	TRITON_INTERPRET=1 $(RUN)/python bench/run.py exactness --dim 256 --output bench/results
 
 audit: $(VENV)/.ready-test
 	$(RUN)/python bench/audit.py --output bench/results/audit.csv
@@ -57,4 +57,4 @@ $(VENV)/.ready-%: $(SETUP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import Clock, Run, Timer
+from measure import Run
 from report import OURS, short
 from torch import Tensor, nn
 
@@ -24,19 +25,25 @@ import clusterns
 
 WORKSPACE_BYTES: int = inspect.signature(clusterns.info_nce).parameters["workspace_bytes"].default
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HALF = (torch.bfloat16, torch.float16)
+FP32, BF16, FP16 = DTYPES.values()
+HALF = (BF16, FP16)
 
 # Numbers of the objective: the published RoBERTa-base row.
 TAU, HARD_NEGATIVE_WEIGHT, MOMENTUM = 0.05, 0.0, 1e-3
 MARGINS: dict[str, Any] = {"bml_weight": 1e-4, "bml_alpha": 0.2, "bml_beta": 0.5}
+LOSS_SCALE = 4096.0  # of float16, whose small gradients vanish without one, in training too
+
+# Kinds of cases with gradients, and the (B, B) matrices in the dtype that are alive at once in plain torch on
+# a CPU, from peaks measured there.
+LOSSES = {"step": 7.5, "objective": 7.5, "plain": 3.0}
 
 
 @dataclass(frozen=True)
 class Case:
     """One shape to measure.
 
-    A whole training "step" with clustering active, the "objective" for given centroids, "plain" InfoNCE,
-    "assign"-ment of points, or what corpus.py adds.
+    A whole training "step" with clustering active, the "objective" for given centroids, "plain" InfoNCE, or
+    what corpus.py adds.
     """
 
     kind: str
@@ -45,11 +52,13 @@ class Case:
     clusters: int = 128
     dtype: torch.dtype = torch.bfloat16
     precision: str = "highest"  # of float32 matrix products; half precision does not depend on it
+    negatives: int = 0  # explicit ones N of an objective
+    bml_weight: float = MARGINS["bml_weight"]
 
     @property
     def is_loss(self) -> bool:
         """Whether there are gradients."""
-        return self.kind in ("step", "objective", "plain")
+        return self.kind in LOSSES
 
     def columns(self) -> dict[str, object]:
         """The case as columns of a row."""
@@ -60,6 +69,7 @@ class Case:
             "K": 0 if self.kind == "plain" else self.clusters,
             "dtype": str(self.dtype).removeprefix("torch."),
             "precision": self.precision,
+            **({"N": self.negatives, "bml_weight": self.bml_weight} if self.negatives else {}),
         }
 
     def __str__(self) -> str:
@@ -67,11 +77,19 @@ class Case:
 
 
 class Views(NamedTuple):
-    """Anchors and positives (B, D), both wanting gradients, and centers (K, D) float32."""
+    """Anchors and positives (B, D), explicit negatives (N, D) or none, centers (K, D) float32.
+
+    All but the centers want gradients.
+    """
 
     anchors: Tensor
     positives: Tensor
     centers: Tensor
+    negatives: Tensor | None = None
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        """What gradients are of."""
+        return self[:2] if self.negatives is None else (*self[:2], self.negatives)
 
 
 def make_views(case: Case, device: torch.device) -> Views:
@@ -87,46 +105,30 @@ def make_views(case: Case, device: torch.device) -> Views:
     second = (first + torch.randint(1, clusters, (batch,), **made)) % clusters
     anchors = centers[first] + 0.5 * centers[second] + torch.randn(batch, dim, **made)
     positives = anchors + 3 * torch.randn(batch, dim, **made)
-    leaves = (z.to(case.dtype).requires_grad_() for z in (anchors, positives))
-    return Views(*leaves, centers)
+    others = torch.randint(clusters, (case.negatives,), **made)
+    negatives = centers[others] + 3 * torch.randn(case.negatives, dim, **made)
+    a, p, n = (z.to(case.dtype).requires_grad_() for z in (anchors, positives, negatives))
+    return Views(a, p, centers, n if case.negatives else None)
 
 
 class Built:
-    """A contender ready to run in a case: of a loss the "forward", the "backward" or "both"."""
+    """A contender ready to run in a case: of a loss forward and backward."""
 
     def __init__(self, contender: Contender, case: Case, views: Any):
         made = contender.build(case, views)
         self.call, self.centroids = made if isinstance(made, tuple) else (made, None)
-        self.contender, self.views, self.is_loss = contender, views, case.is_loss
-        self.upstream: Tensor | None = None
-        self._runs: dict[str, Run] = {}
-        self._graphs: dict[str, Run | str] = {}
+        self.contender, self.views = contender, views
+        self.run: Run = self._step if case.is_loss else self.call
+        self.scale = LOSS_SCALE if case.dtype == FP16 else 1.0
+        self._upstream: Tensor | None = None
+        self._graph: Run | str = contender.no_graph
 
-    def run(self, what: str = "both") -> Run:
-        """A call without arguments, prepared once."""
-        if what not in self._runs:
-            self._runs[what] = self.make(what)
-        return self._runs[what]
-
-    def make(self, what: str) -> Run:
-        """Prepare a run; for the backward that is a forward of its own."""
-        if what == "forward" or not self.is_loss:
-            return self.call
-        if what == "both":
-            return self.step
-        loss = self.call()
-        return lambda: self.gradients(loss, keep=True)
-
-    def step(self) -> tuple[Tensor, ...]:
-        """Loss and both gradients."""
-        loss = self.call()
-        return loss.detach(), *self.gradients(loss)
-
-    def gradients(self, loss: Tensor, keep: bool = False) -> tuple[Tensor, ...]:
-        """Gradients of the views; with `keep` the loss can be differentiated again."""
-        if self.upstream is None:  # made once, else the engine makes it in every backward
-            self.upstream = torch.ones_like(loss)
-        return torch.autograd.grad(loss, self.views[:2], self.upstream, retain_graph=keep)
+    def _step(self) -> tuple[Tensor, ...]:
+        """Loss, and the gradients of all leaves times `scale`."""
+        loss, leaves = self.call(), self.views.leaves()
+        if self._upstream is None:  # made once, else the engine makes it in every backward
+            self._upstream = torch.full_like(loss, self.scale)
+        return loss.detach(), *torch.autograd.grad(loss, leaves, self._upstream)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -134,28 +136,16 @@ class Built:
         if self.centroids is not None:
             self.centroids.copy_(self.views.centers)
 
-    def graph(self, what: str, clock: Clock) -> Run | str:
-        """The captured run, or why there is none."""
-        if what not in self._graphs:
-            self._graphs[what] = self.contender.no_graph or self._capture(what, clock)
-        return self._graphs[what]
-
-    def _capture(self, what: str, clock: Clock) -> Run | str:
-        try:
-            return clock.capture(lambda: self.make(what))
-        except Exception as error:  # a rival may do anything while it is captured
-            with contextlib.suppress(RuntimeError):  # the broken capture reports itself once more
-                clock.synchronize()
-            return f"not captured: {short(error)}"
-
-    def timer(self, what: str, view: str, clock: Clock) -> Timer | None:
-        """A timer of a run as the "device" or the "host" sees it, or of its "graph" where there is one."""
-        if view == "host":
-            return clock.host_timer(self.run(what))
-        if view == "device":
-            return clock.timer(self.run(what))
-        graph = self.graph(what, clock)
-        return clock.timer(graph) if callable(graph) else None
+    def seen(self, view: str, clock: Any) -> Run | str:
+        """The run by itself, or as a "graph", captured once, or why there is none."""
+        if view == "graph" and not self._graph:
+            try:
+                self._graph = clock.capture(self.run)
+            except Exception as error:  # a rival may do anything while it is captured
+                self._graph = f"not captured: {short(error)}"
+                with contextlib.suppress(RuntimeError):  # the broken capture reports itself once more
+                    clock.synchronize()
+        return self._graph if view == "graph" else self.run
 
 
 @dataclass(frozen=True)
@@ -168,17 +158,13 @@ class Contender:
     build: Callable[[Case, Any], Any]
     name: str
     package: str = "torch"
-    gpu_only: bool = False
     refuses: Callable[[Case], str] = field(default=lambda case: "")
     no_graph: str = ""
-    no_backward_alone: str = ""
-    matrices: float = 0.0  # (B, B) in the dtype that are alive at once on a CPU, from peaks measured there
+    square: bool = False  # forms (B, B) matrices
 
     def unavailable(self, case: Case) -> str:
         """Why it is left out of a case; empty if it takes part."""
-        if util.find_spec(self.package) is None:
-            return "not installed"
-        return "needs a GPU" if self.gpu_only and not torch.cuda.is_available() else self.refuses(case)
+        return self.refuses(case) if util.find_spec(self.package) else "not installed"
 
 
 KINDS: dict[str, dict[str, Contender]] = {}
@@ -189,11 +175,12 @@ def rivals(kind: str) -> list[str]:
     return [name for name in KINDS[kind] if not name.startswith(f"{OURS} ")]
 
 
-def contender(kind: str, name: str, **more: Any) -> Callable[[Callable], Callable]:
-    """Enter the builder below in the list of a kind."""
+def contender(name: str, *kinds: str, **more: Any) -> Callable[[Callable], Callable]:
+    """Enter the builder below in the lists of these kinds."""
 
     def enter(build: Callable) -> Callable:
-        KINDS.setdefault(kind, {})[name] = Contender(build, name, **more)
+        for kind in kinds:
+            KINDS.setdefault(kind, {})[name] = Contender(build, name, **more)
         return build
 
     return enter
@@ -255,19 +242,13 @@ def published_step(anchors: Tensor, positives: Tensor, centroids: Tensor) -> Ten
     return published_formulation(anchors, positives, centroids)
 
 
-def unit_formula(
-    a: Tensor,
-    p: Tensor,
-    c: Tensor,
-    found: tuple[Tensor, Tensor] | None = None,
-    negatives: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def unit_formula(a: Tensor, p: Tensor, c: Tensor, negatives: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """InfoNCE and margin loss of unit rows in the best plain torch we know: the B×K block with log-counts.
 
-    `found` are nearest and runner-up (B,), else found here. Half precision: the logits widen to float32.
+    In half precision the logits widen to float32.
     """
     cosines, to_centroids = a @ p.T, a @ c.T
-    nearest, runner_up = found or to_centroids.detach().topk(2, dim=1).indices.unbind(1)
+    nearest, runner_up = to_centroids.detach().topk(2, dim=1).indices.unbind(1)
     ones = torch.ones(len(a), device=a.device)
     log_counts = torch.zeros(len(c), device=a.device).index_add_(0, runner_up, ones).log()
     explicit = [] if negatives is None else [a @ negatives.T / TAU]
@@ -278,11 +259,18 @@ def unit_formula(
     return info_nce, margin_loss(cosines, mates)
 
 
-def eager_formula(anchors: Tensor, positives: Tensor, centroids: Tensor) -> Tensor:
+def eager_formula(
+    anchors: Tensor,
+    positives: Tensor,
+    centroids: Tensor,
+    negatives: Tensor | None = None,
+    bml_weight: float = MARGINS["bml_weight"],
+) -> Tensor:
     """The objective: normalise, then `unit_formula`, by autograd."""
-    unit = (F.normalize(z, dim=1) for z in (anchors, positives, centroids))
-    info_nce, margins = unit_formula(*unit)
-    return info_nce + MARGINS["bml_weight"] * margins
+    a, p, c = (F.normalize(z, dim=1) for z in (anchors, positives, centroids))
+    n = None if negatives is None else F.normalize(negatives, dim=1)
+    info_nce, margins = unit_formula(a, p, c, n)
+    return info_nce + bml_weight * margins
 
 
 class EagerStep(nn.Module):
@@ -323,7 +311,7 @@ def eager_info_nce(anchors: Tensor, positives: Tensor) -> Tensor:
     return F.cross_entropy(a @ p.T / TAU, torch.arange(len(a), device=a.device))
 
 
-# --- whole steps, and the objective for given centroids -----------------------------------------------------
+# --- what is measured --------------------------------------------------------------------------------------
 
 
 def our_loss(dim: int, clusters: int, centers: Tensor, **more: Any) -> clusterns.ClusterNSLoss:
@@ -336,52 +324,67 @@ def our_loss(dim: int, clusters: int, centers: Tensor, **more: Any) -> clusterns
     return loss.train()
 
 
-NO_BACKWARD = {"no_backward_alone": "a compiled backward gives its buffers away, so it runs once per forward"}
-PUBLISHED: dict[str, Any] = {
-    "no_graph": "reads the mean cosine to the host and builds its weights there",
-    "refuses": lambda case: "its B×B×D tensors outgrow the device" if case.batch > 1024 else "",
-}
-OURS_WITH: dict[str, dict[str, Any]] = {
-    OURS: {},
-    "clusterns backend=torch": {"backend": "torch"},
-    "clusterns backend=triton": {"backend": "triton"},
-    "clusterns whole": {"workspace_bytes": 2**40},
-    "clusterns in chunks": {"workspace_bytes": 2**20},
-    "clusterns 2 GiB workspace": {"workspace_bytes": 2**31},
+def whole_bytes(case: Case) -> int:
+    """A workspace in which all rows are one chunk."""
+    return 8 * case.batch * (case.batch + case.negatives + case.clusters + 64)
+
+
+WORKSPACES: dict[str, Callable[[Case], int]] = {
+    " whole": whole_bytes,
+    " in chunks": lambda case: min(WORKSPACE_BYTES, whole_bytes(case) // 8),  # four or more
 }
 
 
-def _ours_with(name: str, more: dict[str, Any]) -> None:
-    @contender("step", name)
-    def step(case: Case, views: Views):
-        loss = our_loss(case.dim, case.clusters, views.centers, **more)
-        return (lambda: loss(*views[:2])), loss.centroids
-
-    @contender("objective", name)
-    def objective(case: Case, views: Views):
-        a, p, c = *views[:2], views.centers.to(case.dtype)
-        settings = {"temperature": TAU, "false_negatives": "bml", **MARGINS, **more}
-        return lambda: clusterns.info_nce(a, p, centroids=c, **settings)
-
-    @contender("plain", name)
-    def plain(case: Case, views: Views):
-        return lambda: clusterns.info_nce(*views[:2], temperature=TAU, **more)
-
-
-for name, settings in OURS_WITH.items():
-    _ours_with(name, settings)
+def _ours_with(backend: str, workspace: str) -> None:
+    @contender(f"{OURS} {backend}{workspace}".replace("  ", " ").rstrip(), *LOSSES)
+    def build(case: Case, views: Views):
+        a, p = views[:2]
+        more: dict[str, Any] = {"backend": backend} if backend else {}
+        if workspace:
+            more["workspace_bytes"] = WORKSPACES[workspace](case)
+        if case.kind == "step":
+            loss = our_loss(case.dim, case.clusters, views.centers, **more)
+            return (lambda: loss(a, p)), loss.centroids
+        if case.kind == "objective":
+            more |= {"centroids": views.centers.to(case.dtype), "negatives": views.negatives}
+            more |= {"false_negatives": "bml", **MARGINS, "bml_weight": case.bml_weight}
+        return lambda: clusterns.info_nce(a, p, temperature=TAU, **more)
 
 
-@contender("step", "eager", matrices=7.5)
-def eager_step(case: Case, views: Views):
-    """The best eager step."""
-    step = EagerStep(views.centers)
-    return (lambda: step(*views[:2])), step.centroids
+for backend, workspace in itertools.product(("", "torch", "triton"), ("", *WORKSPACES)):
+    _ours_with(backend, workspace)
 
 
-@contender("step", "published", **PUBLISHED)
+def _in_torch(name: str, wrap: Callable[[Callable], Callable]) -> None:
+    @contender(name, *LOSSES, square=True)
+    def build(case: Case, views: Views):
+        if case.kind == "step":
+            step = EagerStep(views.centers)
+            run = wrap(step)
+            return (lambda: run(*views[:2])), step.centroids
+        if case.kind == "plain":
+            run = wrap(eager_info_nce)
+            return lambda: run(*views[:2])
+        run, centers = wrap(eager_formula), views.centers.to(case.dtype)
+        return lambda: run(*views[:2], centers, views.negatives, case.bml_weight)
+
+
+_in_torch("eager", lambda function: function)
+_in_torch("torch.compile", partial(torch.compile, dynamic=False))  # fixed sizes
+
+
+@contender(
+    "published",
+    "step",
+    "objective",
+    no_graph="reads the mean cosine to the host and builds its weights there",
+    refuses=lambda case: "its B×B×D tensors outgrow the device" if case.batch > 1024 else "",
+)
 def _published(case: Case, views: Views):
-    """Half precision under autocast, as it was trained."""
+    """A step in half precision goes under autocast, as it was trained."""
+    if case.kind == "objective":
+        centers = views.centers.to(case.dtype)
+        return lambda: published_formulation(*views[:2], centers)
     centroids = views.centers.clone()
 
     def loss() -> Tensor:
@@ -391,45 +394,7 @@ def _published(case: Case, views: Views):
     return loss, centroids
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`torch.compile`, afresh for each shape: fixed sizes, and no recompile limit."""
-    torch._dynamo.reset()
-    return torch.compile(function, dynamic=False)
-
-
-@contender("step", "torch.compile", matrices=7.5, **NO_BACKWARD)
-def _compiled_step(case: Case, views: Views):
-    step = EagerStep(views.centers)
-    run = compiled(step)
-    return (lambda: run(*views[:2])), step.centroids
-
-
-def formula(function: Callable[..., Tensor], of: str, wrap: Callable = lambda function: function) -> Callable:
-    """Builder from a function of raw views and, for the "objective", centroids."""
-
-    def build(case: Case, views: Views):
-        run = wrap(function)
-        given = views[:2] if of == "plain" else (*views[:2], views.centers.to(case.dtype))
-        return lambda: run(*given)
-
-    return build
-
-
-contender("objective", "eager", matrices=7.5)(formula(eager_formula, "objective"))
-contender("objective", "published", **PUBLISHED)(formula(published_formulation, "objective"))
-contender("objective", "torch.compile", matrices=7.5, **NO_BACKWARD)(
-    formula(eager_formula, "objective", compiled)
-)
-
-
-# --- plain InfoNCE -----------------------------------------------------------------------------------------
-
-
-contender("plain", "eager", matrices=3)(formula(eager_info_nce, "plain"))
-contender("plain", "torch.compile", matrices=3, **NO_BACKWARD)(formula(eager_info_nce, "plain", compiled))
-
-
-@contender("plain", "sentence-transformers", package="sentence_transformers", matrices=3)
+@contender("sentence-transformers", "plain", package="sentence_transformers", square=True)
 def _sentence_transformers(case: Case, views: Views):
     from sentence_transformers.losses import MultipleNegativesRankingLoss
 
@@ -437,104 +402,17 @@ def _sentence_transformers(case: Case, views: Views):
     return lambda: loss.compute_loss_from_embeddings(list(views[:2]), None)
 
 
-def on_unit_rows(name: str, **more: Any) -> Callable[[Callable], Callable]:
-    """Enter what the function below gives for a case: a plain loss of (a/τ, p, labels), rows normalised."""
-
-    def enter(build: Callable[[Case], Callable[..., Tensor]]) -> Callable:
-        @contender("plain", name, **more)
-        def plain(case: Case, views: Views):
-            loss, labels = build(case), torch.arange(case.batch, device=views.anchors.device)
-
-            def run() -> Tensor:
-                a, p = (F.normalize(z, dim=1) for z in views[:2])
-                return loss(a / TAU, p, labels)
-
-            return run
-
-        return build
-
-    return enter
+def _needs_linear_cross_entropy(case: Case) -> str:
+    return "" if hasattr(nn, "LinearCrossEntropyOptions") else "not in this torch (needs 2.13)"
 
 
-@on_unit_rows(
-    "linear_cross_entropy",
-    refuses=lambda case: (
-        "" if hasattr(torch.nn, "LinearCrossEntropyOptions") else "not in this torch (needs 2.13)"
-    ),
-    no_backward_alone="its chunked backward runs once per forward",
-)
-def _linear_cross_entropy(case: Case):
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=min(case.batch, 1024))
-    return partial(F.linear_cross_entropy, options=options)
+@contender("linear_cross_entropy", "plain", refuses=_needs_linear_cross_entropy)
+def _linear_cross_entropy(case: Case, views: Views):
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=min(case.batch, 1024))
+    labels = torch.arange(case.batch, device=views.anchors.device)
 
+    def loss() -> Tensor:
+        a, p = (F.normalize(z, dim=1) for z in views[:2])
+        return F.linear_cross_entropy(a / TAU, p, labels, options=options)
 
-@on_unit_rows(
-    "Liger",
-    package="liger_kernel",
-    gpu_only=True,
-    no_graph="reads counts to the host",
-    no_backward_alone="its forward computes the gradients, and its backward overwrites them",
-)
-def _liger(case: Case):
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    loss = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
-    return lambda a, p, labels: loss(p, a, labels)
-
-
-@on_unit_rows(
-    "cut-cross-entropy",
-    package="cut_cross_entropy",
-    gpu_only=True,
-    refuses=lambda case: "" if case.dtype in HALF else "takes half precision",
-    no_graph="finds valid targets by nonzero, which waits for the device",
-)
-def _cut_cross_entropy(case: Case):
-    from cut_cross_entropy import linear_cross_entropy
-
-    return partial(linear_cross_entropy, impl="cce")
-
-
-@on_unit_rows(
-    "Inf-CL",
-    package="inf_cl",
-    gpu_only=True,
-    refuses=lambda case: "D is no multiple of 256" if case.dim % 256 else "",
-)
-def _inf_cl(case: Case):
-    from inf_cl import cal_flash_loss
-
-    return lambda a, p, labels: cal_flash_loss(a, p, labels, scale=1.0, head_dim=256).mean()
-
-
-# --- assignment --------------------------------------------------------------------------------------------
-
-
-@contender("assign", OURS)
-def _our_assignment(case: Case, views: Views):
-    points, centers = views.anchors.detach(), views.centers.to(case.dtype)
-    return lambda: clusterns.nearest_centroids(points, centers).nearest
-
-
-@contender("assign", "torch in chunks")
-def _assignment_by_torch(case: Case, views: Views):
-    points, centers = views.anchors.detach(), views.centers.to(case.dtype)
-
-    def ids() -> Tensor:
-        unit = F.normalize(centers, dim=1).T
-        return torch.cat([(chunk @ unit).argmax(dim=1) for chunk in points.split(65536)])
-
-    return ids
-
-
-@contender("assign", "flash-kmeans", package="flash_kmeans", gpu_only=True)
-def _flash_kmeans(case: Case, views: Views):
-    """Its Euclidean assignment on unit rows, made beforehand: their nearest is the nearest by cosine."""
-    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
-
-    centers = views.centers.to(case.dtype)
-    x, c = (F.normalize(z, dim=1)[None] for z in (views.anchors.detach(), centers))
-    more = {}
-    if "x_sq" in inspect.signature(euclid_assign_triton).parameters:
-        more["x_sq"] = x.float().square().sum(dim=2)
-    return lambda: euclid_assign_triton(x, c, **more)
+    return loss

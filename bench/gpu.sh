@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests and benchmarks of the GPU path in one call, with no network: bash bench/gpu.sh
-#   OUT                folder for the log, JSON, CSV and plots, at most 8 files (default bench/results/gpu)
+#   OUT                folder for the log and the JSON files (default bench/results/gpu)
 #   CLUSTERNS_SECONDS  time for everything (default 540); a stage gets an equal part of what is left
 #   CLUSTERNS_STAGES   some of "tests step large exactness training" (default the first three)
 #   CLUSTERNS_COMMIT   the commit, where the tree is a copy without .git
@@ -24,10 +24,6 @@ mkdir -p "$out" "$site/clusterns" && ln -sfn "$PWD"/clusterns/* "$PWD/kernels" "
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TQDM_MININTERVAL=10
 [[ $device == cuda ]] || export TRITON_INTERPRET=1
 shopt -s nullglob
-wheels=(.whl/*.whl) # rivals that are not installed
-if ((${#wheels[@]})) && "$python" -m pip install -q --upgrade --no-index --no-deps --target runs/gpu-rivals "${wheels[@]}"; then
-    export PYTHONPATH=$PYTHONPATH:$PWD/runs/gpu-rivals
-fi
 # Those that launch kernels; none needs datasets, ruff or mypy.
 gpu_tests=(tests/test_gpu*.py tests/test_contract*.py tests/test_{kernels,fused,large}*.py tests/test_cached*.py)
 
@@ -71,7 +67,7 @@ PY
                 sizes=() # each question's own, but:
                 [[ $stage == exactness ]] && sizes=(--batch 64 300 1024 4096 16384 65536)
                 # BERT-base as published
-                [[ $stage == training ]] && sizes=(--layers 12 --dim 768 --batch 256 1024 4096 --steps 210 --rounds 1)
+                [[ $stage == training ]] && sizes=(--layers 12 --dim 768 --batch 256 1024 4096 --steps 70 --rounds 3)
                 measure bench/run.py "$stage" "${budget[@]}" "${sizes[@]}" "${tiny[@]}"
                 ;;
         esac

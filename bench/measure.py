@@ -8,7 +8,6 @@ written, so they are in the cache there too.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import resource
 import statistics
@@ -39,29 +38,21 @@ class Clock:
     """CPU: wall clock, no graphs. Its figures are not GPU figures."""
 
     device = torch.device("cpu")
-    label = "CPU wall clock"
 
     def __init__(self, block_seconds: float = 2e-3, rounds: int = 25, seconds: float = 0.6):
         self.block_seconds, self.rounds, self.seconds = block_seconds, rounds, seconds
-        self.now = time.perf_counter  # or process_time, where others keep the processor busy
 
     def synchronize(self) -> None:
         """Wait for the device."""
 
     def timer(self, run: Run) -> Timer:
-        """Microseconds per call on the device."""
-        return self.host_timer(run)
-
-    def host_timer(self, run: Run) -> Timer:
-        """Microseconds per call as the host sees it, waiting for the device after each."""
+        """Microseconds per call, launched one after the other."""
 
         def block(calls: int) -> float:
-            self.synchronize()
-            began = self.now()
+            began = time.perf_counter()
             for _ in range(calls):
                 run()
-                self.synchronize()
-            return (self.now() - began) / calls * 1e6
+            return (time.perf_counter() - began) / calls * 1e6
 
         return block
 
@@ -92,10 +83,6 @@ class Clock:
                 return each
             calls *= 2
 
-    def capture(self, make: Callable[[], Run]) -> Run:
-        """Capture a run as a graph; `make` prepares the run. The replay returns what it writes."""
-        raise RuntimeError("the CPU has no graphs")
-
     def peak_mib(self, run: Run, held_bytes: int = 0) -> float:
         """Peak memory of a run above what was there before it and what it leaves behind (`held_bytes`).
 
@@ -107,10 +94,6 @@ class Clock:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         run()
         return (_status_kib("VmHWM") - before) / 1024
-
-    def kernels(self, run: Run) -> list[str] | None:
-        """Names of what one run launches on the device."""
-        return None
 
     def matrix_rate(self, rows: int, length: int, columns: int, dtype: torch.dtype) -> float:
         """Operations a second of one matrix product."""
@@ -132,7 +115,6 @@ class CudaClock(Clock):
     """
 
     device = torch.device("cuda")
-    label = "CUDA events"
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
@@ -144,7 +126,7 @@ class CudaClock(Clock):
         torch.cuda.synchronize()
 
     def timer(self, run: Run) -> Timer:
-        """Microseconds per call between events around a block of calls."""
+        """Between events around a block of calls."""
 
         def block(calls: int) -> float:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -158,9 +140,11 @@ class CudaClock(Clock):
 
         return block
 
-    def capture(self, make: Callable[[], Run]) -> Run:
-        """Warm up, then capture on the stream of everything else."""
-        run = make()
+    def capture(self, run: Run) -> Run:
+        """Warm up, then capture as a graph on the stream of everything else.
+
+        The replay returns what it writes.
+        """
         for _ in range(3):
             run()
         torch.cuda.synchronize()
@@ -184,7 +168,7 @@ class CudaClock(Clock):
         return (torch.cuda.max_memory_allocated() - before - held_bytes) / 2**20
 
     def kernels(self, run: Run) -> list[str]:
-        """Every kernel, copy and fill that the profiler sees on the device."""
+        """Every kernel, copy and fill of one run that the profiler sees on the device, with its time."""
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         for _ in range(2):  # the first profile of a process may miss events
             with torch.profiler.profile(activities=activities) as profile:
@@ -192,7 +176,7 @@ class CudaClock(Clock):
                 torch.cuda.synchronize()
         on_device = torch.autograd.DeviceType.CUDA
         return [
-            event.name
+            f"{event.name} {event.time_range.elapsed_us():.1f} us"
             for event in profile.events()
             if event.device_type == on_device and not getattr(event, "is_user_annotation", False)
         ]
@@ -203,15 +187,12 @@ class CudaClock(Clock):
         torch.cuda.empty_cache()
 
 
-def clock_of(device: str, *, processor_time: bool = False, **settings: Any) -> Clock:
+def clock_of(device: str, **settings: Any) -> Clock:
     """The clock of a device; ends the program where there is no such device."""
     if device == "cuda" and not torch.cuda.is_available():
         print("No GPU is available here: nothing was measured. --device cpu measures on the CPU.")
         raise SystemExit(2)
-    clock = CudaClock(**settings) if device == "cuda" else Clock(**settings)
-    if processor_time:
-        clock.now, clock.label = time.process_time, "processor time"
-    return clock
+    return CudaClock(**settings) if device == "cuda" else Clock(**settings)
 
 
 # --- other processes ---------------------------------------------------------------------------------------
@@ -256,43 +237,31 @@ class Elsewhere:
         package.mkdir()
         for path in (*(checkout / "clusterns").iterdir(), checkout / "kernels"):
             (package / path.name).symlink_to(path.resolve())
-        context = get_context("spawn")
-        self.pipe, theirs = context.Pipe()
+        self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         sys.path.insert(0, self.site.name)  # a process started now has it too
         try:
-            self.process = context.Process(target=_serve, args=(theirs, make, *arguments), daemon=True)
-            self.process.start()
+            self.found: dict = self.pool.submit(_make, make, *arguments).result()
         finally:
             sys.path.remove(self.site.name)
-        theirs.close()
-        self.found = self._answer()
 
     def __call__(self, calls: int) -> float:
         """A block of calls."""
-        self.pipe.send(calls)
-        return self._answer()
+        return self.pool.submit(_block, calls).result()
 
     def close(self) -> None:
         """End the process."""
-        with contextlib.suppress(OSError):
-            self.pipe.send(0)
-        self.process.join()
+        self.pool.shutdown()
         self.site.cleanup()
 
-    def _answer(self) -> Any:
-        answer = self.pipe.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+
+_made: list[Timer] = []  # in that process
 
 
-def _serve(pipe: Any, make: Callable[..., tuple[Timer, dict]], *arguments: Any) -> None:
-    try:
-        timer, found = make(*arguments)
-        pipe.send(found)
-        while calls := pipe.recv():
-            pipe.send(timer(calls))
-    except EOFError:
-        pass
-    except Exception as error:
-        pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
+def _make(make: Callable[..., tuple[Timer, dict]], *arguments: Any) -> dict:
+    timer, found = make(*arguments)
+    _made.append(timer)
+    return found
+
+
+def _block(calls: int) -> float:
+    return _made[0](calls)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import corpus
 import torch
-from contenders import HALF, MARGINS, MOMENTUM, TAU, WORKSPACE_BYTES, Built, Case, make_views
+from contenders import FP16, FP32, HALF, MARGINS, MOMENTUM, TAU, Built, Case, Views, make_views
 from torch import Tensor
 
 import clusterns
 from clusterns import reference
 
-REFERENCE_AT_MOST = 1024  # rows; above, our torch path in float64 (which exactness.py holds against it)
-AGREEMENT = 0.99  # share of equal ids of an assignment: half precision decides near ties either way
+REFERENCE_AT_MOST = 1024  # rows; above, our torch path in float64 (which test_contract.py holds against it)
 
 
 class Tolerance(NamedTuple):
@@ -33,55 +31,41 @@ def tolerance(case: Case) -> Tolerance:
     """What the dtype and the precision of products allow."""
     if case.dtype not in HALF:
         return EXACT if case.precision == "highest" else TF32
-    return FLOAT16 if case.dtype == torch.float16 else BFLOAT16
+    return FLOAT16 if case.dtype == FP16 else BFLOAT16
 
 
-def is_of_a_corpus(case: Case) -> bool:
-    """Whether corpus.py has the data and the truth of a case."""
-    return case.kind in {each.kind for each in corpus.CASES}
-
-
-def data_of(case: Case, device: torch.device) -> Any:
-    """What a case's contenders are built on."""
-    return corpus.make_data(case) if is_of_a_corpus(case) else make_views(case, device)
+data_of = make_views  # what a case's contenders are built on
 
 
 class Expected(NamedTuple):
-    """Loss and gradients of both views, and centroids after a step; of an assignment the ids alone."""
+    """Loss and gradients, and centroids after a step."""
 
     answer: tuple[Tensor, ...]
     centroids: Tensor | None = None
 
 
-def expected(case: Case, views: Any) -> Any:
+def expected(case: Case, views: Views) -> Expected:
     """What float64 gives on the same, already rounded views."""
-    if is_of_a_corpus(case):
-        return corpus.expected(case, views)
-    anchors, positives = (z.detach().double().requires_grad_() for z in views[:2])
-    centroids = views.centers.to(case.dtype if case.kind != "step" else torch.float32).double()
+    leaves = [z.detach().double().requires_grad_() for z in views.leaves()]
+    anchors, centroids = leaves[0], views.centers.to(case.dtype if case.kind != "step" else FP32).double()
     arguments: dict = {"temperature": TAU}
     small = case.batch <= REFERENCE_AT_MOST
-    assign = reference.nearest_and_runner_up if small else clusterns.nearest_centroids
-    if case.kind == "assign":
-        return Expected(tuple(assign(anchors.detach(), centroids)[:1]))
     if case.kind != "plain":
+        assign = reference.nearest_and_runner_up if small else clusterns.nearest_centroids
         if case.kind == "step":
             nearest = assign(anchors, centroids)[0]
             with torch.no_grad():
                 centroids = reference.update_centroids(centroids, anchors, nearest, MOMENTUM, "sum")
         nearest, runner_up = assign(anchors, centroids)[:2]
-        arguments |= MARGINS | {
-            "centroids": centroids,
-            "cluster_ids": nearest,
-            "hard_negative_ids": runner_up,
-            "false_negatives": "bml",
-        }
+        arguments |= MARGINS | {"bml_weight": case.bml_weight, "false_negatives": "bml"}
+        arguments |= {"centroids": centroids, "cluster_ids": nearest, "hard_negative_ids": runner_up}
+        arguments["negatives"] = leaves[2] if case.negatives else None
     if small:
-        loss = reference.objective(anchors, positives, **arguments).loss
+        loss = reference.objective(*leaves[:2], **arguments).loss
     else:
-        more = {"backend": "torch", "workspace_bytes": 8 * WORKSPACE_BYTES}
-        loss = clusterns.info_nce(anchors, positives, **arguments, **more)
-    gradients = torch.autograd.grad(loss, (anchors, positives))
+        more = {"backend": "torch", "workspace_bytes": 2**31}
+        loss = clusterns.info_nce(*leaves[:2], **arguments, **more)
+    gradients = torch.autograd.grad(loss, leaves)
     return Expected((loss.detach(), *gradients), centroids if case.kind == "step" else None)
 
 
@@ -90,15 +74,10 @@ def relative(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm())
 
 
-def check(case: Case, answer: Any, built: Built, truth: Any) -> tuple[dict[str, float], str]:
+def check(case: Case, answer: Any, built: Built, truth: Expected) -> tuple[dict[str, float], str]:
     """Errors of an answer as columns of a row, and which of them is too large, in words."""
-    if is_of_a_corpus(case):
-        return corpus.errors(built.views, answer, truth)
-    if case.kind == "assign":
-        agreement = float((answer.flatten() == truth.answer[0]).double().mean())
-        few = f"{agreement:.2%} of the ids agree, expected {AGREEMENT:.0%}"
-        return {"agreement": agreement}, "" if agreement >= AGREEMENT else few
     loss, *gradients = answer
+    gradients = [each.double() / built.scale for each in gradients]
     found = {
         "loss": float(loss),
         "loss_error": relative(loss, truth.answer[0]),

@@ -11,9 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-import fixed_corpus
+import numpy as np
 import pytest
 from fixed_corpus import BENCH, ROOT, rows, run
+from scipy.stats import spearmanr
 
 SMALL = "--device cpu --batch 16 40 --dim 16 --clusters 8 --rounds 2".split()
 
@@ -25,93 +26,87 @@ def on_a_cpu(monkeypatch):
 
 
 def test_every_kind_of_contender_on_a_cpu(tmp_path):
-    ours = ["clusterns whole", "clusterns in chunks", "clusterns backend=torch"]
-    theirs = ["eager", "published", "torch.compile", "linear_cross_entropy", "Liger"]
+    ours = ["clusterns whole", "clusterns in chunks", "clusterns torch"]
+    theirs = ["eager", "published", "torch.compile", "linear_cross_entropy"]
     run(tmp_path, "run.py", "large", *SMALL, "--contenders", *ours, *theirs, "--output", ".")
     content = json.loads((tmp_path / "cpu-large.json").read_text("utf-8"))
     assert not content["skipped"]
     assert content["machine"]["matrix rate"]
-    assert (tmp_path / "cpu-large.png").stat().st_size > 10_000
     assert {row["contender"] for row in content["rows"]} == {"clusterns", *ours, *theirs}
     for row in content["rows"]:
-        assert row["status"] == ("not installed" if row["contender"] == "Liger" else "ok"), row
-        assert row["contender"] in ("clusterns", "Liger") or row["ratio_device"] > 0, row
-        assert row["status"] != "ok" or row["loss_error"] < 1e-4, row
+        assert row["status"] == "ok", row
+        assert row["contender"] == "clusterns" or row["ratio_device"] > 0, row
+        assert row["loss_error"] < 1e-4, row
+        assert row["loss"] > 0
 
 
 def test_the_kernels_and_another_checkout_beside_ours(tmp_path):
     pytest.importorskip("triton")
-    names = ["--contenders", "clusterns backend=triton", "before", "--before", str(ROOT)]
+    names = ["--contenders", "clusterns triton", "before", "--before", str(ROOT)]
     run(tmp_path, "run.py", "objective", *SMALL, "--batch", "16", *names, "--output", ".")
     found = rows(tmp_path / "cpu-objective.json")
-    assert [row["contender"] for row in found] == ["clusterns", "clusterns backend=triton", "before"]
+    assert [row["contender"] for row in found] == ["clusterns", "clusterns triton", "before"]
     assert {row["status"] for row in found} == {"ok"}
     assert found[2]["ratio_device"] > 0
 
 
 def test_a_row_of_ours_that_fails_is_said_and_fails(tmp_path, monkeypatch):
     monkeypatch.setenv("CLUSTERNS_DISABLE_TRITON", "1")
-    contenders = ["--contenders", "clusterns backend=triton", "eager"]
+    contenders = ["--contenders", "clusterns triton", "eager"]
     said = run(tmp_path, "run.py", "step", *SMALL, *contenders, "--output", ".", status=1)
     assert "failed RuntimeError: backend: 'triton' cannot run" in said
     assert [row["status"] for row in rows(tmp_path / "cpu-step.json")] == ["ok", "failed", "ok"] * 2
 
 
-@pytest.mark.parametrize("question", "step large assign k-means evaluate exactness training data".split())
+@pytest.mark.parametrize("question", ["", *"step large k-means evaluate exactness training".split()])
 def test_questions_have_lists_headline_first(tmp_path, question):
-    lines = run(tmp_path, "run.py", question, "--device", "cuda", "--list").splitlines()
+    lines = run(tmp_path, "run.py", *question.split(), "--device", "cuda", "--list").splitlines()
     names = [line.split()[0] for line in lines if " kind=" in line]
     assert lines
-    if question not in ("data", "training"):
+    if question != "training":
         assert names[0] == ("exactness" if question == "exactness" else "clusterns")
-    assert question not in ("step", "large") or names[1] == "eager"
-
-
-def test_expected_figures_say_that_nobody_measured_them(tmp_path):
-    printed = run(tmp_path, "run.py", "large", "--arithmetic")
-    assert printed.startswith("ARITHMETIC, NOT MEASURED")
-    assert "262,144" in printed
+    assert question not in ("", "step", "large") or names[1] == "eager"
 
 
 def test_exactness_by_every_backend_and_dtype(tmp_path):
     pytest.importorskip("triton")
-    run(tmp_path, "exactness.py", *"--batch 20 --dim 16 --clusters 8 --output .".split())
-    found = rows(tmp_path / "exactness.csv")
-    assert found[0].keys() == rows(BENCH / "results" / "exactness.csv")[0].keys()
-    assert len(found) == 3 * 3 * 2  # dtypes, backends, λ
-    assert {row["within"] for row in found} == {row["repeatable"] for row in found} == {"True"}
-    assert found[0]["command"].startswith("TRITON_INTERPRET=1 python bench/exactness.py --batch 20 ")
+    command = "exactness --batch 20 --dim 16 --clusters 8 --output .".split()
+    run(tmp_path, "run.py", *command)
+    content = json.loads((tmp_path / "cpu-exactness.json").read_text("utf-8"))
+    assert len(content["rows"]) == 3 * 4 * 2  # dtypes, backends with a workspace, λ
+    for row in content["rows"]:
+        assert row["status"] == "ok", row
+        assert row["gradient_error"] <= row["eager_gradient_error"] + row["tolerance"]
+    assert content["machine"]["command"].startswith(
+        "TRITON_INTERPRET=1 python bench/run.py exactness --batch"
+    )
 
 
-def test_training_in_its_parts(tmp_path):
-    """What the loss adds to a step, three trainers, the parts of a step, and its memory."""
+def test_training_as_a_whole(tmp_path):
+    """Four trainings, and the memory of a step."""
     pytest.importorskip("accelerate")
     small = "--layers 1 --dim 64 --batch 16 --clusters 8 --steps 6 --rounds 1 --output .".split()
-    run(tmp_path, "training.py", "--device", "cpu", *small)
+    run(tmp_path, "run.py", "training", "--device", "cpu", *small)
     kinds: dict[str, list[dict]] = {}
     for row in rows(tmp_path / "cpu-training.json"):
         assert row["status"] == "ok", row
         kinds.setdefault(row["kind"], []).append(row)
-    assert [row["contender"] for row in kinds["training"] if "adds_percent" in row][3] == "ClusterNS"
-    assert [row["sentences_per_second"] > 0 for row in kinds["trainer"]] == [True] * 3
-    assert [row["contender"] for row in kinds["part"]] == "data encoder clusterns optimiser published".split()
-    assert sum(row["share"] for row in kinds["part"][:4]) == pytest.approx(1)
+    assert [min(row["sentences_per_second"], row["loss"]) > 0 for row in kinds["trainer"]] == [True] * 4
     assert [row["peak_mib"] > 0 for row in kinds["step memory"]] == [True] * 3
 
 
-def test_data_by_every_loader(tmp_path):
-    pytest.importorskip("sentence_transformers")
-    options = "--rows 300 --batch 32 --rounds 1 --steps 2 --output .".split()
-    command = [sys.executable, fixed_corpus.__file__, str(BENCH / "data.py"), *options]
-    # No fork: its loaders start workers of their own.
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
-    found = rows(tmp_path / "cpu-data.json")
-    kinds = {(row["kind"], row["contender"].split(",")[0]) for row in found}
-    assert len(kinds) == 5  # ours and the trainer's for both, datasets.map for sentences
-    for row in found:
-        assert row["rows"] == 300
-        assert min(row["rows_per_second"], row["wait_ms"]) > 0
+def test_scores_may_differ_by_what_rounding_swaps(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import corpus
+
+    assert corpus.score_tolerance(1186) == 0.05  # the smallest of the seven sets
+    random = np.random.default_rng(0)
+    for pairs in [10, 20, 100, 1000] * 50:
+        gold = random.permutation(pairs)
+        cosines = gold / pairs + 0.2 * random.standard_normal(pairs)
+        rounded = cosines + 0.0025 * cosines.std() * random.standard_normal(pairs)
+        scores = [100 * spearmanr(each, gold).statistic for each in (cosines, rounded)]
+        assert abs(scores[0] - scores[1]) <= corpus.score_tolerance(pairs)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])

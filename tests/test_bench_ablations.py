@@ -59,20 +59,15 @@ def test_runs_are_made_once_and_shared(data, tmp_path):
 
 
 def test_the_search_sees_dev_alone(data, tmp_path):
-    ablations(data, tmp_path, "--search", "--seeds", "1")
+    settings = ["num_clusters=0,learning_rate=2e-5", "num_clusters=4", "published settings"]
+    ablations(data, tmp_path, "--search", "--seeds", "1", "--variants", *settings)
     found = rows(tmp_path / "search.csv")
-    assert found[0].keys() == {"settings", "seed", "dev", "clustering_started"}
-    dev = [float(row["dev"]) for row in found]
-    assert dev == sorted(dev, reverse=True)
-    ranked = [row["settings"] for row in found]
-    assert sum("SimCSE" in name for name in ranked) == 3
-    assert {row["seed"] for row in found} == {"1000"}
+    assert [(row["variant"], row["seed"]) for row in found] == [(name, "1000") for name in settings]
+    assert not {"avg", "STS12"} & found[0].keys()
     result = next((tmp_path / "search").rglob("result.json")).read_text(encoding="utf-8")
     assert '"test"' not in result
 
-    ablations(data, tmp_path, "--search", "--seeds", "2", "--best", "2")
-    more = rows(tmp_path / "search.csv")
-    again = {row["settings"] for row in more if row["seed"] == "1001"}
-    best_simcse = next(name for name in ranked if name.startswith("SimCSE"))
-    assert again == {*ranked[:2], best_simcse}
-    assert len(more) == len(found) + len(again)
+    ablations(data, tmp_path, "--search", "--seeds", "2", "--variants", settings[1])
+    assert [row["seed"] for row in rows(tmp_path / "search.csv")] == ["1000", "1001"]
+    refused = ablations(data, tmp_path, "--search", "--variants", "no such", status=1)
+    assert "expected some of SimCSE" in refused.splitlines()[-1]
