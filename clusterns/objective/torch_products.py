@@ -277,7 +277,7 @@ class TorchProducts:
         rows = self.rows
         info_nce = softplus((rows.log_others - rows.positive)[:, 0], threshold=_LINEAR)
         sums = torch.stack([info_nce, rows.margin_sum, rows.positive[:, 0]]).sum(dim=1)
-        sums[1:] *= self.temperature
+        sums[1:].mul_(self.temperature)
         return torch.cat([sums, self.a.sum(dim=0), self.positive_sum])
 
     def own(self) -> tuple[Tensor | None, Tensor | None]:
