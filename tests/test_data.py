@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -198,22 +197,6 @@ def test_what_tokenize_raises_arrives_in_one_line(num_workers: int) -> None:
     line = r"^rows: expected at least batch_size 4 without a text in common, got 3 among 9; .* repeat them$"
     with pytest.raises(ValueError, match=line):
         epoch_of([(str(i % 3),) for i in range(9)], 4, num_workers=num_workers)
-
-
-def test_a_pass_given_up_leaves_no_worker() -> None:
-    before = set(multiprocessing.active_children())
-    passing = iter(batches(distinct(100), batch_size=2, tokenize=list, num_workers=2))
-    next(passing)
-    assert len(set(multiprocessing.active_children()) - before) == 2
-    del passing
-    assert not set(multiprocessing.active_children()) - before
-
-
-@pytest.mark.filterwarnings("error")
-def test_pinned_memory_is_only_for_a_gpu() -> None:
-    zeros = lambda rows: {"x": torch.zeros(len(rows))}  # noqa: E731
-    (batch,) = batches(distinct(4), batch_size=4, tokenize=zeros, pin_memory=True)
-    assert batch["x"].is_pinned() == torch.cuda.is_available()
 
 
 def test_bad_arguments() -> None:
