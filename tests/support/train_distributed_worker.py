@@ -1,11 +1,7 @@
-"""A rank of several trainings one after the other, perhaps one that fails.
-
-torchrun train_distributed_worker.py '{"runs": [[arguments], ...], "fails": {"rank": 1, ...}}'
-"""
+"""A rank of several trainings one after the other, of which one fails."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 
@@ -28,22 +24,16 @@ def fail(rank: int, method: str, step: int, run: str) -> None:
         setattr(train.Run, method, failing)
 
 
-def run(job: dict, printed: str | None = None) -> None:
-    if printed is not None:  # a folder for what the ranks say, where torchrun has not started them
-        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
-        descriptor = os.open(os.path.join(printed, f"rank-{rank}"), os.O_WRONLY | os.O_CREAT)
-        for stream in (1, 2):
-            os.dup2(descriptor, stream)
-    if "fails" in job:
-        fail(**job["fails"])
+def run(runs: list[list[str]], fails: dict, printed: str) -> None:
+    """With the environment that torchrun makes, and what is said in a file of the folder `printed`."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    descriptor = os.open(os.path.join(printed, f"rank-{rank}"), os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    fail(**fails)
     train.draw_run = lambda records, path: path.touch()  # most of the time of a tiny run
-    for arguments in job["runs"]:
+    for arguments in runs:
         status = main(arguments)
         if status:
             sys.exit(status)
-
-
-if __name__ == "__main__":
-    torch.distributed.init_process_group("gloo")
-    run(json.loads(sys.argv[1]))
