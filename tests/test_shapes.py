@@ -101,28 +101,24 @@ def test_doubt_is_said(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None
     path = write(tmp_path, "a.csv", "left\na\nb\n")
     assert "header in doubt; 'left' as sentences; 2 rows" in load_rows(path).account
     (warning,) = recwarn.list
-    decides = "--header or --no-header (header=True or False) decides"
-    assert str(warning.message) == f"{path}: the first line ('left') is taken for a header; {decides}"
+    assert str(warning.message).startswith(f"{path}: the first line ('left') is taken for a header; --header")
     assert warning.filename == __file__
 
 
 def test_parquet(tmp_path: Path) -> None:
     texts = ["One two.", " Three, four.", "NA", None, "Last"]
-    for name, column in {
-        "plain": texts,
-        "large": pyarrow.array(texts, pyarrow.large_string()),
-        "categories": pyarrow.array(texts).dictionary_encode(),
-        "lists": [text and [text] for text in texts],
-    }.items():
-        path = tmp_path / f"{name}.parquet"
+    path = tmp_path / "a.parquet"
+    for column in (
+        pyarrow.array(texts, pyarrow.large_string()),
+        pyarrow.array(texts).dictionary_encode(),
+        [text and [text] for text in texts],
+    ):
         table = pyarrow.table({"line": column, "n": [1.0] * 5})
         pyarrow.parquet.write_table(table, path, row_group_size=2)
         with pytest.warns(UserWarning, match=r"1 of 5 rows are left out, 1 with a blank line \(row 4\)"):
             rows = load_rows(path)
         assert list(rows) == ROWS
-        assert rows.account.startswith(
-            f"{path}: parquet; 'line' as sentences, not used: 'n'; 4 rows; left out"
-        )
+        assert "parquet; 'line' as sentences, not used: 'n'; 4 rows; left out" in rows.account
     refuses(path, "text in column 'n', got double", columns="line,n")
 
 

@@ -116,15 +116,6 @@ def test_a_parquet_file_damaged_inside(tmp_path: Path) -> None:
     refuses(write(tmp_path, "a.parquet", whole[:4] + b"\xff" * 1000 + whole[1004:]), "well-formed parquet")
 
 
-def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    occupied = write(tmp_path, "occupied", "a file, no folder")
-    monkeypatch.setenv("CLUSTERNS_CACHE", str(occupied))
-    with pytest.raises(
-        OSError, match=f"^{occupied}: expected a cache folder.* CLUSTERNS_CACHE names another"
-    ):
-        load_rows(write_lines(tmp_path, 2))
-
-
 def test_a_full_disk_leaves_no_entry(tmp_path: Path, cache: Path) -> None:
     """By a limit on the size of files, which fails in the same calls."""
     resource = pytest.importorskip("resource", reason="limits of Unix")

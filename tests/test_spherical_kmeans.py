@@ -10,14 +10,11 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_close_to_truth
-from kmeans_problems import blobs, oracle, unit
+from kmeans_problems import blobs, oracle
 from largest import LargestTensor
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
-from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.metrics import normalized_mutual_info_score
 from sklearn.utils.estimator_checks import check_estimator
 
 import clusterns
@@ -195,7 +192,7 @@ def test_without_scikit_learn_it_is_named(monkeypatch):
         clusterns.SphericalKMeans  # noqa: B018
 
 
-# --- the kernel, real data ---------------------------------------------------------------------------------
+# --- the kernel --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is for CPU tensors")
@@ -213,20 +210,3 @@ def test_on_the_triton_kernel(monkeypatch):
     fit_as_the_oracle(x)
     assert set(calls) == {torch.float16}
     assert len(calls) > 2
-
-
-def test_news_headlines(shared):
-    """Real text: classes found as well as by scikit-learn's k-means, at no worse an objective."""
-    lines = (shared / "data/clustering/AgNews.tsv").read_text(encoding="utf-8").splitlines()[:4000]
-    labels, texts = zip(*(line.split("\t", 1) for line in lines), strict=True)
-    x = (
-        TfidfVectorizer(max_features=400, stop_words="english", dtype=np.float32)
-        .fit_transform(texts)
-        .toarray()
-    )
-    ours = SphericalKMeans(8, n_init=3, random_state=0).fit(x)
-    theirs = KMeans(8, n_init=3, random_state=0).fit(unit(x))
-    objective = (1 - (unit(x) @ unit(theirs.cluster_centers_).T).max(axis=1)).sum()
-    assert ours.inertia_ < 1.02 * objective
-    found, reached = (normalized_mutual_info_score(labels, m.labels_) for m in (ours, theirs))
-    assert found > 0.9 * reached > 0.05

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 from datetime import timedelta
 
-import torch
+import forked
 import torch.distributed as dist
-from forked import PRELOADED
 
 PATIENCE = 600.0  # seconds that a test waits, on a machine however busy
 
 
 def start(size, meeting, function, *arguments):
     """Processes that run `function(*arguments)` as ranks of a group that meets in a new file `meeting`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    ranks = [
-        context.Process(target=_run, args=(rank, size, str(meeting), function, arguments))
-        for rank in range(size)
-    ]
-    for process in ranks:
-        process.start()
-    return ranks
+    return [forked.start(_run, rank, size, str(meeting), function, arguments) for rank in range(size)]
 
 
 def exit_codes(ranks):
@@ -43,8 +33,6 @@ def _run(rank, size, meeting, function, arguments):
     Its threads must end while the interpreter lives, or the process may abort as it exits. They end with the
     last reference to the group, and DistributedDataParallel holds some in a cycle.
     """
-    gc.freeze()
-    torch.set_num_threads(1)
     # Longer than the tests wait: a rank must notice the death of another itself, not that time has passed.
     patience = timedelta(seconds=2 * PATIENCE)
     dist.init_process_group(
