@@ -37,10 +37,10 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def start(tmp_path):
-    """Runs a command that dies before change `kill_at` of a folder; else returns how many it made.
+    """Runs a command that dies before change `kill_at`; else returns how many it made.
 
-    `kept` is for copies of what is there before each of them: a killed process leaves just that, and one run
-    is enough to have it all.
+    `kept` is for copies of the folder before each of them: a killed process leaves just that, and one run is
+    enough to have it all.
     """
 
     def run(given: list[str], folder: Path, kill_at: int = 0, kept: Path | None = None) -> int:

@@ -18,7 +18,6 @@ from sentence_transformers.losses import MultipleNegativesRankingLoss
 from small_files import cases
 from tiny import SENTENCES, assert_close, make_encoder
 from tiny_prompt import make_kind, make_prompted
-from transformers import AutoModel, AutoTokenizer
 
 from clusterns.encoder import SentenceEncoder
 from clusterns.models.folder import HUB_FILES
@@ -113,17 +112,6 @@ def test_a_pooling_that_sentence_transformers_has_not_is_not_saved_as_another(
         prepare_encoder(config, Task(rows=[], dev=None))
 
 
-def test_a_prompt_model_in_plain_transformers(tmp_path: Path) -> None:
-    encoder = make_prompted("roberta", denoising="frozen", max_length=5)
-    encoder.save(tmp_path)
-    tokenizer, model = AutoTokenizer.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path).eval()
-    tokens = tokenizer(TEXTS, padding=True, truncation=True, return_tensors="pt")
-    place = tokens["input_ids"] == tokenizer.mask_token_id
-    assert place.sum(dim=1).tolist() == [1] * len(TEXTS)
-    with torch.no_grad():
-        assert_close(model(**tokens).last_hidden_state[place], encoder.encode(TEXTS))
-
-
 def test_files_and_what_is_downloaded_of_them(tmp_path: Path) -> None:
     make_prompted("bert", denoising="trained").save(tmp_path)
     assert json.loads((tmp_path / "clusterns.json").read_text()) == {
@@ -199,20 +187,17 @@ def test_training_a_prompt_model_in_sentence_transformers(tmp_path: Path) -> Non
     encoder = make_prompted("bert", denoising="trained")
     model = SentenceTransformer(modules=[PromptEncoder(encoder)], device="cpu")
     assert model.max_seq_length == 6
-    before = encoder.encode(TEXTS)
-    assert_close(model.encode(TEXTS, convert_to_tensor=True), before)
-    optimizer, loss = torch.optim.AdamW(model.parameters(), lr=1e-2), MultipleNegativesRankingLoss(model)
+    assert_close(model.encode(TEXTS, convert_to_tensor=True), encoder.encode(TEXTS))
     preprocess = getattr(model, "preprocess", None) or model.tokenize  # its name before version 5.4
-    loss([preprocess(SENTENCES[:4]), preprocess(SENTENCES[1:5])], None).backward()
-    optimizer.step()
-    after = model.encode(TEXTS, convert_to_tensor=True)
-    assert (after - before).norm() > 0.1
+    columns = [preprocess(SENTENCES[:4]), preprocess(SENTENCES[1:5])]
+    MultipleNegativesRankingLoss(model)(columns, None).backward()
+    torch.optim.AdamW(model.parameters(), lr=1e-2).step()
     model.save(str(tmp_path))
     again = SentenceEncoder.from_pretrained(tmp_path)
     assert again.settings() == encoder.settings()
-    assert_close(again.encode(TEXTS), after)
     loaded = SentenceTransformer(str(tmp_path), device="cpu", trust_remote_code=True)
-    assert_close(loaded.encode(TEXTS, convert_to_tensor=True), after)
+    for other in (again.encode(TEXTS), loaded.encode(TEXTS, convert_to_tensor=True)):
+        assert_close(other, encoder.encode(TEXTS))
     loaded.max_seq_length = 3
     assert loaded[0].encoder.max_length == 3
     with pytest.raises(ValueError, match=r"^max_length: expected 1 to"):

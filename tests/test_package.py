@@ -52,19 +52,6 @@ for command in ("train", "evaluate m --sts-dir d"):
     assert (metadata.distribution("clusterns").read_text("top_level.txt") or "").split() == ["clusterns"]
 
 
-def test_an_interrupt_while_torch_is_loaded():
-    code = """
-class Interrupt:
-    def find_spec(self, name, *_):
-        if name == "torch":
-            raise KeyboardInterrupt
-sys.meta_path.insert(0, Interrupt())
-from clusterns.cli import main
-print(main(["train"]))
-"""
-    assert run(code).splitlines() == ["clusterns: interrupted", "130"]
-
-
 def test_version_is_stated_once():
     assert clusterns.__version__ == metadata.version("clusterns")
     assert f"version: {clusterns.__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -20,7 +18,6 @@ from sentence_transformers import (
 from sentence_transformers.losses import MatryoshkaLoss
 from sentence_transformers_worker import PHRASES, make_model
 from tiny import assert_close
-from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend
 
 from clusterns.sentence_transformers import STATE_FILE, ClusteringState, ClusterNSLoss
 
@@ -43,7 +40,7 @@ def make_loss(model, **settings):
     return ClusterNSLoss(model, 4, start_cosine=1.0, centroid_momentum=0.1, **settings)
 
 
-def make_trainer(loss, folder, data=TEXTS, *, callbacks=None, eval_dataset=None, model_init=None, **more):
+def make_trainer(loss, folder, data=TEXTS, *, callbacks=None, eval_dataset=None, **more):
     """Of the loss's model, or that of a dict's first loss; with training arguments."""
     model = (next(iter(loss.values())) if isinstance(loss, dict) else loss).model
     arguments = {
@@ -59,12 +56,11 @@ def make_trainer(loss, folder, data=TEXTS, *, callbacks=None, eval_dataset=None,
         "disable_tqdm": True,
     } | more
     return SentenceTransformerTrainer(
-        None if model_init else model,
+        model,
         SentenceTransformerTrainingArguments(output_dir=str(folder), **arguments),
         train_dataset=data,
         eval_dataset=eval_dataset,
         loss=loss,
-        model_init=model_init,
         callbacks=[ClusteringState(loss)] if callbacks is None else callbacks,
     )
 
@@ -157,34 +153,15 @@ def test_checkpoints_without_clusters_are_warned_of(
     assert sum("callbacks=[ClusteringState(loss)]" in str(each.message) for each in recwarn) == times
 
 
-class Backend:
-    """Of a hyperparameter search in two trials."""
-
-    name = "optuna"
-
-    def ensure_available(self):
-        pass
-
-    def run(self, trainer, n_trials, direction):
-        for number in range(n_trials):
-            trainer.objective = None
-            trainer.train(trial=SimpleNamespace(number=number, params={}))
-
-
-def test_hyperparameter_search(fresh, tmp_path, monkeypatch):
-    """Each trial has a folder and a model of its own, and begins without clusters."""
-    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: {})
-    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, Backend)
+def test_a_new_model_begins_without_clusters(fresh, tmp_path):
+    """As each trial of a hyperparameter search does."""
     loss = make_loss(fresh())
-    trainer = make_trainer(loss, tmp_path / "run", model_init=fresh, save_steps=1)
-    trainer.hyperparameter_search(lambda trial: {}, n_trials=2, backend="optuna")
-    folders = sorted(path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(STATE_FILE))
-    assert folders == [f"run/run-{number}/checkpoint-{step}" for number in (0, 1) for step in (1, 2)]
-    first, second = (
-        load_file(tmp_path / "run" / f"run-{number}" / "checkpoint-2" / STATE_FILE) for number in (0, 1)
-    )
-    assert first["initialized"]
-    assert torch.equal(first["centroids"], second["centroids"])  # the same trial again
+    make_trainer(loss, tmp_path / "run").train()
+    assert loss.objective.initialized
+    loss.model = torch.nn.Sequential(loss.model)  # wrapped
+    assert loss.objective.initialized
+    loss.model = fresh()
+    assert not loss.objective.initialized
 
 
 def test_prompts_left_out_of_the_mean(tmp_path):

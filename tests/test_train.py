@@ -17,7 +17,7 @@ import train_problems
 from safetensors.torch import load_file
 from test_docstrings import write_packages
 from tiny import assert_close
-from train_problems import command, log_of, refused, run, same_bits, sentences, summary_of, write_place
+from train_problems import command, log_of, refused, run, same_bits, summary_of, write_place
 
 from clusterns import ClusterNSLoss
 from clusterns.cli import main
@@ -239,27 +239,6 @@ def test_half_precision_with_a_scaled_loss(place, plain, tmp_path, monkeypatch):
     before = (output / "model.safetensors").rename(tmp_path / "before.safetensors")
     assert run(place, output, f"{more} --resume", model="still")[:2] == records[:2]
     assert same_bits(before, output / "model.safetensors")
-
-
-def test_what_is_said(place, tmp_path, capsys):
-    """Batches are accumulated across epochs; equal sentences wait; clustering that cannot start is told."""
-    file = tmp_path / "twice.txt"
-    file.write_text("\n".join([*sentences(60), *sentences(40)]) + "\n")
-    more = "--epochs 2 --accumulation-steps 6 --warmup-steps 5 --precision bf16 --start-cosine -0.9"
-    assert [record["step"] for record in run(place, tmp_path / "run", more, file=file)] == [1]
-    equal, *_, never = (record for record in log_of(tmp_path / "run") if "event" in record)
-    assert (equal["event"], never["event"]) == ("equal texts", "clustering never started")
-    assert equal["rows"] > 0
-    said = capsys.readouterr()
-    for words in (
-        f"{file}: txt, a sentence a line; 'text' as sentences; 100 rows, for example",
-        "plan: 3 batches of 32 an epoch, without 4 rows that fill none, 6 of them a step, "
-        "1 steps by 2 epochs, warm-up of 5, 4 clusters",
-        f"{equal['rows']} rows waited for a batch without an equal text",
-        "raise it above",
-    ):
-        assert words in said.out
-    assert "warning: --warmup-steps 5: the learning rate rises to the last of 1 steps" in said.err
 
 
 def test_output_folder_is_guarded(place, tmp_path, capsys):

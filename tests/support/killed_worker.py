@@ -1,5 +1,5 @@
-"""`clusterns` in a process of its own, which kills itself before its n-th change of a folder, or keeps what
-a kill before each change would leave there."""
+"""`clusterns` in a process of its own, which kills itself before its n-th change of the disk, or keeps what a
+kill before each change would leave in a folder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 from clusterns.cli import main
 
 # What Python reports before it changes the file system; os.replace is a rename too.
-CHANGES = {f"os.{name}" for name in ("rename", "remove", "rmdir", "link", "chmod", "truncate")}
+CHANGES = {f"os.{name}" for name in ("mkdir", "rename", "remove", "rmdir", "link", "chmod", "truncate")}
 
 
 def run(
     arguments: list[str], folder: str, kill_at: int, count_file: str, cache: str, kept: str | None = None
 ) -> None:
-    """The command; dies by SIGKILL before change `kill_at` of the folder, or writes how many there were.
+    """The command; dies by SIGKILL before change `kill_at`, or writes how many there were.
 
     `kept`: a folder for copies of the folder as it is before each change, by their numbers.
 
@@ -30,32 +30,20 @@ def run(
     Figure.savefig = lambda self, target, **_: (
         target.write("<svg>") if hasattr(target, "write") else Path(target).write_text("", encoding="utf-8")
     )
-    changes = 0
-
-    def is_change(event: str, details: tuple) -> bool:
-        if event == "open":  # path, mode, flags
-            return bool(details[2] & (os.O_WRONLY | os.O_RDWR))
-        if event == "os.mkdir":  # path, mode, descriptor of a folder
-            return not os.path.isdir(details[0])
-        return event in CHANGES
-
-    def place(path: object, folder_descriptor: object) -> str:
-        name = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
-        if isinstance(folder_descriptor, int) and folder_descriptor >= 0 and not os.path.isabs(name):
-            return os.path.join(os.readlink(f"/proc/self/fd/{folder_descriptor}"), name)  # as rmtree has it
-        return name
+    changes, copying = 0, False
 
     def watch(event: str, details: tuple) -> None:
-        nonlocal changes
-        if not is_change(event, details):
+        nonlocal changes, copying
+        writes = event == "open" and details[2] & (os.O_WRONLY | os.O_RDWR)  # path, mode, flags
+        if copying or not (writes or event in CHANGES):
             return
-        descriptor = None if event == "open" else details[-1]
-        if any(f"{place(detail, descriptor)}/".startswith(f"{folder}/") for detail in details[:2]):
-            changes += 1
-            if kept is not None:
-                shutil.copytree(folder, os.path.join(kept, str(changes)))
-            if changes == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+        changes += 1
+        if kept is not None:
+            copying = True
+            shutil.copytree(folder, os.path.join(kept, str(changes)))
+            copying = False
+        if changes == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
     status = main(arguments)
