@@ -347,22 +347,22 @@ def failing_at(monkeypatch, step: int, error: BaseException) -> None:
     monkeypatch.setattr(Run, "train_step", train_step)
 
 
-def test_full_memory_says_what_helps(place, tmp_path, capsys, monkeypatch):
-    failing_at(monkeypatch, 3, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"))
-    message = refused(capsys, command(place, tmp_path / "run"))
-    assert "step 3: out of memory with --batch-size 32; what helps: --mini-batch-size 8" in message
-    assert "--precision bf16" in message
-    message = refused(capsys, command(place, tmp_path / "run", "--overwrite-output-dir --mini-batch-size 6"))
-    assert "what helps: --mini-batch-size 1" in message
-
-
-def test_an_interrupt_says_what_is_left(place, tmp_path, capsys, monkeypatch):
+def test_what_is_said_of_full_memory_and_an_interrupt(place, tmp_path, capsys, monkeypatch):
+    """What helps, and what is left."""
+    output, more = tmp_path / "run", "--overwrite-output-dir"
+    with monkeypatch.context() as patch:
+        error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+        failing_at(patch, 3, error)
+        message = refused(capsys, command(place, output))
+        assert "step 3: out of memory with --batch-size 32; what helps: --mini-batch-size 8" in message
+        message = refused(capsys, command(place, output, f"{more} --mini-batch-size 6"))
+        assert "what helps: --mini-batch-size 1" in message
     failing_at(monkeypatch, 3, KeyboardInterrupt())
-    assert main(command(place, tmp_path / "run")) == 130
+    assert main(command(place, output, more)) == 130
     left = "step 3: no model was saved; --checkpoint-steps with --resume keeps more"
     assert capsys.readouterr().err.splitlines()[-2:] == ["clusterns: interrupted", left]
-    assert main(command(place, tmp_path / "run", "--overwrite-output-dir --checkpoint-steps 2")) == 130
-    last = tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert main(command(place, output, f"{more} --checkpoint-steps 2")) == 130
+    last = output / "checkpoints" / "step-00000002"
     left = f"step 3: no model was saved; the last good checkpoint is {last}; --resume goes on from it"
     assert capsys.readouterr().err.splitlines()[-1] == left
 
