@@ -27,22 +27,14 @@ def refused(message, call, *arguments, **settings):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("anchors", "positives", "message"),
-    [
-        (GOOD[0], GOOD, r"anchors: expected 2 dimensions \(rows, dim\), got shape \(3,\)"),
-        (GOOD.long(), GOOD, r"anchors: expected float16, .* got torch.int64"),
-        (GOOD.tolist(), GOOD, r"anchors: expected a tensor .* got list"),
-        (GOOD, GOOD.to_sparse(), r"positives: expected a dense tensor, got one of layout torch.sparse_coo"),
-        (GOOD, GOOD[:3], r"positives: expected shape \(4, 3\) to match anchors, got \(3, 3\)"),
-        (GOOD, META, r"positives: expected device cpu to match anchors, got meta"),
-    ],
-)
-def test_embeddings(anchors, positives, message):
-    for call in (info_nce, LOSS):
-        refused(message, call, anchors, positives)
-
-
+EMBEDDINGS = [
+    (GOOD[0], GOOD, r"anchors: expected 2 dimensions \(rows, dim\), got shape \(3,\)"),
+    (GOOD.long(), GOOD, r"anchors: expected float16, .* got torch.int64"),
+    (GOOD.tolist(), GOOD, r"anchors: expected a tensor .* got list"),
+    (GOOD, GOOD.to_sparse(), r"positives: expected a dense tensor, got one of layout torch.sparse_coo"),
+    (GOOD, GOOD[:3], r"positives: expected shape \(4, 3\) to match anchors, got \(3, 3\)"),
+    (GOOD, META, r"positives: expected device cpu to match anchors, got meta"),
+]
 SETTINGS = [
     ("num_clusters", 1, "at least 2 with hard_negatives=True.*got 1"),
     ("num_clusters", 2.5, "an integer, got float 2.5"),
@@ -92,6 +84,7 @@ def test_arguments(arguments, message):
 @pytest.mark.parametrize(
     ("call", "arguments", "message"),
     [
+        *((call, pair, line) for *pair, line in EMBEDDINGS for call in (info_nce, LOSS)),
         (ClusterNSLoss(5, 2), (GOOD, GOOD), r"anchors: expected embedding_dim 5, got shape \(4, 3\)"),
         (LOSS, (META, META), "anchors: expected the device of the loss, cpu, got meta"),
         (LOSS, ([{"ids": GOOD}], None), "anchors: expected a tensor .* got features; the loss that takes"),

@@ -15,25 +15,15 @@ from clusterns.reference import false_negatives_of
 from clusterns.rules import Mates
 
 CASES = range(9)
+NAMES = {"temperature": "tau", "start_cosine": "start", "centroid_momentum": "lr", "hard_negatives": "hard"}
+NAMES |= {"hard_negative_weight": "w", "bml_weight": "lam", "bml_alpha": "alpha", "bml_beta": "beta"}
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
 def loss_for(meta, backend):
     update = "replace" if meta["optim"] == "kmeans" else "mean" if meta["mean"] else "sum"
-    return ClusterNSLoss(
-        meta["D"],
-        meta["K"],
-        temperature=meta["tau"],
-        start_cosine=meta["start"],
-        centroid_momentum=meta["lr"],
-        centroid_update=update,
-        hard_negatives=meta["hard"],
-        hard_negative_weight=meta["w"],
-        bml_weight=meta["lam"],
-        bml_alpha=meta["alpha"],
-        bml_beta=meta["beta"],
-        backend=backend,
-    )
+    settings = {name: meta[key] for name, key in NAMES.items()}
+    return ClusterNSLoss(meta["D"], meta["K"], centroid_update=update, backend=backend, **settings)
 
 
 def assert_close(actual, expected, tolerance, what):

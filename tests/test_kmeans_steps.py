@@ -165,15 +165,6 @@ def test_seeding_picks_one_of_each_group():
         assert len(set(groups[chosen])) == 12
 
 
-def test_seeding_draws_by_weight_and_distance():
-    chance = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0])
-    places = np.append(np.random.default_rng(0).random(20000), [0.0, 1 - 1e-17])
-    drawn = kmeans_seeding._draw(chance, places, torch.ones(6))
-    assert_allclose(torch.bincount(drawn, minlength=6) / 20002, chance, atol=0.02)
-    assert set(drawn.tolist()) == {1, 3, 4}
-    assert set(kmeans_seeding._draw(0 * chance, places, chance).tolist()) == {1, 3, 4}
-
-
 @pytest.mark.parametrize(
     ("groups", "spread", "more"), [(4, 0.2, {"init_size": 50}), (10, 0.8, {"batch_size": 200})]
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import pickle
 import time
@@ -109,13 +107,6 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     assert most + pyarrow.total_allocated_bytes() - before < 15 * 2**20
 
 
-def test_a_parquet_file_damaged_inside(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": [f"line {i}" for i in range(10_000)]}), path)
-    whole = path.read_bytes()
-    refuses(write(tmp_path, "a.parquet", whole[:4] + b"\xff" * 1000 + whole[1004:]), "well-formed parquet")
-
-
 def test_a_full_disk_leaves_no_entry(tmp_path: Path, cache: Path) -> None:
     """By a limit on the size of files, which fails in the same calls."""
     resource = pytest.importorskip("resource", reason="limits of Unix")
@@ -130,18 +121,6 @@ def test_a_full_disk_leaves_no_entry(tmp_path: Path, cache: Path) -> None:
     assert "\n" not in str(caught.value)
     assert not entries(cache)
     assert len(load_rows(path)) == 100_000
-
-
-def test_a_sentence_of_a_million_characters(tmp_path: Path) -> None:
-    """Beyond the csv module's own limit, which is as it was afterwards."""
-    long = "x" * 1_000_000
-    for name, content in (
-        ("a.txt", f"{long}\nshort\n"),
-        ("a.csv", f'text\n"{long}"\nshort\n'),
-        ("a.jsonl", json.dumps({"text": long}) + '\n{"text": "short"}\n'),
-    ):
-        assert list(load_rows(write(tmp_path, name, content))) == [(long,), ("short",)]
-    assert csv.field_size_limit() == 131_072
 
 
 @pytest.mark.parametrize("name", ["wiki1m", "princeton-nlp/datasets-for-simcse", "ours/set:some/file.jsonl"])
