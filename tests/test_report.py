@@ -158,7 +158,6 @@ def test_bad_input_is_one_line_and_leaves_old_files(run: Path, place: Path, tmp_
         (run, one, [], "--sentences: expected at least two different sentences, got one in"),
         (run, sentences, ["--num-clusters", "1000"], "--num-clusters: expected at most one for each of"),
         (run, sentences, ["--csv", str(sentences)], f"of --sentences {sentences}; choose another, as --csv"),
-        (run, sentences, ["--text-columns", "a,b"], "--text-columns: expected one column, got 2: a,b"),
         (run, table, [], "p.csv; choose another, as --csv OTHER.csv"),
         (tmp_path / "broken", sentences, [], "expected finite embeddings, got"),
         (wide, sentences, [], "loss.safetensors: expected centroids of width 16 as the embeddings, got 8"),

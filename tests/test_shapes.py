@@ -268,7 +268,7 @@ def test_labelled_texts(tmp_path: Path, name: str, content: object, options: dic
     [
         ("1\ta\n1\tb\n", "expected at least two classes in '1', got only '1'"),
         ("label\ttext\na\tx\nb\ty\n", "labels that texts share in column 'label', got 2 different ones in 2"),
-        ("".join(f"a{i % 8}\tc{i % 6}\n" for i in range(10)), "10 rows; --label-column 2 --text-columns 1 swaps"),
+        ("".join(f"a{i % 8}\tc{i % 6}\n" for i in range(10)), "10 rows; --label-column 2 --text-columns 1"),
     ],
 )
 def test_malformed_labelled_texts(tmp_path: Path, content: str | bytes, words: str) -> None:
