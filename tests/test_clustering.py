@@ -32,16 +32,13 @@ def test_accuracy_is_that_of_the_best_matching(classes: int, clusters: int) -> N
         assert clustering_accuracy(labels, found) == pytest.approx(best)
 
 
-NAMINGS = {
-    "minus one": lambda ids: [-1 if i == 0 else i for i in ids],
-    "tensor": lambda ids: torch.tensor(ids) * 2**40,
-    "mixed": lambda ids: (["a", None, 7.5][i] for i in ids),
-}
-
-
-@pytest.mark.parametrize("name", NAMINGS.values(), ids=NAMINGS)
-def test_classes_and_clusters_may_be_called_anything(name) -> None:
+@pytest.mark.parametrize("names", [["a", None, 7.5], [-1, 2**40, 2]])
+def test_classes_and_clusters_may_be_called_anything(names: list) -> None:
     """Each is one of its own, and ids of 2**40 make no table of as many rows."""
+
+    def name(ids: list[int]) -> list:
+        return [names[i] for i in ids]
+
     ids, found = [0, 0, 1, 1, 2, 2, 2], [2, 2, 0, 0, 1, 1, 0]
     assert clustering_accuracy(name(ids), name(found)) == pytest.approx(6 / 7)
     embeddings, labels = blobs()

@@ -20,7 +20,7 @@ from clusterns.evaluate import evaluate
 from clusterns.evaluation.correlation import spearman
 from clusterns.evaluation.geometry import mean_cosine, uniformity
 from clusterns.evaluation.sts import SEVEN, SHORT_NAMES, SUBSETS, load_sts, load_sts_subsets
-from clusterns.evaluation.tables import format_table, report
+from clusterns.evaluation.tables import report
 
 SEVEN_SHORT = [SHORT_NAMES.get(name, name) for name in SEVEN]
 QUICK = {"resamples": 0, "cluster_seeds": 1, "progress": False}
@@ -88,6 +88,10 @@ def test_one_command_writes_json_markdown_and_figure(results: dict, place: Path)
     assert markdown == report(results) + "\n"
     assert results["printed"] == report(results, details=False) + "\n"
     assert "two − one" in markdown
+    first = results["models"][0]
+    row = next(line for line in markdown.splitlines() if line.startswith("| one "))
+    figures = [*(first["sts"][name] for name in SEVEN_SHORT), first["avg"]]
+    assert row.split()[3:-1:2] == [f"{figure['spearman']:.2f}" for figure in figures]
     assert (results["errors"], results["settings"]["resamples"]) == ([], 200)
     for model, label in zip(results["models"], ("one", "two"), strict=True):
         assert (model["label"], model["pooling"], model["max_length"]) == (label, "mean", 24)
@@ -244,16 +248,3 @@ def test_a_pooling_for_each_model_and_labels_that_tell_them_apart(models, place,
     assert figures[0] != figures[1]
     (same,) = (c for c in results["comparisons"] if (c["first"], c["second"]) == (f"{one} (auto)", other))
     assert same["sets"]["STS-B"]["p_value"] == 1
-
-
-def test_format_table() -> None:
-    two = {
-        "one": {"STS12": 1.005, "STSBenchmark-test": 70.0},
-        "a longer name": {"STS12": 99.999, "avg": -3.0},
-    }
-    assert format_table(two).splitlines() == [
-        "| model         |  STS12 | STS-B |   avg |",
-        "| :------------ | -----: | ----: | ----: |",
-        f"| one           |   {1.005:.2f} | 70.00 |     - |",
-        "| a longer name | 100.00 |     - | -3.00 |",
-    ]
