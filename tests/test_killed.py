@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import forked
-import killed_worker
 import pytest
+from matplotlib.figure import Figure
 from tiny import write_sts_folder
 from train_problems import assert_ends_alike, command, run, write_place
 
+from clusterns.cli import main
 from clusterns.files import sweep
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_picture")
+# What Python reports before it changes the file system; os.replace is a rename too.
+CHANGES = {f"os.{name}" for name in ("mkdir", "rename", "remove", "rmdir", "link", "chmod", "truncate")}
 SHORT = (
     "STS --resume --max-steps 2 --eval-steps 2 --patience 0 --checkpoint-steps 1 --keep-checkpoints 1 "
     "--batch-size 8"
@@ -35,6 +39,37 @@ def place(tmp_path_factory):
     return root
 
 
+def command_to_die(
+    given: list[str], folder: Path, kill_at: int, kept: Path | None, cache: Path, count: Path
+) -> None:
+    """In a process of its own; says how many changes of the disk there were.
+
+    Pictures are small text files here: drawing takes most of the time, and touches no file.
+    """
+    os.environ["CLUSTERNS_CACHE"] = str(cache)
+    Figure.savefig = lambda self, target, **_: (
+        target.write("<svg>") if hasattr(target, "write") else Path(target).write_text("", encoding="utf-8")
+    )
+    changes, copying = 0, False
+
+    def watch(event: str, details: tuple) -> None:
+        nonlocal changes, copying
+        writes = event == "open" and details[2] & (os.O_WRONLY | os.O_RDWR)  # path, mode, flags
+        if copying or not (writes or event in CHANGES):
+            return
+        changes += 1
+        if kept is not None:
+            copying = True
+            shutil.copytree(folder, kept / str(changes))
+            copying = False
+        if changes == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    assert main(given) == 0
+    count.write_text(str(changes), encoding="utf-8")
+
+
 @pytest.fixture
 def start(tmp_path):
     """Runs a command that dies before change `kill_at`; else returns how many it made.
@@ -45,9 +80,8 @@ def start(tmp_path):
 
     def run(given: list[str], folder: Path, kill_at: int = 0, kept: Path | None = None) -> int:
         count = tmp_path / "count"
-        cache = folder / "rows" if given[0] == "report" else tmp_path / "rows"
-        arguments = (given, str(folder), kill_at, str(count), str(cache), kept and str(kept))
-        process = forked.start(killed_worker.run, *arguments)
+        cache = (folder if given[0] == "report" else tmp_path) / "rows"
+        process = forked.start(command_to_die, given, folder, kill_at, kept, cache, count)
         process.join()
         assert process.exitcode == (-signal.SIGKILL if kill_at else 0)
         return 0 if kill_at else int(count.read_text(encoding="utf-8"))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
-import train_distributed_worker
 import train_problems
 from safetensors.torch import load_file
 from tiny import assert_close
 from train_problems import command, log_of, run, tiny_tokenizer, write_place
 from transformers import XLNetConfig, XLNetModel
 
+from clusterns import train
+from clusterns.cli import main
 from clusterns.encoder import SentenceEncoder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_picture")
@@ -50,10 +53,32 @@ def names(name: str) -> dict[str, str]:
     return {"model": RUNS[name][0], "file": "triplets.csv" if name == "triplets" else "sentences.txt"}
 
 
+def train_all(runs: list[list[str]], fails: dict, folder: str) -> None:
+    """On one rank, with the environment that torchrun makes; on one of them a method fails from a step on."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    descriptor = os.open(os.path.join(folder, f"rank-{rank}"), os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    method = getattr(train.Run, fails["method"])
+
+    def failing(self, *arguments, **keywords):
+        if self.step >= fails["step"] and self.output.name == fails["run"]:
+            raise ValueError(f"{fails['method']}: expected to go on, was made to fail at step {self.step}")
+        return method(self, *arguments, **keywords)
+
+    if rank == fails["rank"]:
+        setattr(train.Run, fails["method"], failing)
+    train.draw_run = lambda records, path: path.touch()  # most of the time of a tiny run
+    for arguments in runs:
+        if status := main(arguments):
+            sys.exit(status)
+
+
 def said_by_two(folder: Path, runs: list[list[str]], **fails: object) -> str:
     """What two ranks say, of which one fails in the end: none waits for one that is gone."""
     folder.mkdir()
-    found = ranks.start(2, folder / "meeting", train_distributed_worker.run, runs, fails, str(folder))
+    found = ranks.start(2, folder / "meeting", train_all, runs, fails, str(folder))
     assert ranks.exit_codes(found) == [2, 2]
     return "".join((folder / f"rank-{rank}").read_text(encoding="utf-8") for rank in range(2))
 
