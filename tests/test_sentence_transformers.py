@@ -1,4 +1,4 @@
-"""The loss in sentence-transformers: theirs where it should be, whole or in mini-batches, and in their Trainer."""
+"""The loss in sentence-transformers: theirs where it should be, in mini-batches, and in their Trainer."""
 
 from __future__ import annotations
 
