@@ -231,7 +231,7 @@ def write_tables(runs: pandas.DataFrame, wanted: argparse.Namespace) -> None:
 def difference(of: pandas.Series, baseline: pandas.Series) -> str:
     """Mean difference to the baseline over the seeds of both, and p of the paired t-test."""
     p = ttest_rel(of, baseline, nan_policy="omit").pvalue
-    return "" if of.equals(baseline) else f"{(of - baseline).mean():+.2f} ({p:.3f})"
+    return "" if of.name == BASELINE else f"{(of - baseline).mean():+.2f} ({p:.3f})"
 
 
 # --- as a script -------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -125,7 +124,7 @@ def row_of(kind: str, contender: str, wanted: argparse.Namespace, **more: Any) -
 
 
 def measure_trainers(folder: Path, wanted: argparse.Namespace, results: Results) -> None:
-    """Time of a step with each trainer, a median, as one slow step is the machine's; theirs over ours."""
+    """Mean time of a steady step with each trainer, and theirs over ours, as medians over the rounds."""
     given = *write_model(folder, wanted.layers, wanted.dim[0]), wanted, folder
     runs: dict[str, Callable[[], tuple[list[float], float]]] = {
         "clusterns train": lambda: ours(*given, clusters=wanted.clusters),
@@ -139,7 +138,7 @@ def measure_trainers(folder: Path, wanted: argparse.Namespace, results: Results)
         row, took = rows[name], times[name]
         try:
             ends, row["loss"] = run()
-            took.append(1e6 * statistics.median(b - a for a, b in itertools.pairwise(ends[WARM_UP:])))
+            took.append(1e6 * (ends[-1] - ends[WARM_UP]) / len(ends[WARM_UP + 1 :]))
             first = times["clusterns train"]
             row |= columns("device_us", took)
             row |= columns("ratio_device", [a / b for a, b in zip(took, first, strict=False)])
