@@ -102,8 +102,8 @@ def test_tol_ends_a_run_and_the_best_run_counts():
     assert runs[0].n_iter_ > runs[1].n_iter_ > runs[2].n_iter_ == 2
     assert runs[0].inertia_ < runs[1].inertia_ < runs[2].inertia_
     random = np.random.RandomState(0)
-    each = [SphericalKMeans(12, init="random", n_init=1, random_state=random).fit(x) for _ in range(5)]
-    best = SphericalKMeans(12, init="random", n_init=5, random_state=0).fit(x)
+    each = [SphericalKMeans(12, init="random", n_init=1, random_state=random).fit(x) for _ in range(6)]
+    best = SphericalKMeans(12, init="random", n_init=6, random_state=0).fit(x)
     assert best.inertia_ == pytest.approx(min(run.inertia_ for run in each))
     assert_array_equal(best.labels_, best.predict(x))
 
