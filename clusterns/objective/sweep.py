@@ -80,6 +80,7 @@ def sweep(batch: Batch, needs: Needs, backend: str, ranks: Alone | None = None) 
                     products.differentiate(columns, rows, weights)
             if gradients:
                 ranks.give(*products.close(columns))
+            del columns, rows, weights  # before the next block takes its workspace
     loss, terms = combine(batch.options, ranks.batch, ranks.sum(products.sums()), products.has_margins)
     of_anchors, of_temperature = products.own()
     found = [of_anchors, *ranks.take()]

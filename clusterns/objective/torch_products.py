@@ -54,6 +54,7 @@ class Columns(NamedTuple):
     own: Tensor | None  # (M, 1) the column of the row's own positive, where it is here
     wanted: slice  # the columns that want a gradient: positives, explicit negatives, or both
     gradient: Tensor | None  # of the unit rows `wanted`
+    buffer: Tensor  # (R, n+N+K) for the weights of a chunk
     totals: bool
 
 
@@ -137,7 +138,6 @@ class TorchProducts:
         state = (*self.a.new_empty((3, count, 1)).unbind(), *self.a.new_zeros((3, count)).unbind())
         self.rows = Rows(slice(0, count), self.a, None, gradient, centroid_cosines, own_hard, bonus, *state)
         self.positive_sum: Tensor | None = None
-        self.buffer: Tensor | None = None  # (R, n+N+K) for the weights of a chunk
         places = self.numbers if self.order is None else self.order
         self.side = Side(
             places + ranks.first if ranks.first else places,
@@ -185,24 +185,23 @@ class TorchProducts:
         gradient = None
         if gradients and wanted.start < wanted.stop:
             gradient = units.new_empty((wanted.stop - wanted.start, units.shape[1]))
+        if self.centroids is not None and own is not None:  # every row meets them once
+            width += self.centroids.shape[0]
+        step = max(1, self.options.workspace_bytes // (3 * width * self.dtype.itemsize))
+        buffer = units.new_empty((min(self.a.shape[0], step), width))
         side = Side(places, ids)
-        return Columns(units, scale, order, side, borders, own, wanted, gradient, totals)
+        return Columns(units, scale, order, side, borders, own, wanted, gradient, buffer, totals)
 
     def chunks(self, columns: Columns) -> Iterator[Rows]:
-        """Rows whose weights fit the workspace, which is held as long as they are asked for."""
-        count, width = self.a.shape[0], columns.units.shape[0]
-        if self.centroids is not None and columns.own is not None:  # every row meets them once
-            width += self.centroids.shape[0]
-        step = min(count, max(1, self.options.workspace_bytes // (3 * width * self.dtype.itemsize)))
-        self.buffer = self.a.new_empty((step, width))
+        """Rows whose weights fit the workspace."""
+        count, step = self.a.shape[0], columns.buffer.shape[0]
         everything = self.rows._replace(own=columns.own)
         if step == count:  # the same without a view: each takes its time beside a small batch
             yield everything
-        else:
-            for start in range(0, count, step):
-                where = slice(start, min(start + step, count))
-                yield Rows(where, *(None if each is None else each[where] for each in everything[1:]))  # type: ignore[arg-type]
-        self.buffer = None
+            return
+        for start in range(0, count, step):
+            where = slice(start, min(start + step, count))
+            yield Rows(where, *(None if each is None else each[where] for each in everything[1:]))  # type: ignore[arg-type]
 
     def weigh(self, columns: Columns, rows: Rows) -> Weights:
         """Take product 1; what the rule decides; and with `totals` what adds up over the columns."""
@@ -299,8 +298,7 @@ class TorchProducts:
 
     def _logits(self, columns: Columns, rows: Rows) -> Tensor:
         """a Xᵀ/τ for the rows of a chunk, with log n_k on the centroids' columns, (R, n+N+K)."""
-        assert self.buffer is not None
-        out, units, scale = self.buffer, columns.units, 1 / self.temperature
+        out, units, scale = columns.buffer, columns.units, 1 / self.temperature
         if out.shape[0] > rows.a.shape[0]:
             out = out[: rows.a.shape[0]]
         others, hard = out[:, : units.shape[0]], out[:, units.shape[0] :]

@@ -34,13 +34,16 @@ _LOG2_E = math.log2(math.e)
 
 
 class Source(NamedTuple):
-    """Columns of one kind: raw rows (n, D), 1/‖row‖ (n,), and what the second and third product take."""
+    """Columns of one kind."""
 
-    raw: Tensor
-    inverse: Tensor
-    operand: Tensor
+    raw: Tensor  # (n, D)
+    inverse: Tensor  # (n,) 1/‖row‖
+    operand: Tensor  # (n, D) what the second and third product take
     tiles: int
     is_centroids: bool
+    wanted: bool = False  # whether they want a gradient
+    gradient: Tensor | None = None  # (n, D) float32, over ‖row‖ and without the projection
+    weights: Tensor | None = None  # (R, padded(n)) of a chunk
 
 
 class Mates(NamedTuple):
@@ -54,10 +57,9 @@ class Mates(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """A block's columns; `gradients`, (n, D) float32 and over ‖row‖, where wanted, but for the projection."""
+    """A block's columns: positives, explicit negatives and, beside the own positives, centroids."""
 
     sources: list[Source]
-    gradients: list[Tensor | None]
     own: Tensor | None  # (M,) by sorted row: the column of its own positive, where it is here
     ids: Tensor | None
     mates: Mates | None
@@ -103,7 +105,7 @@ class TritonProducts:
         if hard_counts is not None:
             assert clusters.centroids is not None
             assert clusters.hard_ids is not None
-            self.centroids = self._source(clusters.centroids.float().contiguous(), True)
+            self.centroids = self._source(clusters.centroids.float().contiguous(), is_centroids=True)
             self.hard_ids, self.uses = self._sorted(clusters.hard_ids), hard_counts.float()
         tau = batch.temperature
         self.temperature = tau.detach().float() if isinstance(tau, Tensor) else tau
@@ -125,53 +127,46 @@ class TritonProducts:
         self.along = zeros()  # Σ a_i · ∂InfoNCE/∂a_i
         self.unit_gradient: Tensor | None = None  # (M, D) float32, sorted: over several blocks
         self.gradient: Tensor | None = None  # (M, D), of the anchors themselves
-        # (R, padded(n)) each: the weights of a chunk; no rows if none are kept
-        self.buffers: list[Tensor] = []
 
     def open(self, block: Block, totals: bool, gradients: bool) -> Columns:
         """Prepare to meet a block: for the totals of the rows, for the gradients, or for both."""
         need_anchors, need_positives, need_negatives, need_temperature = self.ranks.needs
-        sources, needed = [self._source(block.positives)], [need_positives]
+        sources, own = [self._source(block.positives, need_positives)], None
         if block.negatives is not None:
-            sources.append(self._source(block.negatives))
-            needed.append(need_negatives)
-        found = [
-            torch.empty_like(source.raw, dtype=torch.float32) if gradients and need else None
-            for source, need in zip(sources, needed, strict=True)
-        ]
-        own = None
+            sources.append(self._source(block.negatives, need_negatives))
         if block.own is not None:
             own = block.own + self.row_numbers
             if self.centroids is not None:
                 sources.append(self.centroids)
-        if gradients and (need_anchors or need_temperature):
-            if totals:
-                self.gradient = torch.empty_like(self.anchors, dtype=kept_dtype(self.dtype))
-            elif self.unit_gradient is None:
-                self.unit_gradient = torch.zeros_like(self.anchors, dtype=torch.float32)
-        itemsizes = [4 if source.is_centroids else self.weight_dtype.itemsize for source in sources]
-        widths = [padded(len(source.raw)) for source in sources]
+        chunk = min(len(self.anchors), self._chunk(sources, gradients))
+        if gradients:
+            sources = [
+                each._replace(
+                    gradient=torch.empty_like(each.raw, dtype=torch.float32) if each.wanted else None,
+                    weights=each.operand.new_empty((chunk, padded(len(each.raw)))),
+                )
+                for each in sources
+            ]
+            if need_anchors or need_temperature:
+                if totals:
+                    self.gradient = torch.empty_like(self.anchors, dtype=kept_dtype(self.dtype))
+                elif self.unit_gradient is None:
+                    self.unit_gradient = torch.zeros_like(self.anchors, dtype=torch.float32)
+        mates = self._find_mates(block.cluster_ids, own) if self.has_margins else None
+        return Columns(sources, own, block.cluster_ids, mates, chunk, totals, gradients)
+
+    def _chunk(self, sources: list[Source], gradients: bool) -> int:
+        """So many rows that weights and temporaries stay within the workspace; whole tiles if it can be."""
         row_bytes = 28 * self.anchors.shape[1] + 4 * sum(source.tiles for source in sources)
         if gradients:
-            row_bytes += sum(width * size for width, size in zip(widths, itemsizes, strict=True))
-        # So many rows that weights and temporaries stay within the workspace; whole tiles if it can be.
+            row_bytes += sum(padded(len(each.raw)) * each.operand.itemsize for each in sources)
         chunk = max(1, self.options.workspace_bytes // row_bytes)
-        chunk = min(len(self.anchors), chunk - chunk % 128 if chunk > 128 else chunk)
-        mates = self._find_mates(block.cluster_ids, own) if self.has_margins else None
-        return Columns(sources, found, own, block.cluster_ids, mates, chunk, totals, gradients)
+        return chunk - chunk % 128 if chunk > 128 else chunk
 
     def chunks(self, columns: Columns) -> Iterator[slice]:
-        """Rows whose weights fit the workspace, which is held as long as they are asked for."""
-        count, step = len(self.anchors), columns.chunk
-        self.buffers = [
-            source.raw.new_empty(
-                (step if columns.differentiate else 0, padded(len(source.raw))), dtype=source.operand.dtype
-            )
-            for source in columns.sources
-        ]
-        for start in range(0, count, step):
-            yield slice(start, min(start + step, count))
-        self.buffers = []
+        """Rows whose weights fit the workspace."""
+        for start in range(0, len(self.anchors), columns.chunk):
+            yield slice(start, min(start + columns.chunk, len(self.anchors)))
 
     def weigh(self, columns: Columns, rows: slice) -> Weights:
         """Take product 1; with `totals` also what adds up over the columns."""
@@ -217,8 +212,9 @@ class TritonProducts:
         row_scale = 1.0 / (self.ranks.batch * self.temperature * (positive + others))  # 1/(BτZ)
         need_anchors, _, _, need_temperature = self.ranks.needs
         parts = [
-            buffer[: len(x), : len(source.raw)]
-            for source, buffer in zip(columns.sources, self.buffers, strict=True)
+            source.weights[: len(x), : len(source.raw)]
+            for source in columns.sources
+            if source.weights is not None
         ]
         du: Tensor | None = None
         if need_anchors or need_temperature:
@@ -239,15 +235,16 @@ class TritonProducts:
                 du -= p * own_weight[:, None]
         scaled = a * row_scale[:, None]
         share = scaled.to(self.weight_dtype)
-        for place, (gradient, part) in enumerate(zip(columns.gradients, parts, strict=False)):
-            if gradient is not None:
-                _accumulate(gradient, part.T, share, first=rows.start == 0)  # product 3
-                if place > 0 and self.dtype == torch.float16:
-                    _accumulate(gradient, part.T, (scaled - share).to(share.dtype), first=False)
-        if own_weight is not None and columns.own is not None and columns.gradients[0] is not None:
+        positives = columns.sources[0]
+        for source, part in zip(columns.sources, parts, strict=True):
+            if source.gradient is not None:
+                _accumulate(source.gradient, part.T, share, first=rows.start == 0)  # product 3
+                if source is not positives and self.dtype == torch.float16:
+                    _accumulate(source.gradient, part.T, (scaled - share).to(share.dtype), first=False)
+        if own_weight is not None and columns.own is not None and positives.gradient is not None:
             own = columns.own[rows]
-            own_weight *= columns.sources[0].inverse[own]
-            columns.gradients[0].index_add_(0, own, a * own_weight[:, None], alpha=-1)
+            own_weight *= positives.inverse[own]
+            positives.gradient.index_add_(0, own, a * own_weight[:, None], alpha=-1)
         if du is None:
             return
         if self.unit_gradient is not None:
@@ -258,19 +255,19 @@ class TritonProducts:
     def close(self, columns: Columns) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the block's positives (n, D) and explicit negatives (N, D), where wanted."""
         positives, mates = columns.sources[0], columns.mates
-        if mates is not None and self.slope_scale and columns.gradients[0] is not None:
+        if mates is not None and self.slope_scale and positives.gradient is not None:
             launchers.add_margins(
                 positives.raw, self.anchors, mates.of_columns, x_inverse=positives.inverse,
                 y_inverse=self.anchor_inverse, x_order=mates.order, y_order=self.row_numbers, own=mates.owner,
-                positive=self.positive_cosine, out=columns.gradients[0], TRANSPOSED=True, **self.margins,
+                positive=self.positive_cosine, out=positives.gradient, TRANSPOSED=True, **self.margins,
             )  # fmt: skip
         # Those that ranks add up stay in float32.
         dtype = torch.float32 if self.ranks.size > 1 else kept_dtype(self.dtype)
         through: list[Tensor | None] = [None, None]
-        for place, (source, gradient) in enumerate(zip(columns.sources, columns.gradients, strict=False)):
-            if gradient is not None:
+        for place, source in enumerate(columns.sources):
+            if source.gradient is not None:
                 through[place] = out = torch.empty_like(source.raw, dtype=dtype)
-                launchers.through_norm(gradient, source.raw, source.inverse, out, scaled=True)
+                launchers.through_norm(source.gradient, source.raw, source.inverse, out, scaled=True)
         return through[0], through[1]
 
     def sums(self) -> Tensor:
@@ -295,11 +292,11 @@ class TritonProducts:
     def _sorted(self, rows: Tensor) -> Tensor:
         return rows if self.order is None else rows[self.order]
 
-    def _source(self, raw: Tensor, is_centroids: bool = False) -> Source:
+    def _source(self, raw: Tensor, wanted: bool = False, is_centroids: bool = False) -> Source:
         raw = unit_stride(raw.detach() if is_centroids else raw.detach().to(self.dtype))
         operand = raw if is_centroids else raw.to(self.weight_dtype)
         tiles = launchers.column_tiles(raw, self.anchors)
-        return Source(raw, inverse_norms(raw, torch.float32), operand, tiles, is_centroids)
+        return Source(raw, inverse_norms(raw, torch.float32), operand, tiles, is_centroids, wanted)
 
     def _find_mates(self, ids: Tensor | None, own: Tensor | None) -> Mates:
         assert ids is not None
@@ -316,29 +313,22 @@ class TritonProducts:
         return Mates(order, _borders(ids, row_ids), _borders(row_ids, ids), own_place, owner_place)
 
     def _launch(
-        self,
-        mode: str,
-        columns: Columns,
-        x: Tensor,
-        x_inverse: Tensor,
-        rows: slice,
-        reference: Tensor | None,
+        self, mode: str, columns: Columns, x: Tensor, x_inverse: Tensor, rows: slice, reference: Tensor | None
     ) -> Tensor:
         """Run the first product for every kind of columns; row sums or maxima by tile, (tiles, R)."""
         tiles = [source.tiles for source in columns.sources]
         partial = torch.empty((sum(tiles), len(x)), dtype=torch.float32, device=x.device)
-        pieces = zip(columns.sources, self.buffers, partial.split(tiles), strict=True)
-        for place, (source, buffer, part) in enumerate(pieces):
+        for source, part in zip(columns.sources, partial.split(tiles), strict=True):
             more: dict[str, Tensor | None] = {}
-            if place == 0:
+            if source is columns.sources[0]:
                 more["own"] = columns.own[rows] if columns.own is not None else None
-            if place == 0 and self.excludes and self.cluster_ids is not None:
-                more.update(row_ids=self.cluster_ids[rows], column_ids=columns.ids)
+                if self.excludes and self.cluster_ids is not None:
+                    more.update(row_ids=self.cluster_ids[rows], column_ids=columns.ids)
             if source.is_centroids:
                 more.update(uses=self.uses, hard_ids=self.hard_ids[rows])
             launchers.weigh(
                 mode, x, source.raw, x_inverse=x_inverse, y_inverse=source.inverse, partial=part,
-                weights=buffer if mode == "weights" else None, temperature=self.temperature,
+                weights=source.weights if mode == "weights" else None, temperature=self.temperature,
                 hard_negative_weight=float(self.options.hard_negative_weight), reference=reference, **more,
             )  # fmt: skip
         return partial
