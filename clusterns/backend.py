@@ -7,7 +7,7 @@
 | "torch" | row chunks in plain torch, on any device |
 | "reference" | one formula a line, for checks |
 
-Triton has two regimes, chosen by size: "triton" keeps all cosines for the backward where they fit the
+Triton has two regimes, chosen by size: "triton" keeps a weight for every cosine where they fit the
 workspace; "triton-chunked" sweeps over larger batches, and those that ranks share, in row chunks.
 
 `CLUSTERNS_DISABLE_TRITON=1` in the environment turns Triton off.
