@@ -12,7 +12,7 @@ import torch
 import train_problems
 from safetensors.torch import load_file
 from tiny import assert_close
-from train_problems import command, log_of, run, tiny_tokenizer, write_place
+from train_problems import command, log_of, run, write_place
 from transformers import XLNetConfig, XLNetModel
 
 from clusterns import train
@@ -44,7 +44,8 @@ def place(tmp_path_factory):
     root = write_place(tmp_path_factory.mktemp("distributed"))
     torch.manual_seed(0)
     xlnet = XLNetModel(XLNetConfig(d_model=32, n_layer=2, n_head=2, d_inner=64, dropout=0.0, vocab_size=500))
-    SentenceEncoder(xlnet, tiny_tokenizer(), pooling="mean").save(root / "xlnet")
+    tokenizer = SentenceEncoder.from_pretrained(root / "still").tokenizer
+    SentenceEncoder(xlnet, tokenizer, pooling="mean").save(root / "xlnet")
     return root
 
 

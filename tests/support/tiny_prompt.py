@@ -17,7 +17,7 @@ BERT_SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", 
 ROBERTA_SPECIAL = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}
 PROMPT_WORDS = ["this", "sentence", "of", ":", '"', "'", "means", ".", "?", "mask", "[", "]"]
 # Kinds with [MASK] that take position ids and no other positions; and RoBERTa, which counts them from 2.
-ABSOLUTE = ("bert", "distilbert", "electra", "albert", "roberta")
+ABSOLUTE = ("bert", "distilbert", "roberta")
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 3,
@@ -74,8 +74,6 @@ def transformer_of(kind: str, vocabulary: int, seed: int = 0, **changes: Any) ->
         values = {**values, "hidden_dim": values.pop("intermediate_size")}
     if kind in ("roberta", "mpnet"):
         values = {"pad_token_id": 1, **values}
-    if kind in ("electra", "albert"):
-        values = {"embedding_size": 8, **values}
     if kind == "deberta-v2":
         relative = {
             "relative_attention": True,

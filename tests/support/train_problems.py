@@ -26,17 +26,12 @@ def sentences(count: int) -> list[str]:
     return list(distinct)
 
 
-def tiny_tokenizer():
-    """With a vocabulary for `sentences`."""
-    return train_tokenizer(sentences(400), vocab_size=500)
-
-
 def save_tiny_model(folder: Path, *, dropout: float = 0.1, pooling: str = "cls", std: float = 0.02) -> Path:
     """Folder of a random two-layer BERT with a vocabulary for `sentences`.
 
     With "mean" pooling and words of a larger deviation it tells sentences apart before it is trained.
     """
-    tokenizer = tiny_tokenizer()
+    tokenizer = train_tokenizer(sentences(400), vocab_size=500)
     torch.manual_seed(0)
     bert = small_bert(tokenizer, seed=0, hidden_size=32, layers=2, heads=2, dropout=dropout, word_std=std)
     SentenceEncoder(bert, tokenizer, pooling=pooling).save(folder)
@@ -71,19 +66,14 @@ def write_place(root: Path) -> Path:
     return root
 
 
-def flags(model: Path, train_file: Path, output: Path, *more: str) -> list[str]:
-    """A command line of `clusterns`; what is in `more` overrides."""
-    fixed = "--batch-size 32 --learning-rate 1e-3 --num-clusters 4 --start-cosine 1 --log-steps 1"
-    paths = ["--model", str(model), "--train-file", str(train_file), "--output-dir", str(output)]
-    return ["train", *paths, *fixed.split(), "--precision", "fp32", "--device", "cpu", *more]
-
-
 def command(
     place: Path, output: Path, more: str = "", *, model: str = "model", file: str = "sentences.txt"
 ) -> list[str]:
-    """A command line for what `write_place` wrote; "STS" in `more` stands for the dev set."""
-    words = more.replace("STS", f"--sts-dir {place / 'sts'}").split()
-    return flags(place / model, place / file, output, "--no-tensorboard", *words)
+    """A command line for what `write_place` wrote; `more` overrides, and "STS" in it stands for the dev set."""
+    fixed = "--batch-size 32 --learning-rate 1e-3 --num-clusters 4 --start-cosine 1 --log-steps 1"
+    fixed += " --precision fp32 --device cpu --no-tensorboard"
+    paths = ["--model", str(place / model), "--train-file", str(place / file), "--output-dir", str(output)]
+    return ["train", *paths, *fixed.split(), *more.replace("STS", f"--sts-dir {place / 'sts'}").split()]
 
 
 def run(place: Path, output: Path, more: str = "", **names: str) -> list[dict]:
@@ -121,18 +111,17 @@ def same_bits(one: Path, other: Path) -> bool:
 
 def assert_ends_alike(one: Path, other: Path) -> None:
     """Same files, and to the bit the same weights, centroids, log, best model, summary and checkpoints."""
-    names = [
+    ours, theirs = (
         sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file()) for root in (one, other)
-    ]
-    assert names[0] == names[1]
-    for name in map(str, names[0]):
-        if name.endswith(".safetensors"):
+    )
+    assert ours == theirs
+    for name in ours:
+        if name.suffix == ".safetensors":
             assert same_bits(one / name, other / name), name
-        elif name.endswith("log.jsonl"):
+        elif name.name == "log.jsonl":
             logs = [log_of((root / name).parent) for root in (one, other)]
-            assert [{**record, "seconds": 0} for record in logs[0]] == [
-                {**record, "seconds": 0} for record in logs[1]
-            ], name
+            for records in zip(*logs, strict=True):
+                assert {**records[0], "seconds": 0} == {**records[1], "seconds": 0}, name
     summaries = [summary_of(folder) for folder in (one, other)]
     for key in ("finished", "scores", "best_step"):
         assert summaries[0][key] == summaries[1][key]
