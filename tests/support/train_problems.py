@@ -69,7 +69,7 @@ def write_place(root: Path) -> Path:
 def command(
     place: Path, output: Path, more: str = "", *, model: str = "model", file: str = "sentences.txt"
 ) -> list[str]:
-    """A command line for what `write_place` wrote; `more` overrides, and "STS" in it stands for the dev set."""
+    """A command line for what `write_place` wrote, overridden by `more`, where "STS" is for the dev set."""
     fixed = "--batch-size 32 --learning-rate 1e-3 --num-clusters 4 --start-cosine 1 --log-steps 1"
     fixed += " --precision fp32 --device cpu --no-tensorboard"
     paths = ["--model", str(place / model), "--train-file", str(place / file), "--output-dir", str(output)]
