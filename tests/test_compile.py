@@ -95,7 +95,7 @@ def test_reference_keeps_its_gradient():
     views = views_of(8, 0, torch.float64)
 
     def terms(function):
-        found = function(*views, backend="reference")
+        found = function(Batch(*views), "reference")
         return found[:5], torch.autograd.grad(found.loss, views)
 
     found = terms(torch.compile(objective, backend="inductor", fullgraph=True))
