@@ -40,6 +40,7 @@ lint: $(VENV)/.ready-test
 
 bench: $(VENV)/.ready-test
 	$(RUN)/python bench/run.py --output bench/results
+	$(RUN)/python -m pytest bench --benchmark-only
 
 exactness: $(VENV)/.ready-test
 	TRITON_INTERPRET=1 $(RUN)/python bench/run.py exactness --dim 256 --output bench/results
@@ -57,4 +58,4 @@ $(VENV)/.ready-%: $(SETUP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -83,8 +83,7 @@ def record(dtype: torch.dtype, dim: int, batch: int) -> dict[str, launch.Launch]
     def a_chunk(rule: str, others: Any, temperature: Any, needs: bool) -> None:
         ids = meta(batch, dtype=torch.int64)
         clusters, options = Clusters(ids, centroids, ids), Options(0.0, rule)
-        batch = Batch(x, y, others, temperature, clusters, options)
-        sweep(batch, (needs,) * 4, "triton-chunked")
+        sweep(Batch(x, y, others, temperature, clusters, options), (needs,) * 4, "triton-chunked")
 
     with launch.recording() as recorded:
 
@@ -202,12 +201,14 @@ def compile_case(target_name: str, case: Case) -> dict[str, Any]:
             built = compile_launch(recorded, target_name)
     except Exception as error:  # whatever the compiler throws is the finding
         return {**row, "error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"}
-    read = read_cubin if TARGETS[target_name][0] == "cuda" else read_amd
-    return {**row, "shared_bytes": built.metadata.shared, **read(built)}
+    code, used = (read_cubin if TARGETS[target_name][0] == "cuda" else read_amd)(built)
+    counted = sorted(Counter(MATRIX_INSTRUCTIONS.findall(code)).items())
+    kinds = " ".join(f"{name}:{count}" for name, count in counted)
+    return {**row, "shared_bytes": built.metadata.shared, **used, "matrix_instructions": kinds}
 
 
-def read_cubin(built: Any) -> dict[str, Any]:
-    """Registers, local memory and matrix instructions of a compiled NVIDIA kernel."""
+def read_cubin(built: Any) -> tuple[str, dict[str, Any]]:
+    """Code, registers and local memory of a compiled NVIDIA kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
@@ -219,21 +220,15 @@ def read_cubin(built: Any) -> dict[str, Any]:
         )
     registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
-    return {"registers": registers, "stack_bytes": stack, "spills": spills, **matrix_instructions(code)}
+    return code, {"registers": registers, "stack_bytes": stack, "spills": spills}
 
 
-def read_amd(built: Any) -> dict[str, Any]:
-    """Vector registers, spilled registers and matrix instructions of a compiled AMD kernel."""
+def read_amd(built: Any) -> tuple[str, dict[str, Any]]:
+    """Code, vector registers and spilled registers of a compiled AMD kernel."""
     code = built.asm["amdgcn"]
     names = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count")
     registers, stack, *spills = (int(re.search(rf"\.{name}:\s*(\d+)", code)[1]) for name in names)
-    return {"registers": registers, "stack_bytes": stack, "spills": sum(spills), **matrix_instructions(code)}
-
-
-def matrix_instructions(code: str) -> dict[str, str]:
-    """Kinds and numbers of matrix instructions in disassembled code."""
-    counted = Counter(MATRIX_INSTRUCTIONS.findall(code))
-    return {"matrix_instructions": " ".join(f"{name}:{count}" for name, count in sorted(counted.items()))}
+    return code, {"registers": registers, "stack_bytes": stack, "spills": sum(spills)}
 
 
 def violations(row: dict[str, Any], shared_limit: int | None = None) -> list[str]:

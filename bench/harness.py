@@ -24,14 +24,7 @@ class LostDevice(RuntimeError):
 class Bench:
     """Adds rows to the results, and knows ours in the case that was measured last."""
 
-    def __init__(
-        self,
-        results: Results,
-        clock: Clock,
-        *,
-        graphs: bool = False,
-        before: Path | None = None,
-    ):
+    def __init__(self, results: Results, clock: Clock, *, graphs: bool = False, before: Path | None = None):
         self.results, self.clock = results, clock
         self.graphs, self.before = graphs, before
         self.on_gpu = clock.device.type == "cuda"

@@ -152,8 +152,6 @@ def run_all(todo: list[Stage], results: Results, deadline: float) -> bool:
     return well
 
 
-# --- command line ------------------------------------------------------------------------------------------
-
 SIZED = ["step", "objective", "plain", "large", "k-means", "evaluate"]
 # Questions of files of their own: sizes unless others are given, and no time budget.
 OWN_SIZES: dict[str, dict[str, object]] = {
