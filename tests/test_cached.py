@@ -124,15 +124,6 @@ def test_dropout_is_replayed_on_a_gpu(place):
     check(step, dtype=torch.float32, place="cuda")
 
 
-def test_where_encode_fails_the_random_numbers_stay():
-    encoder = Encoder()
-    loss, before = make_loss()(encoder, rows(10), rows(10)), torch.get_rng_state()
-    encoder.layers[0].register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        loss.backward()
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_each_mini_batch_is_encoded_again_at_every_backward():
     tau = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
     encoder, loss_fn = Encoder(), make_loss(temperature=tau)
@@ -191,18 +182,12 @@ def test_forms_of_input(wrap):
 
 X, ENCODER = rows(6), Encoder()
 NEEDS_GRAD = X.clone().requires_grad_()
-NO_ROW = "expected tensors of at least one row, got none"
 REFUSED = [
     ((X, X, X), "encode: expected a function of inputs, got Tensor"),
-    ((ENCODER, "text", X), "anchors: expected a tensor, or a dict or tuple of tensors, got str"),
     ((ENCODER, X, {"x": X, "length": 3}), "positives: expected a tensor, .* got int"),
-    ((ENCODER, X[:0], X), f"anchors: {NO_ROW}"),
-    ((ENCODER, X, X, {}), f"negatives: {NO_ROW}"),
-    ((ENCODER, X.sum(), X), r"anchors: expected tensors of shape \(rows, ...\), got a 0-dim"),
     ((ENCODER, (X, X[1:]), X), r"anchors: expected tensors of equally many rows, got \[6, 5\]"),
     ((ENCODER, X, X[1:]), "positives: expected 6 rows to match anchors, got 5"),
     ((ENCODER, NEEDS_GRAD, X), "anchors: expected inputs that require no gradient, got a tensor that does"),
-    ((lambda x: [x], X, X), "encode: expected a tensor of shape .* got list"),
     ((lambda x: x[:1], X, X), "encode: expected 4 embeddings for 4 rows, got 1"),
     ((lambda x: x.to("meta"), X, X), "encode: expected embeddings on the device of the loss .* got meta"),
 ]

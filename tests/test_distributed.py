@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import distributed_worker
-import failure_worker
 import pytest
 import ranks
+import torch
+import torch.distributed as dist
+
+from clusterns import ClusterNSLoss
+from clusterns.objective.torch_products import TorchProducts
+
+EXIT_CODE = 17  # of the rank that dies
 
 
 def test_ranks_equal_one_process(tmp_path):
@@ -16,9 +25,29 @@ def test_ranks_equal_one_process(tmp_path):
     assert checked == ["2 ranks", "3 ranks", "4 ranks"]
 
 
+def die_amid_a_step(gather, folder):
+    """Three steps of a rank; on rank 1 the second ends after its first sweep, with blocks on their way."""
+    note, close = Path(folder, str(dist.get_rank())), TorchProducts.close
+    loss_fn = ClusterNSLoss(8, 3, start_cosine=1.0, process_group=dist.group.WORLD, gather=gather)
+
+    def dying(*arguments):
+        close(*arguments)
+        note.write_text("dies", encoding="utf-8")
+        os._exit(EXIT_CODE)
+
+    for step in (1, 2, 3):
+        if step == 2 and dist.get_rank() == 1:
+            TorchProducts.close = dying
+        try:
+            loss_fn(*torch.randn(2, 6, 8, requires_grad=True)).backward()
+        except Exception as error:
+            note.write_text(f"step {step} raised {type(error).__name__}", encoding="utf-8")
+            raise
+
+
 @pytest.mark.parametrize("gather", ["all", "ring"])
 def test_ranks_raise_by_themselves_when_one_dies(tmp_path, gather):
-    found = ranks.start(3, tmp_path / "store", failure_worker.main, gather, str(tmp_path))
-    assert ranks.exit_codes(found) == [1, failure_worker.EXIT_CODE, 1]
+    found = ranks.start(3, tmp_path / "store", die_amid_a_step, gather, str(tmp_path))
+    assert ranks.exit_codes(found) == [1, EXIT_CODE, 1]
     notes = [(tmp_path / str(rank)).read_text(encoding="utf-8") for rank in range(3)]
     assert notes == ["step 2 raised RuntimeError", "dies", "step 2 raised RuntimeError"]

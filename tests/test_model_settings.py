@@ -24,8 +24,6 @@ from clusterns.models.folder import HUB_FILES
 from clusterns.models.pooling import POOLINGS, Pooling
 from clusterns.models.prompts import PUBLISHED, Prompt
 from clusterns.sentence_transformers_modules import PromptEncoder
-from clusterns.training.config import TrainConfig
-from clusterns.training.task import Task, prepare_encoder
 
 TEXTS = [*SENTENCES, "the cat sat on the mat far far far home home", " the cat ", "a [MASK] cat", "far?"]
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -96,20 +94,6 @@ def test_saved_encoders_give_the_same_vectors(
         read = SentenceEncoder.from_pretrained(theirs)
         assert read.max_length == 9
         assert_close(read.encode(texts), encoder.encode(texts))
-
-
-def test_a_pooling_that_sentence_transformers_has_not_is_not_saved_as_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(POOLINGS, "new", Pooling(largest, "median"))
-    words = r"^pooling: expected one that sentence-transformers has too, 'cls' or .*, to save, got 'new'$"
-    with pytest.raises(ValueError, match=words):
-        make_kind("bert", pooling="new").save(tmp_path / "folder")
-    assert list(tmp_path.iterdir()) == []
-    make_kind("bert").save(tmp_path)
-    config = TrainConfig(model=str(tmp_path), pooling="new")
-    with pytest.raises(ValueError, match=words):  # before the training, not after it
-        prepare_encoder(config, Task(rows=[], dev=None))
 
 
 def test_files_and_what_is_downloaded_of_them(tmp_path: Path) -> None:
@@ -223,24 +207,14 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("failing", ["write_json", "disk"])
-def test_failed_save_leaves_the_previous_model(
-    failing: str, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At its last file, or at the first that is larger than the disk has room for."""
+def test_failed_save_leaves_the_previous_model(saved: Path) -> None:
+    """At the first file that is larger than the disk has room for."""
     before, limits = snapshot(saved), resource.getrlimit(resource.RLIMIT_FSIZE)
     assert (saved / "model.safetensors").stat().st_size > 9000
-
-    def fail(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    if failing == "disk":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
-    else:
-        monkeypatch.setattr(f"clusterns.models.saving.{failing}", fail)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
     try:
         for folder in (saved, saved.parent / "fresh"):
-            with pytest.raises(OSError, match="No space left|File too large"):
+            with pytest.raises(OSError, match="File too large"):
                 make_encoder(seed=1, pooling="mean").save(folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -277,34 +251,24 @@ BROKEN = {
     "train head.safetensors": [([], "expected a head of width 16")],
     "train sentence_bert_config.json": [({"max_seq_length": "32"}, "expected a whole number")],
     "train modules.json": [
-        ([{"path": ""}], "expected a list of modules"),
-        ([DENSE], "got Dense"),
         ([*LISTED, DENSE], "expected Transformer, Pooling to match .*, got Dense, Pooling, Transformer"),
     ],
     "train 1_Pooling/config.json": [
         ({"pooling_mode": "max"}, "expected the pooling cls or mean, got max"),
-        ({"pooling_mode": ["cls", "mean"]}, "got cls and mean"),
-        ({"pooling_mode": []}, "got none"),
         ({"pooling_mode": "mean"}, "the pooling cls to match clusterns.json, got mean; give a pooling"),
     ],
     "prompt clusterns.json": [
         (None, "clusterns.json: expected the settings of a prompt model"),
         ({"format": 2}, "expected format 1, got 2; a newer clusterns"),
-        ({"pooling": 3}, "expected the settings of an encoder"),
         ({"pooling": "max"}, "clusterns.json: pooling: expected one of 'cls', .*got 'max'"),
         ({"pooling": "cls"}, "clusterns.json: pooling: expected 'mask' for a prompt model, got 'cls'"),
-        ({"head": "never"}, "clusterns.json: head: expected one of 'train', 'always', 'none', got 'never'"),
         ({"prompt": {"templates": ["[MASK]"]}}, r"json: template: expected one \[X\] for the sentence"),
-        ({"prompt": {"template": "x"}}, "clusterns.json: .*unexpected keyword argument 'template'"),
-        ({"prompt": None}, "clusterns.json: pooling: expected another one without a prompt, got 'mask'"),
-        ({"max_length": "6"}, "expected a whole number as max_length, got '6'"),
         ({"whitening": True}, "expected format, head, max_length, pooling, prompt, got 'whitening'"),
     ],
     "prompt tokenizer/tokenizer.json": [(None, "^model: expected tokenizer .* in .*tokenizer, got a folder")],
     "always head.safetensors": [(None, "^model: expected head.safetensors in")],
     "dense 2_Dense/config.json": [
         ({"activation_function": "torch.nn.Identity"}, "with bias and Tanh, got 16 to 16 with Identity"),
-        ({"out_features": 8}, "expected a head of width 16 with bias and Tanh, got 16 to 8 with Tanh"),
     ],
 }
 
@@ -330,12 +294,7 @@ def test_broken_files(place: str, change: Any, words: str, tmp_path: Path) -> No
         assert SentenceEncoder.from_pretrained(tmp_path, head="always").head is not None
 
 
-def test_what_is_no_contradiction_and_weights_that_are(saved: Path) -> None:
-    listed = [*LISTED, {"type": "x.Normalize", "path": "2_Normalize"}]
-    (saved / "modules.json").write_text(json.dumps(listed))
-    assert SentenceEncoder.from_pretrained(saved).pooling == "cls"
-    save_file({"weight": torch.zeros(8, 8), "bias": torch.zeros(8)}, saved / "head.safetensors")
-    assert_refused("expected a head of width 16", saved)
+def test_missing_weights_are_refused(saved: Path) -> None:
     weights = load_file(saved / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
