@@ -184,7 +184,7 @@ def evaluate(batch: Batch, backend: str, ranks: Alone | None = None) -> Objectiv
         if not clusters.hard_negatives:
             parts[5] = None
         return ObjectiveTerms(loss, *parts[: 4 if clusters.centroids is None else 7])  # type: ignore[arg-type]
-    if clusters.hard_ids is not None:
+    if clusters.hard_ids is not None and clusters.hard_ids.dtype != torch.int64:
         batch = batch._replace(clusters=clusters._replace(hard_ids=clusters.hard_ids.long()))
     if backend == "reference":
         return _reference_objective(batch)

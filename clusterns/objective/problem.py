@@ -120,11 +120,10 @@ def own_bonus(counts: Tensor, weight: float) -> Tensor:
 
 def combine(options: Options, size: int, sums: Tensor, has_margins: bool) -> tuple[Tensor, Tensor]:
     """Loss and terms of `Found` from the sums over all `size` rows that `Products.sums` gives, (3 + 2·D,)."""
-    info_nce, margins, positive_cosine = sums[:3].unbind()
-    anchors, positives = sums[3:].chunk(2)
-    info_nce, bml = info_nce / size, margins / size**2
+    info_nce, bml, positive_cosine = (sums[:3] / size).unbind()
+    bml = bml / size
     if has_margins:
         bml = bml + options.margin_at_zero
-    mean_cosine = torch.dot(anchors, positives) / size**2  # without S: identity 2
+    mean_cosine = torch.dot(*sums[3:].chunk(2)) / size**2  # without S: identity 2
     loss = torch.add(info_nce, bml, alpha=options.bml_weight)
-    return loss, torch.stack([info_nce, bml, mean_cosine, positive_cosine / size])
+    return loss, torch.stack([info_nce, bml, mean_cosine, positive_cosine])
