@@ -28,9 +28,7 @@ SLOW = set(
     """audit bench bench_ablations cached checkpoint compile distributed docs evaluate files
     fused_module killed launch model_settings package report sources spherical_kmeans train
     train_distributed test_known_score_of_a_test_set test_never_builds_a_square_matrix
-    test_ranks_equal_one_process test_real_triplets
-    test_resume_keeps_the_clusters test_the_switch_reaches_a_new_process
-    test_workers_give_what_this_process_gives""".split()
+    test_ranks_equal_one_process test_real_triplets test_resume_keeps_the_clusters""".split()
 )
 
 # Real data beside the checkout; a user's checkout has none, and the tests that need it skip.

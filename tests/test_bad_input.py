@@ -18,7 +18,6 @@ from clusterns import (
 GOOD, META = torch.randn(4, 3), torch.empty(4, 3, device="meta")
 LOSS = ClusterNSLoss(3, 2)
 IDS = torch.zeros(4, dtype=torch.int64)
-NAN, INFINITE = float("nan"), float("inf")
 
 
 def refused(message, call, *arguments, **settings):
@@ -28,20 +27,15 @@ def refused(message, call, *arguments, **settings):
 
 
 EMBEDDINGS = [
-    (GOOD[0], GOOD, r"anchors: expected 2 dimensions \(rows, dim\), got shape \(3,\)"),
-    (GOOD.long(), GOOD, r"anchors: expected float16, .* got torch.int64"),
     (GOOD.tolist(), GOOD, r"anchors: expected a tensor .* got list"),
-    (GOOD, GOOD.to_sparse(), r"positives: expected a dense tensor, got one of layout torch.sparse_coo"),
     (GOOD, GOOD[:3], r"positives: expected shape \(4, 3\) to match anchors, got \(3, 3\)"),
     (GOOD, META, r"positives: expected device cpu to match anchors, got meta"),
 ]
 SETTINGS = [
     ("num_clusters", 1, "at least 2 with hard_negatives=True.*got 1"),
     ("num_clusters", 2.5, "an integer, got float 2.5"),
-    ("embedding_dim", torch.zeros(9, 9), r"an integer, got Tensor tensor.{,70}$"),
     ("embedding_dim", torch.nn.Linear(3, 3), r"an integer, got the model Linear; .*sentence_transformers.Cl"),
     ("temperature", 0, "a finite number above 0, got 0"),
-    ("temperature", torch.tensor(-1.0), "a finite number above 0, got -1.0"),
     ("temperature", torch.ones(2), r"a number or a 0-dim .* got shape \(2,\)"),
     ("start_cosine", 5, "a finite number at least -1 and at most 1, got 5"),
     ("centroid_momentum", 0, "a finite number above 0 and at most 1, got 0"),
@@ -49,9 +43,7 @@ SETTINGS = [
     ("false_negatives", "drop", "one of 'bml', .* got 'drop'"),
     ("backend", "numpy", "one of 'auto', .* got 'numpy'"),
     ("gather", "some", "one of 'all', 'ring', got 'some'"),
-    ("hard_negative_weight", INFINITE, "a finite number, got inf"),
     ("bml_weight", -1, "a finite number at least 0, got -1"),
-    ("bml_alpha", None, "a finite number, got NoneType None"),
     ("workspace_bytes", 0, "at least 1, got 0"),
 ]
 
@@ -71,7 +63,6 @@ def test_settings(name, value, expected):
         ({"hard_negative_ids": IDS}, "hard_negative_ids: expected together with centroids, got centroids=No"),
         ({"centroids": GOOD[:, :2]}, r"centroids: expected shape \(rows, 3\) to match anchors, got \(4, 2\)"),
         ({"centroids": GOOD[:1], "hard_negative_ids": IDS - 1}, r"hard_.*: expected ids in \[0, 1\), got -1"),
-        ({"centroids": GOOD[:2], "hard_negative_ids": IDS + 2}, r"hard_.*: expected ids in \[0, 2\), got 2"),
     ],
 )
 def test_arguments(arguments, message):
@@ -95,15 +86,3 @@ def test_arguments(arguments, message):
 )
 def test_calls(call, arguments, message):
     refused(message, call, *arguments)
-
-
-def test_temperature_on_another_device():
-    settings = {"temperature": torch.nn.Parameter(torch.empty((), device="meta"))}
-    calls = [
-        ClusterNSLoss(3, 2, **settings),
-        lambda a, p: CachedClusterNSLoss(3, 2, **settings)(torch.nn.Linear(3, 3), a, p),
-        partial(info_nce, **settings),
-        partial(cosine_similarity_matrix, **settings),
-    ]
-    for call in calls:
-        refused(r"temperature: expected the device of (anchors|a), cpu, got meta; move it", call, GOOD, GOOD)

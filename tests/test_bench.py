@@ -11,10 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from fixed_corpus import BENCH, ROOT, rows, run
-from scipy.stats import spearmanr
 
 SMALL = "--device cpu --batch 16 40 --dim 16 --clusters 8 --rounds 2".split()
 
@@ -38,34 +36,6 @@ def test_every_kind_of_contender_on_a_cpu(tmp_path):
         assert row["contender"] == "clusterns" or row["ratio_device"] > 0, row
         assert row["loss_error"] < 1e-4, row
         assert row["loss"] > 0
-
-
-def test_the_kernels_and_another_checkout_beside_ours(tmp_path):
-    pytest.importorskip("triton")
-    names = ["--contenders", "clusterns triton", "before", "--before", str(ROOT)]
-    run(tmp_path, "run.py", "objective", *SMALL, "--batch", "16", *names, "--output", ".")
-    found = rows(tmp_path / "cpu-objective.json")
-    assert [row["contender"] for row in found] == ["clusterns", "clusterns triton", "before"]
-    assert {row["status"] for row in found} == {"ok"}
-    assert found[2]["ratio_device"] > 0
-
-
-def test_a_row_of_ours_that_fails_is_said_and_fails(tmp_path, monkeypatch):
-    monkeypatch.setenv("CLUSTERNS_DISABLE_TRITON", "1")
-    contenders = ["--contenders", "clusterns triton", "eager"]
-    said = run(tmp_path, "run.py", "step", *SMALL, *contenders, "--output", ".", status=1)
-    assert "failed RuntimeError: backend: 'triton' cannot run" in said
-    assert [row["status"] for row in rows(tmp_path / "cpu-step.json")] == ["ok", "failed", "ok"] * 2
-
-
-@pytest.mark.parametrize("question", ["", *"step large k-means evaluate exactness training".split()])
-def test_questions_have_lists_headline_first(tmp_path, question):
-    lines = run(tmp_path, "run.py", *question.split(), "--device", "cuda", "--list").splitlines()
-    names = [line.split()[0] for line in lines if " kind=" in line]
-    assert lines
-    if question != "training":
-        assert names[0] == ("exactness" if question == "exactness" else "clusterns")
-    assert question not in ("", "step", "large") or names[1] == "eager"
 
 
 def test_exactness_by_every_backend_and_dtype(tmp_path):
@@ -95,47 +65,23 @@ def test_training_as_a_whole(tmp_path):
     assert [row["peak_mib"] > 0 for row in kinds["step memory"]] == [True] * 3
 
 
-def test_scores_may_differ_by_what_rounding_swaps(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    import corpus
-
-    assert corpus.score_tolerance(1186) == 0.05  # the smallest of the seven sets
-    random = np.random.default_rng(0)
-    for pairs in [10, 20, 100, 1000] * 50:
-        gold = random.permutation(pairs)
-        cosines = gold / pairs + 0.2 * random.standard_normal(pairs)
-        rounded = cosines + 0.0025 * cosines.std() * random.standard_normal(pairs)
-        scores = [100 * spearmanr(each, gold).statistic for each in (cosines, rounded)]
-        assert abs(scores[0] - scores[1]) <= corpus.score_tolerance(pairs)
-
-
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
-def test_what_was_measured_before_a_stop_is_there(tmp_path, stop):
+def test_what_was_measured_before_a_stop_is_there(tmp_path):
     command = [sys.executable, str(BENCH / "run.py"), "step", *SMALL, "--output", str(tmp_path)]
-    environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable, "CLUSTERNS_STAGES": "step"}
     with (tmp_path / "printed").open("w+", encoding="utf-8") as printed:
-        started = subprocess.Popen(
-            command if stop == signal.SIGINT else ["bash", str(BENCH / "gpu.sh")],
-            env=environment, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        started = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
         results = tmp_path / "cpu-step.json"
         try:
             while not (results.exists() and rows(results)):
                 assert started.poll() is None, printed.name
                 time.sleep(0.01)
         finally:
-            os.killpg(started.pid, stop)
-        started.wait()
+            os.killpg(started.pid, signal.SIGINT)
+        assert started.wait() == 0
         printed.seek(0)
-        said = printed.read()
+        assert "rows measured" in printed.read()
     content = json.loads(results.read_text("utf-8"))
     assert (content["rows"][0]["status"], content["rows"][0]["contender"]) == ("ok", "clusterns")
-    if stop == signal.SIGINT:
-        assert started.returncode == 0
-        assert content["skipped"][0].endswith(": interrupted")
-        assert "rows measured" in said
-    else:
-        assert "== step, at most" in (tmp_path / "gpu.log").read_text(encoding="utf-8")
+    assert content["skipped"][0].endswith(": interrupted")
 
 
 def test_gpu_tests_need_nothing_that_a_gpu_machine_lacks():
@@ -153,7 +99,7 @@ def test_gpu_tests_need_nothing_that_a_gpu_machine_lacks():
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_results_hold_no_path_of_the_machine_that_made_them(monkeypatch, tmp_path):
+def test_results_hold_no_path_of_the_machine_that_made_them(monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     import report
 
@@ -163,9 +109,3 @@ def test_results_hold_no_path_of_the_machine_that_made_them(monkeypatch, tmp_pat
         text = path.read_text(encoding="utf-8")
         assert report.without_paths(text) == text, path
         assert not re.search(r"/(?:home|root|tmp|Users|var|mnt|opt|srv)/|[A-Z]:\\", text), path
-    inside, beside, outside = ROOT / "bench" / "x.json", ROOT.parent / "shared" / "y", "/somewhere/else/z.bin"
-    given = f'--output={inside} --data "{beside}" {outside} 1 / 2 a/b ../c https://d/e'
-    shown = '--output=bench/x.json --data "../shared/y" z.bin 1 / 2 a/b ../c https://d/e'
-    assert report.without_paths(given) == shown
-    report.write_json(tmp_path / "new" / "x.json", {"λ": str(inside), "none": float("nan")})
-    assert json.loads((tmp_path / "new" / "x.json").read_text("utf-8")) == {"λ": "bench/x.json", "none": None}

@@ -66,8 +66,3 @@ def test_the_search_sees_dev_alone(data, tmp_path):
     assert not {"avg", "STS12"} & found[0].keys()
     result = next((tmp_path / "search").rglob("result.json")).read_text(encoding="utf-8")
     assert '"test"' not in result
-
-    ablations(data, tmp_path, "--search", "--seeds", "2", "--variants", settings[1])
-    assert [row["seed"] for row in rows(tmp_path / "search.csv")] == ["1000", "1001"]
-    refused = ablations(data, tmp_path, "--search", "--variants", "no such", status=1)
-    assert "expected some of SimCSE" in refused.splitlines()[-1]

@@ -16,7 +16,6 @@ from clusterns.training.arguments import add_arguments, read_config
 from clusterns.training.config import FROM_SCRATCH, TrainConfig
 from clusterns.training.presets import PRESETS
 
-PATHS = ("config", "model", "train-file", "output-dir", "sts-dir")
 # The paper's table: model, batch, learning rate, K, γ, σ, hard negatives, λ, α, β.
 TABLE = {
     "bert-base": ("bert-base-uncased", 256, 5e-5, 128, 1e-3, 0.4, True, 1e-3, 0, 0.3),
@@ -119,15 +118,8 @@ def test_the_table_is_all_presets_and_a_template_replaces_theirs():
 BAD_FILES = {
     "batch_sise: 3": "expected a setting of `clusterns train`, got 'batch_sise'",
     "batch_size: many": "batch_size: expected int, got 'many'",
-    "batch_size: 2.5": "batch_size: expected int, got 2.5",
-    "hard_negatives: 1": "hard_negatives: expected bool, got 1",
     "temperature: true": "temperature: expected float, got True",
-    "temperature: null": "temperature: expected float, got None",
     "false_negatives: drop": "false_negatives: expected one of bml, exclude, keep, got 'drop'",
-    "preset: bert-huge": "preset: expected one of bert-base, bert-large",
-    "- batch_size": "expected settings by name, got list",
-    "a: [": "expected YAML or JSON",
-    "": "expected settings by name, got an empty file",
     "seed: 1\nepochs: 2\nseed: 2": "expected each setting once, got 'seed' twice",
     '{"batch-size": 8, "batch_size": 9}': "expected each setting once, got 'batch_size' twice",
 }
@@ -143,22 +135,15 @@ def test_bad_config_file(tmp_path, content, message):
 
 
 BAD_FLAGS = {
-    "--batch-size 0": "batch_size: expected at least 2, got 0",
-    "--learning-rate nan": "learning_rate.*got nan",
     "--seed -1": "--seed: expected at least 0, got -1",
-    "--seed 4294967296": "--seed: expected 0 to 4294967295, got 4294967296",
     "--learn-temperature --temperature 2": "number at least 0.01 and at most 1, got 2.0",
-    "--accumulation-steps 0": "accumulation_steps: expected at least 1",
-    "--mlm-probability 1": "mlm_probability: expected a finite number above 0 and at most 0.99",
     "--batch-size 16 --num-clusters 32": "num_clusters: expected at most batch_size 16, of which the",
     "--prompt bert --template [X][MASK]": "template: expected none with the prompt 'bert'",
-    "--second-template [X][MASK]": "second_template: expected a template for view 1",
     "--denoise frozen": "denoise: expected 'none' without a prompt",
     "--mlm-weight 0.1 --mini-batch-size 8": "mlm_weight: expected 0 with mini_batch_size",
     "--resume --overwrite-output-dir": "--resume: expected no --overwrite-output-dir with it",
     "--model ~nosuchuser/x": "--model: expected the home folder of a user that exists, got ~nosuch",
     "--config absent.yaml": "--config: expected a YAML or JSON file, found none",
-    **{f"--{name} ''": f"^--{name}: expected a path, got an empty one$" for name in PATHS},
 }
 
 
@@ -178,10 +163,8 @@ def test_a_file_needs_a_model():
     [
         ("--train-file f --sts-dir s --epochs 2 --patience 0", ""),
         ("--epochs 2 --max-steps 9 --keep-checkpoints 3", "--epochs --keep-checkpoints"),
-        ("--train-file f --eval-steps 9", "--eval-steps"),
         ("--text-columns a --min-score 1", "--text-columns --min-score"),
         ("--num-clusters 0 --bml-alpha 0.3 --false-negatives keep", "--false-negatives --bml-alpha"),
-        ("--false-negatives keep --bml-alpha 0.3", "--bml-alpha"),
         *((f"--preset {preset}", "") for preset in PRESETS),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -125,16 +124,6 @@ def test_workers_and_start_change_neither_batches_nor_counts(tmp_path, num_worke
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_start_tokenizes_nothing_of_what_was_seen() -> None:
-    tokenized: list = []
-    rows = distinct(100)
-    loader = batches(rows, batch_size=10, tokenize=tokenized.append, start=8)
-    assert (len(loader), len(list(loader)), len(tokenized)) == (2, 2, 2)
-    for past in (10, 11):
-        loader = batches(rows, batch_size=10, tokenize=list, start=past)
-        assert (len(loader), list(loader)) == (0, [])
-
-
 def test_a_long_text_is_cut_before_it_is_tokenized() -> None:
     class Lengths:
         max_length = 32
@@ -145,20 +134,6 @@ def test_a_long_text_is_cut_before_it_is_tokenized() -> None:
     rows = [("short", "s"), ("long " * 20_000, "l")]
     assert list(batches(rows, batch_size=2, tokenize=Lengths())) == [[[5, 1], [32 * CHARACTERS_PER_TOKEN, 1]]]
     assert list(batches(rows, batch_size=2, tokenize=lambda rows: max(map(len, dict(rows))))) == [51_200]
-
-
-def test_workers_tokenize_in_one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the tokenizers library warns of the fork, in a process that has used its threads."""
-    name = "TOKENIZERS_PARALLELISM"
-    monkeypatch.delenv(name, raising=False)
-    for num_workers, expected in ((1, "false"), (0, None)):
-        settings = {
-            "batch_size": 4,
-            "tokenize": lambda rows: os.environ.get(name),
-            "num_workers": num_workers,
-        }
-        assert list(batches(distinct(4), **settings)) == [expected]
-        assert name not in os.environ
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -143,24 +143,6 @@ def test_models_are_compared_on_the_same_pairs(results: dict) -> None:
         assert 0 < found["p_value"] <= 1
 
 
-def test_half_precision_reaches_the_encoder(models: list[str], place: Path, monkeypatch) -> None:
-    encode, asked = SentenceEncoder.encode, []
-
-    def recording(self: SentenceEncoder, sentences: list[str], **settings: object) -> torch.Tensor:
-        asked.append(settings.get("dtype"))
-        return encode(self, sentences, **settings)
-
-    monkeypatch.setattr(SentenceEncoder, "encode", recording)
-    settings = {"sts_dir": place / "sts", "clustering": [place / "animals.tsv"], **QUICK}
-    for precision, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
-        asked.clear()
-        results = evaluate(models[:1], precision=precision, **settings)
-        assert asked == [dtype, dtype]
-        assert (results["settings"]["precision"], results["errors"]) == (precision, [])
-    texts_alone = evaluate(models[:1], **{**settings, "sts_dir": None})
-    assert "Clustering, accuracy" in report(texts_alone)
-
-
 def test_what_cannot_be_evaluated_is_left_out_and_the_rest_is_written(
     models: list[str], place: Path, folder: Path, tmp_path: Path, capsys
 ) -> None:
@@ -220,15 +202,12 @@ def test_what_cannot_be_evaluated_is_left_out_and_the_rest_is_written(
 
 
 def test_refusals_before_any_model_is_loaded(models: list[str], place: Path, tmp_path: Path, capsys) -> None:
-    sts, file = ["--sts-dir", str(place / "sts")], str(place / "animals.tsv")
-    dev = str(place / "sts" / "STS" / "STSBenchmark" / "sts-dev.csv")
+    file = str(place / "animals.tsv")
     same = ["--text-columns", "2", "--label-column", "2"]
     for options, words in (
         (["--clustering", file, "--json", file], "--json: expected a file that this command does not read"),
-        ([*sts, "--markdown", dev], f"got {dev}, which is of --sts-dir {place / 'sts'}; choose another"),
         (["--clustering", file, *same], "--label-column: expected another than --text-columns, got '2' for"),
         ([], "evaluate: expected --sts-dir or --clustering, got neither"),
-        ([*sts, "--pooling", "auto,cls"], "pooling: expected one for all or one for each of 1 models, got 2"),
         (["--sts-dir", str(tmp_path / "absent")], "evaluate: expected data to evaluate on, got none"),
     ):
         assert main(["evaluate", "absent/model", *options]) == 2

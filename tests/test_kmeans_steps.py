@@ -85,9 +85,6 @@ def test_ties_and_zero_rows_take_the_lowest_id():
     model.cluster_centers_ = np.array([[0, 1], [1, 0], [1, 0]])
     assert_array_equal(model.predict(x), [0, 0, 0, 0, 1])
     assert_allclose(model.transform(x)[:2], 1)
-    later = assign(rows_of(x), torch.eye(2).double(), torch.tensor([1, 1, 1, 0, 0]))
-    assert later.labels.tolist() == [1, 1, 1, 1, 0]  # what is no nearer takes nothing away
-    assert (later.moved.tolist(), later.before.tolist()) == ([3], [0])
 
 
 def test_a_cluster_whose_sum_vanishes_keeps_its_center():
@@ -96,32 +93,13 @@ def test_a_cluster_whose_sum_vanishes_keeps_its_center():
     assert found.inertia_ == 2
 
 
-def test_tol_ends_a_run_and_the_best_run_counts():
+def test_the_best_run_counts():
     x = blobs(1500, 8, 12, spread=1.5)
-    runs = [SphericalKMeans(12, init=x[:12], tol=tol, max_iter=300).fit(x) for tol in (0, 1e-3, 0.5)]
-    assert runs[0].n_iter_ > runs[1].n_iter_ > runs[2].n_iter_ == 2
-    assert runs[0].inertia_ < runs[1].inertia_ < runs[2].inertia_
     random = np.random.RandomState(0)
     each = [SphericalKMeans(12, init="random", n_init=1, random_state=random).fit(x) for _ in range(6)]
     best = SphericalKMeans(12, init="random", n_init=6, random_state=0).fit(x)
     assert best.inertia_ == pytest.approx(min(run.inertia_ for run in each))
     assert_array_equal(best.labels_, best.predict(x))
-
-
-def test_moving_rows_is_summing_afresh(monkeypatch):
-    x = blobs(500, 9, 6)
-    found = []
-    for many, refresh in ((0.0, 1), (2.0, 10**6)):
-        monkeypatch.setattr(kmeans_steps, "_MANY", many)
-        monkeypatch.setattr(kmeans_steps, "_REFRESH", refresh)
-        monkeypatch.setattr(kmeans_steps, "_SUMMED_ROWS", 2 if many else 10**6)
-        rows = rows_of(x)
-        state, iterations = lloyd(rows, rows.units(torch.arange(6)), 100, 0.0)
-        assert iterations > 5
-        found.append(state)
-    assert torch.equal(found[0].members, found[1].members)
-    assert_allclose(found[1].sums, found[0].sums, atol=1e-9)
-    assert_allclose(found[1].centers, found[0].centers, atol=1e-11)
 
 
 # --- empty clusters, duplicates, seeding -------------------------------------------------------------------

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tiny import assert_close, make_encoder, make_tokenizer
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    ElectraConfig,
-    ElectraModel,
     GPT2Config,
     GPT2Model,
     RobertaConfig,
     RobertaForMaskedLM,
 )
 
-from clusterns.training.mlm import MaskedLanguageHead, TokenMasker, TrainingModel
+from clusterns.training.mlm import MaskedLanguageHead, TokenMasker
 
 TOKENIZER = make_tokenizer(mask_token="[MASK]")
 
@@ -87,32 +84,13 @@ def test_the_pretrained_head_gives_what_transformers_gives(kind, config, tmp_pat
 
 
 def test_other_architectures_and_checkpoints_without_a_head(tmp_path):
-    """ELECTRA's embedding is narrower than its states, which its head knows; GPT-2 has no such head."""
+    """GPT-2 has no such head."""
     encoder = make_encoder()
     encoder.save(tmp_path)
     for source in (str(tmp_path), None):
         assert MaskedLanguageHead(encoder.transformer, source).origin == "new"
-    electra = ElectraModel(small(ElectraConfig, embedding_size=8))
-    loss = MaskedLanguageHead(electra, None)(torch.randn(3, 16), torch.tensor([4, 5, 6]))
-    assert 2.5 < loss / 3 < 4.5  # log(30) = 3.4
     gpt2 = GPT2Model(GPT2Config(vocab_size=30, n_positions=8, n_embd=8, n_layer=1, n_head=1))
     with pytest.raises(ValueError, match="^mlm_weight: expected 0 for GPT2Model.*$"):
         MaskedLanguageHead(gpt2, None)
     with pytest.raises(ValueError, match="mlm_weight: expected 0 for a tokenizer without a mask token"):
         TokenMasker(make_tokenizer(), 0.1, seed=0)
-
-
-def test_both_losses_in_one_pass():
-    """The embeddings are those of the original; the masked copy adds its own loss."""
-    encoder = make_encoder().eval()
-    model = TrainingModel(encoder, MaskedLanguageHead(encoder.transformer, None))
-    inputs = encoder.tokenize(["a cat sat on the mat", "the dog ran"])
-    masked = TokenMasker(TOKENIZER, 0.5, seed=0)(inputs, 0)
-    masked["input_ids"] = masked["input_ids"].clamp(max=21)  # this vocabulary's last token
-    embeddings, loss = model(inputs, masked)
-    assert_close(embeddings, encoder(inputs))
-    hidden = encoder.transformer(input_ids=masked["input_ids"], attention_mask=inputs["attention_mask"])
-    states = hidden.last_hidden_state.flatten(0, 1)[masked["places"]]
-    logits = model.mlm.whole(inputs_embeds=states[None]).logits[0]
-    assert_close(loss, F.cross_entropy(logits, masked["labels"], reduction="sum"))
-    assert model(inputs)[1] is None

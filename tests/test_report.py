@@ -9,7 +9,6 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tiny import WORDS, assert_close, make_encoder
@@ -18,7 +17,6 @@ from clusterns.cli import main
 from clusterns.encoder import SentenceEncoder
 from clusterns.evaluation.cluster_view import plane, view_clusters
 from clusterns.evaluation.report import run_centroids
-from clusterns.evaluation.report_figures import draw_cosines
 from clusterns.evaluation.report_page import write_case_studies
 from clusterns.loss import ClusterNSLoss
 
@@ -145,22 +143,12 @@ def test_bad_input_is_one_line_and_leaves_old_files(run: Path, place: Path, tmp_
     page, table, one = (tmp_path / name for name in ("p.html", "p.csv", "1.txt"))
     sentences = place / "sentences.txt"
     one.write_text("a cat\na cat\n")
-    broken = make_encoder(pooling="mean")
-    with torch.no_grad():
-        broken.transformer.embeddings.LayerNorm.weight[0] = float("nan")
-    broken.save(tmp_path / "broken")
-    wide = shutil.copytree(run, tmp_path / "wide")
-    state = {**ClusterNSLoss(8, 4).state_dict(), "initialized": torch.tensor(True)}
-    SentenceEncoder.from_pretrained(run).save(wide, beside={"loss.safetensors": state})
     page.write_text("old")
     table.write_text("text\na cat\na dog\n")
     cases = [
         (run, one, [], "--sentences: expected at least two different sentences, got one in"),
         (run, sentences, ["--num-clusters", "1000"], "--num-clusters: expected at most one for each of"),
-        (run, sentences, ["--csv", str(sentences)], f"of --sentences {sentences}; choose another, as --csv"),
         (run, table, [], "p.csv; choose another, as --csv OTHER.csv"),
-        (tmp_path / "broken", sentences, [], "expected finite embeddings, got"),
-        (wide, sentences, [], "loss.safetensors: expected centroids of width 16 as the embeddings, got 8"),
     ]
     for model, file, options, words in cases:
         assert report(model, file, page, *options) == 2
@@ -169,13 +157,10 @@ def test_bad_input_is_one_line_and_leaves_old_files(run: Path, place: Path, tmp_
         assert table.read_text() == "text\na cat\na dog\n"
 
 
-def test_pictures_and_maps_of_next_to_nothing() -> None:
-    near = np.float32(1) - np.arange(300, dtype=np.float32) * np.finfo(np.float32).epsneg / 100
-    for values in (near, np.zeros(1)):
-        assert draw_cosines({"all pairs": values}).endswith("</svg>\n")
-    for rows in (3, 30):
-        unit = torch.nn.functional.normalize(torch.randn(rows, 5), dim=1)
-        assert plane(unit, "tsne", seed=0).shape == (rows, 2)
+@pytest.mark.parametrize("rows", [3, 30])
+def test_a_map_of_few_sentences(rows: int) -> None:
+    unit = torch.nn.functional.normalize(torch.randn(rows, 5), dim=1)
+    assert plane(unit, "tsne", seed=0).shape == (rows, 2)
 
 
 def test_no_cell_of_the_table_is_a_formula(tmp_path: Path) -> None:
@@ -204,10 +189,6 @@ def test_numbers_of_a_view_are_those_of_their_definitions() -> None:
     own = float(cosines.max(1).values.mean())
     assert facts["mean cosine with the own centroid"] == pytest.approx(own, abs=1e-5)
     assert facts["empty clusters"] == 5 - len(set(order[:, 0].tolist()))
-    samples = view.cosine_samples(seed=0)
-    # Drawn pairs: their mean is that of all pairs, for mates as well as for any.
-    assert samples["cluster-mates"].mean() == pytest.approx(mates, abs=0.01)
-    assert samples["all pairs"].mean() == pytest.approx(facts["mean cosine of all pairs"], abs=0.01)
     alone = view_clusters(["a", "b"], torch.eye(2), torch.eye(2), "somewhere")
     assert len(alone.cosine_samples(seed=0)["cluster-mates"]) == 0
     assert [example.mates for example in alone.examples(2, 3, seed=0)] == [0, 0]

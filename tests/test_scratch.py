@@ -56,6 +56,3 @@ def test_a_small_bert_of_the_given_sizes_and_seed() -> None:
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
     name = "embeddings.word_embeddings.weight"
     assert not torch.equal(again[name], other[name])
-    wide = make(seed=1, word_std=0.2, position_std=0.01)
-    assert torch.allclose(wide.state_dict()[name], 10 * again[name])
-    assert 0.009 < wide.embeddings.position_embeddings.weight.std().item() < 0.011

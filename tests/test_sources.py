@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 from huggingface_hub import constants
 from small_files import refuses, write
 
-from clusterns.corpus.rows import RECORD_ROWS, UNUSED_SECONDS
+from clusterns.corpus.rows import RECORD_ROWS
 from clusterns.corpus.sources import HUB_FILES, load_rows
 from clusterns.data import batches
 
@@ -81,20 +80,6 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path, cache: Path, file: str, ke
     assert list(load_rows(path)) == [(f"line {i}",) for i in range(100)]
 
 
-def test_old_entries_are_removed_when_a_new_one_is_made(tmp_path: Path, cache: Path) -> None:
-    old, used = (load_rows(write(tmp_path, f"{name}.txt", name)).folder for name in ("old", "used"))
-    then = time.time() - UNUSED_SECONDS - 60
-    for folder in (old, used):
-        os.utime(folder, (then, then))
-    inode = used.stat().st_ino
-    (cache / "never-made.lock").touch()  # of a process that was killed
-    load_rows(tmp_path / "used.txt")
-    load_rows(write(tmp_path, "new.txt", "new"))
-    assert not old.exists()
-    assert used.stat().st_ino == inode
-    assert not list(cache.glob("*.lock"))
-
-
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     """The file has 29 MiB, and so has a list of its sentences."""
     path = write(tmp_path, "large.txt", "".join(f"{i:.>1500}\n" for i in range(20_000)))
@@ -105,22 +90,6 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most + pyarrow.total_allocated_bytes() - before < 15 * 2**20
-
-
-def test_a_full_disk_leaves_no_entry(tmp_path: Path, cache: Path) -> None:
-    """By a limit on the size of files, which fails in the same calls."""
-    resource = pytest.importorskip("resource", reason="limits of Unix")
-    path = write_lines(tmp_path, 100_000)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large.* CLUSTERNS_CACHE names another") as caught:
-            load_rows(path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "\n" not in str(caught.value)
-    assert not entries(cache)
-    assert len(load_rows(path)) == 100_000
 
 
 @pytest.mark.parametrize("name", ["wiki1m", "princeton-nlp/datasets-for-simcse", "ours/set:some/file.jsonl"])

@@ -11,7 +11,6 @@ from conftest import embeddings
 from tiny import assert_close
 
 from clusterns import ClusterNSLoss, nearest_centroids
-from clusterns.training.journal import Journal
 from clusterns.training.watch import EARLIEST_STEP, IN_A_ROW, Watch, measure
 
 
@@ -55,15 +54,6 @@ def test_measure_is_what_it_says(batch, with_negatives):
     )
 
 
-def test_measure_before_clustering_and_without_mates():
-    z, loss_fn = torch.eye(6), ClusterNSLoss(6, 6, start_cosine=1.0)
-    # Five negatives, all as far: they weigh as five.
-    found = measure(z, z, loss_fn=loss_fn, clustered=False)
-    assert {name: float(value) for name, value in found.items()} == pytest.approx({"effective_negatives": 5})
-    loss_fn.start_from(z)
-    assert float(measure(z, z, loss_fn=loss_fn, clustered=True)["mates_cosine"]) == 0
-
-
 def look(watch: Watch, steps, **values) -> list[str]:
     values = {"mean_cosine": 0.1, "positive_cosine": 0.9, **values}
     return [name for step in steps for name, _ in watch.look(step, values)]
@@ -98,25 +88,3 @@ def test_clustering_that_never_started():
         watch = Watch(loss_fn)
         look(watch, [5], mean_cosine=0.7)
         assert list(watch.end(20)) == []
-
-
-def test_journal_for_tensorboard_and_without(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    journal = Journal(tmp_path / "log.jsonl", tensorboard=tmp_path / "tb")
-    for step in (1, 2, 3):
-        journal.figures(step, {"loss": 1.0 / step})
-    journal.scores(3, {"spearman": 70.0})
-    journal.close()
-    # Of a run that was killed after step 3 and goes on from step 2.
-    journal = Journal(tmp_path / "log.jsonl", seconds=1.0, step=2, tensorboard=tmp_path / "tb")
-    assert [record["step"] for record in journal.records] == [1, 2, 3, 3]
-    journal.figures(3, {"loss": 7.0})
-    journal.close()
-    events = EventAccumulator(str(tmp_path / "tb"))
-    events.Reload()
-    losses = [(event.step, event.value) for event in events.Scalars("loss/loss")]
-    assert losses == [(1, 1.0), (2, 0.5), (3, 7.0)]
-    silent = Journal(tmp_path / "absent" / "log.jsonl", tensorboard=tmp_path / "no", silent=True)
-    silent.scores(1, {"spearman": 1.0})
-    assert not (tmp_path / "no").exists()

@@ -198,18 +198,12 @@ def check_memory(group) -> None:
 
 
 def check_ranks(group) -> None:
-    """Sums in the order of the ranks, and the seeds of one process, on every rank."""
+    """The seeds of one process, on every rank."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     anchors, positives, _ = batch(0, size, torch.float32)
     ranks = meet(group, "all", anchors[rank], positives[rank], None, 0.05)
     assert ranks.batch == sum(ROWS[:size])
     assert ranks.first == sum(ROWS[:rank])
-    values = torch.randn(size, 1000, generator=torch.Generator().manual_seed(1))
-    total = values[0].clone()
-    for value in values[1:]:
-        total += value
-    assert torch.equal(ranks.sum(values[rank]), total)
-    assert torch.equal(ranks.concatenate(positives[rank], ranks.rows), torch.cat(positives))
     for seed, num_clusters in itertools.product(range(2), (1, 4, ranks.batch)):
         torch.manual_seed(seed + 100 * rank)
         first = int(torch.randint(ranks.batch, (1,)))
@@ -224,11 +218,9 @@ OTHER, DOUBLE = Z[:, :5], Z.double()
 BAD_INPUTS = [
     ((Z, Z[:3]), ValueError, r"positives: expected shape (4, 8) to match anchors, got (3, 8)"),
     ((Z.tolist(), Z), TypeError, "anchors: expected a tensor of shape (rows, dim), got list"),
-    ((OTHER, OTHER), ValueError, "anchors: expected embedding_dim 8, got shape (4, 5)"),
     ((Z, Z, OTHER), ValueError, "negatives: expected shape (rows, 8)"),
 ]
 DISAGREEMENTS = [
-    ((DOUBLE, DOUBLE), 8, "the same dtype on every rank", "float64"),
     ((Z, DOUBLE), 8, "the same dtype on every rank", "float64"),
     ((OTHER, OTHER), 5, "the same embedding dimension on every rank", "5"),
     ((Z, Z, Z[:1]), 8, "the same negatives on every rank", "some of torch.float32"),
