@@ -15,7 +15,7 @@ from tiny_prompt import make_kind, without_dropout
 from clusterns.encoder import SentenceEncoder
 from clusterns.models.pooling import HEADS
 
-KINDS = ("bert", "roberta", "distilbert", "mpnet", "deberta-v2")
+KINDS = ("bert", "roberta", "distilbert", "mpnet")
 # The layers whose tokens' mean is averaged, the embedding layer's states the first; None: the last's [CLS].
 BY_HAND = {
     "cls": None,

@@ -74,13 +74,6 @@ def transformer_of(kind: str, vocabulary: int, seed: int = 0, **changes: Any) ->
         values = {**values, "hidden_dim": values.pop("intermediate_size")}
     if kind in ("roberta", "mpnet"):
         values = {"pad_token_id": 1, **values}
-    if kind == "deberta-v2":
-        relative = {
-            "relative_attention": True,
-            "pos_att_type": ["p2c", "c2p"],
-            "position_biased_input": False,
-        }
-        values = {**relative, **values}
     for name, value in values.items():
         setattr(config, name, value)
     return AutoModel.from_config(config).eval()
@@ -101,6 +94,4 @@ def without_dropout(encoder: SentenceEncoder) -> SentenceEncoder:
     for module in encoder.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "dropout_prob", None), float):
-            module.dropout_prob = 0.0
     return encoder
