@@ -272,8 +272,8 @@ class TorchProducts:
     def sums(self) -> Tensor:
         """Sums over the rows of this process, (3 + 2·D,)."""
         assert self.positive_sum is not None
-        # log(1 + Σ_others / E_ii)
         rows = self.rows
+        # log(1 + Σ_others / E_ii)
         info_nce = softplus((rows.log_others - rows.positive)[:, 0], threshold=_LINEAR)
         sums = torch.stack([info_nce, rows.margin_sum, rows.positive[:, 0]]).sum(dim=1)
         sums[1:].mul_(self.temperature)
