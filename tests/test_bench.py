@@ -38,6 +38,24 @@ def test_every_kind_of_contender_on_a_cpu(tmp_path):
         assert row["loss"] > 0
 
 
+def test_the_kernels_and_another_checkout_beside_ours(tmp_path):
+    pytest.importorskip("triton")
+    names = ["--contenders", "clusterns triton", "before", "--before", str(ROOT)]
+    run(tmp_path, "run.py", "objective", *SMALL, "--batch", "16", *names, "--output", ".")
+    found = rows(tmp_path / "cpu-objective.json")
+    assert [row["contender"] for row in found] == ["clusterns", "clusterns triton", "before"]
+    assert {row["status"] for row in found} == {"ok"}
+    assert found[2]["ratio_device"] > 0
+
+
+def test_a_row_of_ours_that_fails_is_said_and_fails(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLUSTERNS_DISABLE_TRITON", "1")
+    contenders = ["--contenders", "clusterns triton", "eager"]
+    said = run(tmp_path, "run.py", "step", *SMALL, *contenders, "--output", ".", status=1)
+    assert "failed RuntimeError: backend: 'triton' cannot run" in said
+    assert [row["status"] for row in rows(tmp_path / "cpu-step.json")] == ["ok", "failed", "ok"] * 2
+
+
 def test_exactness_by_every_backend_and_dtype(tmp_path):
     pytest.importorskip("triton")
     command = "exactness --batch 20 --dim 16 --clusters 8 --output .".split()

@@ -151,6 +151,7 @@ def place(tmp_path_factory):
     save_tiny_model(root / "others" / "MODEL", pooling="mean", std=0.3)
     text = (root / "sentences.txt").read_text()
     (root / "others" / "FEWER.txt").write_text("\n".join(text.splitlines()[:-10]))
+    (root / "others" / "OTHER.txt").write_text(text.replace("cat", "dog"))
     return root
 
 
@@ -170,6 +171,7 @@ def resumed(place, tmp_path):
         ({"evaluations_without_gain": 3}, "--max-steps 9", "--patience: expected 0 or more than 3, as the t"),
         ({}, "--model MODEL", f"--model: expected what .*{LAST} began with, got another, "),
         ({}, "--train-file FEWER.txt", "--train-file: expected the 390 rows of .* got 380"),
+        ({}, "--train-file OTHER.txt", "--train-file: expected the 390 rows of .* got other ones"),
     ],
 )
 def test_what_would_change_the_run_is_refused(place, resumed, capsys, monkeypatch, facts, more, message):

@@ -128,6 +128,21 @@ def test_batches_side_by_side_in_a_dtype(dtype: torch.dtype | None, threads: Any
     assert [part.training for part in (encoder, encoder.head, *layers)] == [True, True, False, True]
 
 
+def test_an_error_in_one_batch_is_an_error_of_all(threads: Any) -> None:
+    encoder = make_encoder().train()
+
+    def fail(_module: object, _arguments: object, inputs: dict) -> None:
+        if inputs["input_ids"].shape[1] == 3:
+            raise RuntimeError("out of memory")
+
+    encoder.transformer.register_forward_pre_hook(fail, with_kwargs=True)
+    threads(2)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        encoder.encode(SENTENCES, batch_size=1)
+    assert torch.get_num_threads() == 2
+    assert all(module.training for module in encoder.modules())
+
+
 def test_truncation() -> None:
     encoder = make_encoder(max_length=5)
     long = "the cat sat on the mat far far"

@@ -49,13 +49,6 @@ def record(batch, dtype=torch.float32, dim=24):
     return launches
 
 
-def test_arguments_stand_in_the_order_of_the_parameters():
-    """A compiled kernel is launched by position. `recording` checks it; the audit records every launch."""
-    for each in record(8):
-        names = [*each.arguments, *each.constants, *each.tiles.blocks]
-        assert names == list(each.kernel.arg_names)
-
-
 @pytest.mark.parametrize("module", KERNELS, ids=lambda module: module.__name__.split(".")[-1])
 def test_batch_sizes_are_not_specialised(module):
     """A new batch size must not compile again, so no kernel may see it as a constant or its divisors."""

@@ -141,6 +141,14 @@ def test_steps_without_gradient_are_told():
     assert later == ""
 
 
+def test_temperatures_that_are_meant_otherwise():
+    for temperature in (20, torch.nn.Parameter(torch.tensor(20.0))):
+        with pytest.warns(UserWarning, match="temperature: 20 looks like the scale .* temperature=0.05$"):
+            CachedClusterNSLoss(12, 2, temperature=temperature)
+    with pytest.warns(UserWarning, match="temperature: .* becomes a buffer, .* pass torch.nn.Parameter"):
+        two(temperature=torch.tensor(0.05, requires_grad=True))
+
+
 def test_ranks_that_share_nothing_are_told(monkeypatch):
     for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 0)):
         monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)

@@ -24,6 +24,8 @@ from clusterns.models.folder import HUB_FILES
 from clusterns.models.pooling import POOLINGS, Pooling
 from clusterns.models.prompts import PUBLISHED, Prompt
 from clusterns.sentence_transformers_modules import PromptEncoder
+from clusterns.training.config import TrainConfig
+from clusterns.training.task import Task, prepare_encoder
 
 TEXTS = [*SENTENCES, "the cat sat on the mat far far far home home", " the cat ", "a [MASK] cat", "far?"]
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -94,6 +96,20 @@ def test_saved_encoders_give_the_same_vectors(
         read = SentenceEncoder.from_pretrained(theirs)
         assert read.max_length == 9
         assert_close(read.encode(texts), encoder.encode(texts))
+
+
+def test_a_pooling_that_sentence_transformers_has_not_is_not_saved_as_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(POOLINGS, "new", Pooling(largest, "median"))
+    words = r"^pooling: expected one that sentence-transformers has too, 'cls' or .*, to save, got 'new'$"
+    with pytest.raises(ValueError, match=words):
+        make_kind("bert", pooling="new").save(tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+    make_kind("bert").save(tmp_path)
+    config = TrainConfig(model=str(tmp_path), pooling="new")
+    with pytest.raises(ValueError, match=words):  # before the training, not after it
+        prepare_encoder(config, Task(rows=[], dev=None))
 
 
 def test_files_and_what_is_downloaded_of_them(tmp_path: Path) -> None:

@@ -13,18 +13,25 @@ import train_problems
 from safetensors.torch import load_file
 from tiny import assert_close
 from train_problems import command, log_of, run, write_place
+from transformers import XLNetConfig, XLNetModel
 
 from clusterns import train
 from clusterns.cli import main
+from clusterns.encoder import SentenceEncoder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_picture")
 TWICE = "--max-steps 4 --accumulation-steps 2"
-# What is computed by one process and by two, on the same batches and without dropout: name -> flags.
+# What is computed by one process and by two, on the same batches and without dropout: name -> model, flags.
 RUNS = {
-    "published": "STS --max-steps 4 --eval-steps 2",
-    "options": f"{TWICE} --learn-temperature --gather ring --num-workers 1",
-    "cached": f"{TWICE} --mini-batch-size 5",
-    "triplets": "--max-steps 4 --prompt bert --denoise trained --text-columns sent0,sent1,hard_neg",
+    "published": ("still", "STS --max-steps 4 --eval-steps 2"),
+    "options": ("still", f"{TWICE} --learn-temperature --gather ring --num-workers 1"),
+    "cached": ("still", f"{TWICE} --mini-batch-size 5"),
+    "triplets": (
+        "still",
+        "--max-steps 4 --prompt bert --denoise trained --text-columns sent0,sent1,hard_neg",
+    ),
+    # With parameters that get no gradient: for a mask that there is not.
+    "xlnet": ("xlnet", "--max-steps 2"),
 }
 # With dropout: each rank has random numbers of its own.
 NOISY = (
@@ -34,12 +41,17 @@ NOISY = (
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    return write_place(tmp_path_factory.mktemp("distributed"))
+    root = write_place(tmp_path_factory.mktemp("distributed"))
+    torch.manual_seed(0)
+    xlnet = XLNetModel(XLNetConfig(d_model=32, n_layer=2, n_head=2, d_inner=64, dropout=0.0, vocab_size=500))
+    tokenizer = SentenceEncoder.from_pretrained(root / "still").tokenizer
+    SentenceEncoder(xlnet, tokenizer, pooling="mean").save(root / "xlnet")
+    return root
 
 
 def names(name: str) -> dict[str, str]:
     """The model and the file of one of RUNS."""
-    return {"model": "still", "file": "triplets.csv" if name == "triplets" else "sentences.txt"}
+    return {"model": RUNS[name][0], "file": "triplets.csv" if name == "triplets" else "sentences.txt"}
 
 
 def train_all(runs: list[list[str]], fails: dict, folder: str) -> None:
@@ -74,17 +86,17 @@ def said_by_two(folder: Path, runs: list[list[str]], **fails: object) -> str:
 
 def test_two_ranks(place, tmp_path):
     """They train as one process does, and an error on one ends both: in two starts, as a start is slow."""
-    runs = [command(place, tmp_path / name, more, **names(name)) for name, more in RUNS.items()]
+    runs = [command(place, tmp_path / name, RUNS[name][1], **names(name)) for name in RUNS]
     whole, broken = (command(place, tmp_path / name, NOISY) for name in ("whole", "broken"))
     fails = {"rank": 1, "method": "train_step", "step": 5, "run": "broken"}
     said = said_by_two(tmp_path / "first", [*runs, whole, broken], **fails)
     assert "clusterns: error: rank 1: train_step: expected to go on, was made to fail at step 5" in said
     assert "clusterns: error: lost the other processes of the run" in said
-    for name, more in RUNS.items():
+    for name, (model, more) in RUNS.items():
         run(place, tmp_path / "one" / name, more, **names(name))
-        assert_ends_as_one(name, place / "still", tmp_path / name, tmp_path / "one" / name)
+        assert_ends_as_one(name, place / model, tmp_path / name, tmp_path / "one" / name)
     # The run that broke between two checkpoints goes on; then rank 0 fails, and the other waits for a score.
-    judged = command(place, tmp_path / "judged", RUNS["published"])
+    judged = command(place, tmp_path / "judged", RUNS["published"][1])
     fails = {"rank": 0, "method": "judge", "step": 2, "run": "judged"}
     said = said_by_two(tmp_path / "second", [broken, judged], **fails)
     assert "going on after step 4" in said
