@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rules import Decision, Pairs, Rule, Side, rule_of
+from .rules import Pairs, Rule, Side, ask, rule_of
 
 # A vector shorter than this has no direction: its cosine with everything is 0, and it gets no gradient.
 SHORTEST_NORM = 1e-8
@@ -90,7 +90,7 @@ def false_negatives_of(
     """
     places = torch.arange(len(S), device=S.device)
     sentences = Side(places, near, S.detach().diagonal()[:, None], centroid)
-    decision: Decision = rule(Pairs(S.detach(), 1.0, sentences, sentences, slice(None), slice(None)))
+    decision = ask(rule, Pairs(S.detach(), 1.0, sentences, sentences, slice(None), slice(None)))
     others = places[:, None] != places[None, :]
     out, held = (None if mask is None else mask & others for mask in decision)
     return out, held

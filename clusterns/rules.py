@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .checks import check_choice, check_number, in_short
@@ -143,6 +144,28 @@ class GuidedMargin:
 
     def __repr__(self) -> str:
         return f"GuidedMargin({self.margin:g})"
+
+
+def ask(rule: Rule, pairs: Pairs) -> Decision:
+    """What a rule says of pairs, (R, n) bool each.
+
+    Raises `TypeError` or `ValueError` where it gives something else than masks that broadcast to that.
+    """
+    answer, shape = rule(pairs), pairs.logits.shape
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        raise TypeError(f"false_negatives: expected a rule that gives a Decision, got {in_short(answer)}")
+    decision = Decision(*answer)
+    for name, mask in decision._asdict().items():
+        if mask is None or (mask.shape == shape and mask.dtype == torch.bool):
+            continue
+        wanted = f"false_negatives: expected a rule that gives {name} as bool for {tuple(shape)} pairs, got"
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{wanted} {mask.dtype}")
+        try:
+            decision = decision._replace(**{name: mask.expand(shape)})
+        except RuntimeError:
+            raise ValueError(f"{wanted} shape {tuple(mask.shape)}") from None
+    return decision
 
 
 def check_rule(name: str, value: Any) -> None:

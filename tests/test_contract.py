@@ -550,3 +550,27 @@ def test_a_compiler_leaves_a_rule_to_python():
         for function in (info_nce, torch.compile(info_nce, backend="aot_eager"))
     ]
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_rules_may_broadcast_and_use_autograd():
+    anchors, positives, _ = problem(12, 5, 0, **DOUBLE)
+    threshold = torch.nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
+
+    def rule(pairs):
+        with torch.enable_grad():
+            (threshold - pairs.cosines.mean()).square().backward()
+        return None, pairs.positive < threshold  # (R, 1)
+
+    rule.needs_clusters = False
+    more = {"false_negatives": rule, "bml_weight": 9.0}
+    found = [info_nce(anchors, positives, backend=each, **more) for each in ("torch", "reference")]
+    torch.testing.assert_close(*found)
+    assert threshold.grad is not None
+    for bad, error, words in (
+        (lambda _: 3, TypeError, "expected a rule that gives a Decision, got 3"),
+        (lambda pairs: (pairs.cosines, None), TypeError, "out as bool for .* got torch.float64"),
+        (lambda pairs: (None, pairs.cosines[:5] > 2), ValueError, r"held as bool for .* got shape \(5, 12\)"),
+    ):
+        bad.needs_clusters = False
+        with pytest.raises(error, match=f"^false_negatives: .*{words}"):
+            info_nce(anchors, positives, false_negatives=bad, backend="torch")

@@ -151,7 +151,9 @@ class Sweep(torch.autograd.Function):
         a, p, n, tau = (need and keeps_graph for need in ctx.needs_input_grad[:4])
         needs = (a, p, n, tau)
         whole = torch.compiler.is_compiling() and ranks is None
-        with without_autograd(), without_autocast(anchors.device):
+        # A rule of the user's own may use autograd itself.
+        quiet = without_autograd() if isinstance(options.false_negatives, str) else torch.no_grad()
+        with quiet, without_autocast(anchors.device):
             if whole:
                 loss, terms, *found = _sweep_operator(
                     anchors, positives, negatives, *_split(temperature), *clusters[:3], *options, list(needs),

@@ -15,13 +15,13 @@ batch, so their rule is asked about some B²/K cells instead of B² (identity 5)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..rules import Pairs, Side, rule_of
+from ..rules import Pairs, Side, ask, rule_of
 from .norms import compute_dtype, through_norm, unit_rows
 from .problem import Batch, Block, own_bonus
 from .ranks import Alone
@@ -338,7 +338,7 @@ class TorchProducts:
             local = slice(first - start, some.stop - start)
             cells = values[local, low:high]
             pairs = Pairs(cells, self.temperature, self.side, columns.side, some, slice(low, high))
-            decision = self.rule(pairs)
+            decision = ask(self.rule, pairs)
             if decision.held is not None:
                 self.has_margins = True
                 held.append(self._hold(columns, rows, values, decision.held, local, low))
@@ -351,16 +351,12 @@ class TorchProducts:
     ) -> Held:
         """Slopes of the margin loss for pairs (some, width) bool; adds the margins beyond Δ = 0 to the sums.
 
-        Per pair and in units of logits relu(Δ+α) + relu(−Δ−β) is how far Δ is outside of the interval between
-        −β and −α, and its slope on which side of it; where β < α, it is α − β more.
-
-        A sentence as its own mate is harmless: Δ_ii = 0 is what the cell would add anyway, and its slope on
+        Per pair and in units of logits it is relu(Δ+α) + relu(−Δ−β), whose slope is [Δ > −α] − [Δ < −β]. A
+        sentence as its own mate is harmless: Δ_ii = 0 is what the cell would add anyway, and its slope on
         S_ii cancels against its slope on s_i.
         """
         alpha, beta = self.options.bml_alpha / self.temperature, self.options.bml_beta / self.temperature
-        ends: Any = (-beta, -alpha) if self.options.bml_alpha <= self.options.bml_beta else (-alpha, -beta)
-        more: Any = max(0.0, self.options.bml_alpha - self.options.bml_beta) - self.options.margin_at_zero
-        more /= self.temperature
+        at_zero = self.options.margin_at_zero / self.temperature
         # Where few pairs are held, those alone. On a GPU, to know would be to wait for the device.
         if values.device.type == "cpu" and int(pairs.count_nonzero()) * _FEW < pairs.numel():
             i, j = pairs.nonzero(as_tuple=True)
@@ -370,21 +366,21 @@ class TorchProducts:
             if low:
                 cells += low
             delta = values.view(-1)[cells].sub_(rows.positive.view(-1)[i])
-            outside = delta - delta.clamp(*ends)
-            slope = outside.sign()
+            above, below = (delta + alpha).clamp_min_(0.0), (delta + beta).clamp_max_(0.0)
+            margins, slope = above - below, above.sign_().add_(below.sign_())
             if columns.totals:
                 rows.slope_sum.index_add_(0, i, slope)
-                rows.margin_sum.index_add_(0, i, outside.abs_().add_(more))
+                rows.margin_sum.index_add_(0, i, margins.sub_(at_zero))
                 if self.ranks.needs[3]:
                     rows.slope_times_delta.index_add_(0, i, slope * delta)
             return Held(i, cells, slope)
         cells = values[some, low : low + pairs.shape[1]]
         delta = cells - rows.positive[some]
-        outside = delta - delta.clamp(*ends)
-        slope = outside.sign().mul_(pairs)
+        above, below = (delta + alpha).clamp_min_(0.0), (delta + beta).clamp_max_(0.0)
+        margins, slope = above - below, above.sign_().add_(below.sign_()).mul_(pairs)
         if columns.totals:
             rows.slope_sum[some] += slope.sum(dim=1)
-            rows.margin_sum[some] += outside.abs_().add_(more).mul_(pairs).sum(dim=1)
+            rows.margin_sum[some] += margins.sub_(at_zero).mul_(pairs).sum(dim=1)
             if self.ranks.needs[3]:
                 rows.slope_times_delta[some] += delta.mul_(slope).sum(dim=1)
         return Held(some, cells, slope)
