@@ -78,7 +78,7 @@ def record(dtype: torch.dtype, dim: int, batch: int) -> dict[str, launch.Launch]
         numbers = Options(0.0, rule)[:5]
         settings = (*given, known, None, None, clustered, clustered, True, *update, *numbers)
         state = objective_launchers.forward(*settings)[2:]
-        objective_launchers.backward(tau, *given, numbers[2], (True, True, others is not None), state)
+        objective_launchers.backward(tau, *given, (True, True, others is not None), state)
 
     def a_chunk(rule: str, others: Any, temperature: Any, needs: bool) -> None:
         ids = meta(batch, dtype=torch.int64)
@@ -177,7 +177,8 @@ def compile_launch(recorded: launch.Launch, target_name: str) -> Any:
     """The compiled kernel."""
     backend, arch = TARGETS[target_name]
     gpu = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
-    options = recorded.tiles.options(backend)
+    dependent = recorded.constants.get("DEPENDENT", False)
+    options = recorded.tiles.options(Target(*TARGETS[target_name]), dependent)
     return triton.compile(source(recorded, backend), target=gpu, options=options)
 
 

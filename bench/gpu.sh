@@ -51,7 +51,7 @@ if not compiler or not header.is_file():
     sys.exit(0 if found["gpu"] == "none" else 2)
 PY
     if [[ $device == cuda ]]; then nvidia-smi; else echo "NO GPU HERE: tiny sizes on the CPU, no GPU figures"; fi
-    workers=$("$python" -c 'import os, xdist; print(min(8, os.cpu_count()))') &&
+    workers=$("$python" -c 'import os, xdist; print(min(14, os.cpu_count()))') &&
         parallel=(-n "$workers" --maxschedchunk=1) # one test at a time: those for a GPU alone come first
     for stage in "${stages[@]}"; do
         seconds=$(((total - SECONDS) / left-- - 20)) # 20 for what follows the interrupt

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import multiply_add, read_scalar, row_starts
+from .tiles import multiply_add, read_scalar, row_starts, wait_for_the_launch_before
 
 BATCH_SIZES = ["num_rows", "num_centroids", "num_tiles"]
 
@@ -26,7 +26,7 @@ def centroid_update_kernel(
     partial_cosine_ptr,  # (tiles, B): the best cosine within each tile of centroids
     partial_id_ptr,  # (tiles, B): its id
     centroids_ptr,  # (K, D) float32, updated in place unless UPDATE is SUMS
-    updated_ptr,  # out (K, D) float32, a copy of the updated centroids
+    updated_ptr,  # out (K, D), a copy of the updated centroids
     counts_ptr,  # out (K,) float32, only for SUMS
     sums_ptr,  # out (K, D) float32, only for SUMS
     momentum,  # γ
@@ -37,34 +37,39 @@ def centroid_update_kernel(
     x_stride,
     centroids_stride,
     UPDATE: tl.constexpr,
+    TILES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid: (cluster tiles, dimension tiles)."""
+    """Grid: (cluster tiles, dimension tiles); TILES is a power of two from `num_tiles` on."""
+    wait_for_the_launch_before(DEPENDENT)
     clusters = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     count = tl.zeros((BLOCK_K,), tl.float32)
+    tiles = tl.arange(0, TILES)[:, None]
     for start in range(0, num_rows, BLOCK_B):
         rows = start + tl.arange(0, BLOCK_B)
         mask = rows < num_rows
-        best_cosine = tl.load(partial_cosine_ptr + rows, mask=mask, other=0.0)
-        nearest = tl.load(partial_id_ptr + rows, mask=mask, other=0).to(tl.int32)
-        for tile in range(1, num_tiles):
-            at = rows + num_rows.to(tl.int64) * tile
-            cosine = tl.load(partial_cosine_ptr + at, mask=mask, other=0.0)
-            wins = cosine > best_cosine  # strictly: the lowest id of equals
-            best_cosine = tl.where(wins, cosine, best_cosine)
-            nearest = tl.where(wins, tl.load(partial_id_ptr + at, mask=mask, other=0).to(tl.int32), nearest)
         valid = tl.load(x_inverse_ptr + rows, mask=mask, other=0.0) > 0  # False for NaN
+        at = tiles.to(tl.int64) * num_rows + rows[None, :]
+        both = (tiles < num_tiles) & mask[None, :]
+        cosine = tl.load(partial_cosine_ptr + at, mask=both, other=float("-inf"))  # (TILES, B)
+        ids = tl.load(partial_id_ptr + at, mask=both, other=0).to(tl.int32)
+        best = tl.argmax(cosine, axis=0)[None, :]  # the first of equals, so the lowest id
+        nearest = tl.sum(tl.where(tiles == best, ids, 0), axis=0)
         members = ((nearest[None, :] == clusters[:, None]) & valid[None, :]).to(tl.float32)  # (K, B)
         count += tl.sum(members, axis=1)
         mask = valid[:, None] & (d < dim)[None, :]
         x = tl.load(row_starts(x_ptr, rows, x_stride) + d[None, :], mask=mask, other=0.0)  # (B, D)
-        total = multiply_add(members.to(x.dtype), x, total, PRECISION, UPCAST)
+        if x.dtype == tl.float32:
+            total = multiply_add(members.to(tl.bfloat16), x, total, PRECISION, UPCAST)
+        else:
+            total = multiply_add(members.to(x.dtype), x, total, PRECISION, UPCAST)
 
     inside = (clusters < num_centroids)[:, None] & (d < dim)[None, :]
     at = row_starts(centroids_ptr, clusters, centroids_stride) + d[None, :]
@@ -84,4 +89,5 @@ def centroid_update_kernel(
         new = tl.where((count > 0)[:, None], new, old)
         tl.store(at, new, mask=inside)
         # The backward of this step needs them after the next step has moved them on.
-        tl.store(row_starts(updated_ptr, clusters, dim) + d[None, :], new, mask=inside)
+        copy = row_starts(updated_ptr, clusters, dim) + d[None, :]
+        tl.store(copy, new.to(updated_ptr.dtype.element_ty), mask=inside)

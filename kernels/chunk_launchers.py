@@ -44,7 +44,6 @@ def weigh(mode: str, x: Tensor, y: Tensor, **given: Any) -> None:
         dim=x.shape[1],
         weight_blocks=padded(columns) // 16,
         MODE=MODES[mode],
-        FLOAT32=x.dtype != y.dtype,
     )
 
 

@@ -19,7 +19,7 @@ from .similarity import cosine_kernel
 UPDATES = {"sums": SUMS.value, "sum": TOWARDS_SUM.value, "mean": TOWARDS_MEAN.value}
 
 # Centroids of one tile, whatever the batch.
-_CENTROID_TILE = 32
+_CENTROID_TILE = 64
 
 
 def new_counters(x: Tensor, num_centroids: int) -> Tensor:
@@ -64,6 +64,11 @@ def compare(
         CLEAR=counters is not None,
     )
     return cosines, x_inverse, y_inverse, *partial
+
+
+def factor_dtype(x: Tensor) -> torch.dtype:
+    """Of weights and centroids in the gradients' products; float16 has too narrow a range for weights."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
 
 
 class Assignment(NamedTuple):
@@ -131,12 +136,14 @@ def update(
 
     best_cosine, best_id: the best within each tile of centroids as `compare` returns them, or for ids that
     are known (1, 1, B). Returns for "sums" the members' counts (K,) and sums (K, D), else an empty tensor and
-    a copy of the moved centroids.
+    a copy of the moved centroids in `factor_dtype`.
     """
     clusters, dim = centroids.shape
     sums_only = statistic == "sums"
     counts = new_float32(x, clusters if sums_only else 0)
-    result = new_float32(x, clusters, dim)
+    result = torch.empty(
+        clusters, dim, dtype=torch.float32 if sums_only else factor_dtype(x), device=x.device
+    )
     launch(
         centroid_update_kernel,
         lambda block: (cdiv(clusters, block["BLOCK_K"]), cdiv(dim, block["BLOCK_D"])),
@@ -155,6 +162,7 @@ def update(
         num_tiles=best_cosine.shape[1],
         dim=dim,
         UPDATE=UPDATES[statistic],
+        TILES=1 << (best_cosine.shape[1] - 1).bit_length(),
     )
     return counts, result
 
@@ -188,11 +196,11 @@ def _launch_cosines(x: Tensor, partial: tuple[Tensor, Tensor], **given: Any) -> 
     """Launch `cosine_kernel` for what is given of its arguments."""
     sources = [given.get(name) for name in ("y", "negatives", "centroids")]
     columns, explicit, clusters = (0 if z is None else z.shape[0] for z in sources)
-    cosines, centroid_cosines = given.get("cosines"), given.get("centroid_cosines")
 
     def grid(block: Mapping[str, int]) -> tuple[int, ...]:
         tiles = cdiv(columns, block["BLOCK_N"]) + cdiv(explicit, block["BLOCK_N"])
-        return (cdiv(x.shape[0], block["BLOCK_M"]) * (tiles + cdiv(clusters, block["BLOCK_K"])),)
+        assigning = cdiv(clusters, block["BLOCK_K"]) * cdiv(x.shape[0], block["BLOCK_K_M"])
+        return (assigning + cdiv(x.shape[0], block["BLOCK_M"]) * tiles,)
 
     launch(
         cosine_kernel,
@@ -206,8 +214,6 @@ def _launch_cosines(x: Tensor, partial: tuple[Tensor, Tensor], **given: Any) -> 
         num_negatives=explicit,
         num_centroids=clusters,
         dim=x.shape[1],
-        cosine_blocks=cosines.shape[1] // 16 if cosines is not None else 0,
-        centroid_blocks=centroid_cosines.shape[1] // 16 if centroid_cosines is not None else 0,
         **given,
     )
 
@@ -223,13 +229,11 @@ def _cosine_tiles(x: Tensor) -> Tiles:
     """Small batches get small tiles, to fill the chip. Half precision takes 64 rows, what HGMMA needs."""
     half, large = x.dtype.itemsize == 2, x.shape[0] >= LARGE_BATCH
     m, n, warps = (128, 128, 8) if half and large else (64, 64 if large else 32, 4)
-    blocks = {
-        "BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": 64 if half else 32, "BLOCK_K": _CENTROID_TILE, "BLOCK_K_D": 32
-    }  # fmt: skip
+    d = 64 if half else 32
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d}
+    blocks |= {"BLOCK_K": _CENTROID_TILE, "BLOCK_K_M": 32, "BLOCK_K_D": d}
     return Tiles(blocks, num_warps=warps)
 
 
 def _update_tiles(x: Tensor) -> Tiles:
-    if x.dtype.itemsize == 2:
-        return Tiles({"BLOCK_K": 64, "BLOCK_B": 64, "BLOCK_D": 32})
-    return Tiles({"BLOCK_K": 32, "BLOCK_B": 32, "BLOCK_D": 32})
+    return Tiles({"BLOCK_K": 64, "BLOCK_B": 64, "BLOCK_D": 16 if x.dtype.itemsize == 2 else 32})

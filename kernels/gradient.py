@@ -1,12 +1,12 @@
 """Gradients of the objective: both products and the way back through the normalisation, in one launch.
 
 One program makes one (M, D) tile of ∂loss/∂z for anchors, positives or explicit negatives, from the weights
-w = Bτ · ∂loss/∂S that `objective.py` has left in the place of the cosines:
+that `objective.py` has left, W_ij = w_ij / (‖a_i‖ ‖p_j‖) with w = Bτ · ∂loss/∂S:
 
-    da = w p,  dp = wᵀ a,  dz = (da − a (a·da)) / ‖z‖
+    da = f (W p − a along_a / ‖a‖²),  dp = f (Wᵀ a − p along_p / ‖p‖²),  f = upstream / (Bτ)
 
-The norms of the summed rows are folded into the weights, so the raw embeddings are the other factor, and
-a·da = Σ_j w_ij S_ij is there already: no second pass over the embeddings.
+The norms of both factors are in the weights, so the raw embeddings are multiplied as they are, and
+along_a = Σ_j w_ij S_ij is there already: no second pass over the embeddings.
 """
 
 from __future__ import annotations
@@ -14,23 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import multiply_add, padded, read_scalar, row_starts
+from .tiles import multiply_add, padded, read_scalar, row_starts, wait_for_the_launch_before
 
-BATCH_SIZES = ["num_rows", "num_negatives", "num_centroids", "num_tiles", "cosine_blocks", "centroid_blocks"]
-
-# Weights below this in float16 lose nothing that matters: they are scaled so that the largest can be this.
-_LARGEST_HALF = tl.constexpr(16384.0)
-
-
-@triton.jit
-def _largest(values_ptr, count):
-    """Largest of `count` numbers ≥ 0; 1 if all are 0."""
-    largest = tl.zeros((1024,), tl.float32)
-    for start in range(0, count, 1024):
-        at = start + tl.arange(0, 1024)
-        largest = tl.maximum(largest, tl.load(values_ptr + at, mask=at < count, other=0.0))
-    largest = tl.max(largest, axis=0)
-    return tl.where(largest > 0, largest, 1.0)
+BATCH_SIZES = ["num_rows", "num_negatives", "num_centroids", "num_tiles"]
 
 
 @triton.jit
@@ -40,43 +26,31 @@ def _add_product(
     mask,  # (M,)
     step,  # from a weight to the next
     limit,  # weights that can be read; those beyond `count` are 0
-    factor,
     z_ptr,  # (count, D)
-    inverse_ptr,  # (count,) 1/‖z‖
     stride,
     count,
     d,
     dim,
-    UNIT: tl.constexpr,
-    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """product + factor · weights · unit rows of z, operands in DTYPE; with UNIT those rows are made first."""
+    """product + weights · rows of z."""
     for start in range(0, count, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
-        inside = at < count
         weight = tl.load(weights + at[None, :] * step, mask=mask[:, None] & (at < limit)[None, :], other=0.0)
-        weight = weight * factor
-        inverse = tl.load(inverse_ptr + at, mask=inside, other=0.0)
-        both = inside[:, None] & (d < dim)[None, :]
+        both = (at < count)[:, None] & (d < dim)[None, :]
         z = tl.load(row_starts(z_ptr, at, stride) + d[None, :], mask=both, other=0.0)  # (N, D)
-        if UNIT:
-            z = z * inverse[:, None]
-        else:
-            weight = weight * inverse[None, :]
-        product = multiply_add(weight.to(DTYPE), z.to(DTYPE), product, PRECISION, UPCAST)
+        product = multiply_add(weight, z, product, PRECISION, UPCAST)
     return product
 
 
 @triton.jit
 def _store_through_norm(product, z_ptr, z_stride, out_ptr, rows, d, count, dim, inverse, along, factor):
-    """dz = (du − u (u·du)) / ‖z‖ for du = product and u·du = along, written in the dtype of z."""
+    """dz = factor (product − z along / ‖z‖²), written in the dtype of z."""
     mask = (rows < count)[:, None] & (d < dim)[None, :]
     z = tl.load(row_starts(z_ptr, rows, z_stride) + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    unit = z * inverse[:, None]
-    gradient = (product - unit * along[:, None]) * (inverse * factor)[:, None]
+    gradient = (product - z * inverse[:, None] * (inverse * along)[:, None]) * factor
     out = row_starts(out_ptr, rows, dim) + d[None, :]
     tl.store(out, gradient.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -86,20 +60,18 @@ def gradient_kernel(
     x_ptr,  # (B, D) anchors
     y_ptr,  # (B, D) positives
     negatives_ptr,  # (N, D) explicit negatives
-    centroids_ptr,  # (K, D) float32
+    centroids_ptr,  # (K, D) in the dtype of centroid_weights
     x_gradient_ptr,  # out (B, D), contiguous
     y_gradient_ptr,  # out (B, D)
     negatives_gradient_ptr,  # out (N, D)
-    weights_ptr,  # (B, padded(B) + N)
-    centroid_weights_ptr,  # (B, K)
+    weights_ptr,  # (B, padded(B) + N) W
+    centroid_weights_ptr,  # (B, K) likewise
     x_inverse_ptr,  # (B,)
-    y_inverse_ptr,  # as a row of weights
-    centroid_inverse_ptr,  # (K,)
+    y_inverse_ptr,  # (padded(B) + N,)
     x_along_ptr,  # (B,) Σ_j w_ij S_ij
     y_along_ptr,  # (row tiles of the objective, padded(B) + N) parts of Σ_i w_ij S_ij
     upstream_ptr,  # 0-dim: the gradient of the loss
     temperature,
-    bml_weight,
     num_rows,
     num_negatives,
     num_centroids,
@@ -109,15 +81,16 @@ def gradient_kernel(
     y_stride,
     negatives_stride,
     centroids_stride,
-    cosine_blocks,
-    centroid_blocks,
+    weights_stride,
+    centroid_weights_stride,
+    y_along_stride,
     HAS_X_GRADIENT: tl.constexpr,
     NEED_Y: tl.constexpr,
     HAS_NEGATIVES_GRADIENT: tl.constexpr,
     HAS_NEGATIVES: tl.constexpr,
     HAS_CENTROIDS: tl.constexpr,
-    FLOAT16: tl.constexpr,
     TEMPERATURE_POINTER: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -125,17 +98,12 @@ def gradient_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Grid: ((anchor tiles + positive tiles + negative tiles) · dimension tiles,), each set if needed."""
+    wait_for_the_launch_before(DEPENDENT)
     dimension_tiles = tl.cdiv(dim, BLOCK_D)
     tile = tl.program_id(0) // dimension_tiles
     d = tl.program_id(0) % dimension_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
-    tau = read_scalar(temperature, TEMPERATURE_POINTER)
-    factor = tl.load(upstream_ptr).to(tl.float32) / (num_rows * tau)
+    factor = tl.load(upstream_ptr).to(tl.float32) / (num_rows * read_scalar(temperature, TEMPERATURE_POINTER))
     first = padded(num_rows)  # where the explicit negatives start in a row
-    row_length = cosine_blocks.to(tl.int64) * 16
-    # float16 has a narrow range: bring the weights, at most 1 + λτ, near its top, whatever the norms.
-    headroom, largest = 1.0, 1.0
-    if FLOAT16:
-        headroom = _LARGEST_HALF / (1.0 + read_scalar(bml_weight, False) * tau)
     product = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_tiles = tl.cdiv(num_rows, BLOCK_M)
     x_tiles = 0
@@ -144,32 +112,23 @@ def gradient_kernel(
         if tile < x_tiles:
             rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
             mask = rows < num_rows
-            starts = row_starts(weights_ptr, rows, row_length)
-            if FLOAT16:
-                largest = _largest(y_inverse_ptr, num_rows)
-                if HAS_NEGATIVES:
-                    largest = tl.maximum(largest, _largest(y_inverse_ptr + first, num_negatives))
+            starts = row_starts(weights_ptr, rows, weights_stride)
             product = _add_product(
-                product, starts, mask, 1, first, headroom / largest, y_ptr, y_inverse_ptr, y_stride, num_rows,
-                d, dim, False, x_ptr.dtype.element_ty, PRECISION, UPCAST, BLOCK_N,
-            )  # fmt: skip
+                product, starts, mask, 1, first, y_ptr, y_stride, num_rows, d, dim, PRECISION, UPCAST, BLOCK_N
+            )
             if HAS_NEGATIVES:
                 product = _add_product(
-                    product, starts + first, mask, 1, padded(num_negatives), headroom / largest,
-                    negatives_ptr, y_inverse_ptr + first, negatives_stride, num_negatives, d, dim, False,
-                    x_ptr.dtype.element_ty, PRECISION, UPCAST, BLOCK_N,
+                    product, starts + first, mask, 1, padded(num_negatives), negatives_ptr, negatives_stride,
+                    num_negatives, d, dim, PRECISION, UPCAST, BLOCK_N,
                 )  # fmt: skip
-            product = product * largest
             if HAS_CENTROIDS:
-                starts = row_starts(centroid_weights_ptr, rows, centroid_blocks.to(tl.int64) * 16)
+                starts = row_starts(centroid_weights_ptr, rows, centroid_weights_stride)
                 product = _add_product(
-                    product, starts, mask, 1, padded(num_centroids), headroom, centroids_ptr,
-                    centroid_inverse_ptr, centroids_stride, num_centroids, d, dim, True,
-                    x_ptr.dtype.element_ty, PRECISION, UPCAST, BLOCK_N,
+                    product, starts, mask, 1, padded(num_centroids), centroids_ptr, centroids_stride,
+                    num_centroids, d, dim, PRECISION, UPCAST, BLOCK_N,
                 )  # fmt: skip
             inverse = tl.load(x_inverse_ptr + rows, mask=mask, other=0.0)
             along = tl.load(x_along_ptr + rows, mask=mask, other=0.0)
-            product = product / headroom
             _store_through_norm(
                 product, x_ptr, x_stride, x_gradient_ptr, rows, d, num_rows, dim, inverse, along, factor
             )
@@ -189,20 +148,15 @@ def gradient_kernel(
                     count, first = num_negatives, padded(num_rows)
             own = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # rows of this set
             columns = first + own  # where they stand in a row
-            mask = own < padded(count)
+            product = _add_product(
+                product, weights_ptr + columns[:, None], own < padded(count), weights_stride, num_rows, x_ptr,
+                x_stride, num_rows, d, dim, PRECISION, UPCAST, BLOCK_N,
+            )  # fmt: skip
+            inverse = tl.load(y_inverse_ptr + columns, mask=own < count, other=0.0)
             along = tl.zeros((BLOCK_M,), tl.float32)
             for start in range(0, num_tiles, BLOCK_N):
                 at = start + tl.arange(0, BLOCK_N)
-                parts = y_along_ptr + at.to(tl.int64)[None, :] * row_length + columns[:, None]
-                both = (own < count)[:, None] & (at < num_tiles)[None, :]
-                along += tl.sum(tl.load(parts, mask=both, other=0.0), axis=1)
-            if FLOAT16:
-                largest = _largest(x_inverse_ptr, num_rows)
-            product = _add_product(
-                product, weights_ptr + columns[:, None], mask, row_length, num_rows, headroom / largest,
-                x_ptr, x_inverse_ptr, x_stride, num_rows, d, dim, False, x_ptr.dtype.element_ty, PRECISION,
-                UPCAST, BLOCK_N,
-            )  # fmt: skip
-            inverse = tl.load(y_inverse_ptr + columns, mask=mask, other=0.0)
-            product = product * (largest / headroom)
+                parts = row_starts(y_along_ptr, at, y_along_stride) + columns[None, :]
+                both = (own < count)[None, :] & (at < num_tiles)[:, None]
+                along += tl.sum(tl.load(parts, mask=both, other=0.0), axis=0)
             _store_through_norm(product, source, stride, out, own, d, count, dim, inverse, along, factor)

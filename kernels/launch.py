@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .target import target_of
+from .target import Target, target_of
 
 # Rows from which the large tiles are used.
 LARGE_BATCH = 1024
@@ -24,10 +24,11 @@ class Tiles:
     num_warps: int = 4
     num_stages: int = 3
 
-    def options(self, backend: str) -> dict[str, int]:
+    def options(self, target: Target, dependent: bool) -> dict[str, int]:
         """Launch options. Left alone, ptxas trades a few spilled registers for occupancy: not here."""
-        most = {"maxnreg": min(255, 65536 // (32 * self.num_warps))} if backend == "cuda" else {}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **most}
+        most = {"maxnreg": min(255, 65536 // (32 * self.num_warps))} if target.backend == "cuda" else {}
+        early = {"launch_pdl": True} if dependent else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **most, **early}
 
 
 class Launch(NamedTuple):
@@ -75,8 +76,8 @@ def launch(
     """Run a kernel on the device of its tensors; `grid` gives the number of programs for a tile shape.
 
     Its parameters are filled by name: `z_ptr` with the tensor z, `z_stride` with the stride of its rows,
-    `HAS_Z` with whether it was given; PRECISION, UPCAST, WAIT_FOR_STORES and TEMPERATURE_POINTER with what
-    the device, the first tensor and the temperature call for; every other with the value given, else 0.
+    `HAS_Z` with whether it was given; UPCAST, WAIT_FOR_STORES, DEPENDENT, TEMPERATURE_POINTER and where it is
+    not given PRECISION with what device and temperature call for; every other with the value given, else 0.
     """
     first = next(iter(given.values()))
     device = first.device
@@ -85,8 +86,9 @@ def launch(
             launch(kernel, grid, tiles, **given)
         return
     target = target_of(device)
-    given["PRECISION"], given["WAIT_FOR_STORES"] = target.precision(), target.waits_for_stores
-    given["UPCAST"] = target.backend == "interpreter" and first.dtype.itemsize == 2
+    given.setdefault("PRECISION", target.precision())
+    given["WAIT_FOR_STORES"], given["DEPENDENT"] = target.waits_for_stores, target.overlaps_launches
+    given["UPCAST"] = target.backend == "interpreter"
     given["TEMPERATURE_POINTER"] = isinstance(given.get("temperature"), Tensor)
     parameters = _parameters.get(kernel)
     if parameters is None:
@@ -119,7 +121,7 @@ def launch(
         compiled[(*programs, 1, 1)[:3]](*arguments.values(), *constant, *blocks)
         return
     _check(kernel, arguments, constants, tiles, given)
-    options = tiles.options(target.backend)
+    options = tiles.options(target, constants.get("DEPENDENT", False))
     _compiled[key] = kernel[programs](**arguments, **constants, **tiles.blocks, **options)
 
 
@@ -133,7 +135,7 @@ def _parameter(name: str) -> tuple[str, str, str]:
     return name, "number", name
 
 
-_AUTOMATIC = {"PRECISION", "WAIT_FOR_STORES", "UPCAST", "TEMPERATURE_POINTER"}
+_AUTOMATIC = {"PRECISION", "WAIT_FOR_STORES", "DEPENDENT", "UPCAST", "TEMPERATURE_POINTER"}
 _parameters: dict[Any, list[tuple[str, str, str]]] = {}
 # Compiled kernels, by all that they were compiled for. Triton keeps such a cache too, but looking into it
 # takes longer than everything the GPU does for a small batch.

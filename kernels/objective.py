@@ -1,7 +1,7 @@
 """The masked objective over finished cosines: InfoNCE, false negatives, margin loss, all sums, in one launch.
 
 One program owns a few whole rows of the cosines, so that every row sum is local. For the gradients a second
-pass over the same rows writes w = Bτ · ∂loss/∂S in the place of S:
+pass over the same rows writes W_ij = w_ij / (‖a_i‖ ‖p_j‖) in the place of S, w = Bτ · ∂loss/∂S:
 
     w_ij = softmax_ij + λτ/B · slope_ij,  w_ii = −Σ_{j≠i} w_ij
 
@@ -29,9 +29,10 @@ from .tiles import (
     padded,
     read_scalar,
     row_starts,
+    wait_for_the_launch_before,
 )
 
-BATCH_SIZES = ["num_rows", "num_negatives", "num_centroids", "cosine_blocks", "centroid_blocks"]
+BATCH_SIZES = ["num_rows", "num_negatives", "num_centroids"]
 
 # Rows of the output `terms`.
 TERMS = (
@@ -98,16 +99,24 @@ def _add(sums, logit, delta):
 
 @triton.jit
 def _store_row(weight, starts, columns, count, row_mask):
-    """Write weights (M, N) where `load_row` has read, 0 into the padding; returns what counts of them."""
-    weight = tl.where(row_mask[:, None] & (columns < count), weight, 0.0)
+    """Write weights (M, N) where their rows start, 0 into the padding.
+
+    They may lie over the cosines of this block and of those before it, which every thread must have read.
+    """
+    weight = tl.where(columns < count, weight, 0.0).to(starts.dtype.element_ty)
+    tl.debug_barrier()
     tl.store(starts + columns, weight, mask=row_mask[:, None] & (columns < padded(count)))
-    return weight
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def objective_kernel(
-    cosines_ptr,  # (B, padded(B) + N) S, then cosines with the explicit negatives; out w
-    centroid_cosines_ptr,  # (B, K) G; out w
+    cosines_ptr,  # (B, padded(B) + N) S, then cosines with the explicit negatives
+    centroid_cosines_ptr,  # (B, K) G
+    weights_ptr,  # out, at the places of the cosines W; where None they are not asked for
+    centroid_weights_ptr,  # out (B, K) likewise, over ‖c_k‖
+    x_inverse_ptr,  # (B,) 1/‖a_i‖
+    y_inverse_ptr,  # (padded(B) + N,)
+    centroid_inverse_ptr,  # (K,)
     cluster_ids_ptr,  # (B,) int: equal ids are false negatives of each other
     hard_ids_ptr,  # (B,) int: whose centroid is sentence j's hard negative
     counters_ptr,  # int32, see `counters`; the arrivals are zero before and after
@@ -115,7 +124,7 @@ def objective_kernel(
     nearest_cosine_ptr,  # (B,), with HAS_NEAREST
     runner_up_cosine_ptr,  # (B,), with HAS_NEAREST
     x_along_ptr,  # out (B,) Σ_j w_ij S_ij
-    y_along_ptr,  # out (row tiles, padded(B) + N), parts of Σ_i w_ij S_ij; where None w is not asked for
+    y_along_ptr,  # out (row tiles, padded(B) + N), parts of Σ_i w_ij S_ij
     row_terms_ptr,  # scratch (8, B)
     loss_ptr,  # out, 0-dim
     terms_ptr,  # out (8,), see TERMS
@@ -127,19 +136,24 @@ def objective_kernel(
     num_rows,
     num_negatives,
     num_centroids,
-    cosine_blocks,
-    centroid_blocks,
+    cosines_stride,
+    centroid_cosines_stride,
+    weights_stride,
+    centroid_weights_stride,
+    y_along_stride,
     HAS_NEGATIVES: tl.constexpr,
     HAS_HARD_IDS: tl.constexpr,
     HAS_NEAREST: tl.constexpr,
-    HAS_Y_ALONG: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
     FALSE_NEGATIVES: tl.constexpr,
     TEMPERATURE_POINTER: tl.constexpr,
     WAIT_FOR_STORES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Grid: (row tiles,)."""
+    wait_for_the_launch_before(DEPENDENT)
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     tau = read_scalar(temperature, TEMPERATURE_POINTER)
     scale = LOG2_E / tau
@@ -150,9 +164,9 @@ def objective_kernel(
     rows = program * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
     safe_rows = tl.minimum(rows, num_rows - 1)
-    starts = row_starts(cosines_ptr, safe_rows, cosine_blocks.to(tl.int64) * 16)  # (M, 1)
+    starts = row_starts(cosines_ptr, safe_rows, cosines_stride)  # (M, 1)
     if HAS_HARD_IDS:
-        hard_starts = row_starts(centroid_cosines_ptr, safe_rows, centroid_blocks.to(tl.int64) * 16)
+        hard_starts = row_starts(centroid_cosines_ptr, safe_rows, centroid_cosines_stride)
         own_hard = tl.load(hard_ids_ptr + safe_rows).to(tl.int32)[:, None]
     if FALSE_NEGATIVES != KEEP:
         own_cluster = tl.load(cluster_ids_ptr + safe_rows)[:, None]
@@ -209,10 +223,12 @@ def objective_kernel(
     slope_unit = bml_weight * tau / num_rows  # a slope of 1, in units of 1/(Bτ)
     own_weight = -others_share - slope_unit * tl.sum(slope_sum, axis=1)
     along = pull_sum + slope_unit * tl.sum(slope_pull, axis=1)
-    if HAS_Y_ALONG:
+    if HAS_WEIGHTS:
         tl.store(x_along_ptr + rows, along, mask=row_mask)
         log_total, own_weight = log_total[:, None], own_weight[:, None]
-        parts_ptr = y_along_ptr + program.to(tl.int64) * (cosine_blocks.to(tl.int64) * 16)
+        x_inverse = tl.load(x_inverse_ptr + safe_rows)[:, None]
+        weight_starts = row_starts(weights_ptr, safe_rows, weights_stride)
+        parts_ptr = y_along_ptr + program.to(tl.int64) * y_along_stride
         for start in range(0, num_rows, BLOCK_N):
             columns = (start + tl.arange(0, BLOCK_N))[None, :]
             cosine = load_row(starts, columns, num_rows)
@@ -225,25 +241,30 @@ def objective_kernel(
                 slope = margin_slope(cosine - positive, alpha, beta) * slope_unit
                 weight += tl.where(cluster == own_cluster, slope, 0.0)
             weight = tl.where(columns == rows[:, None], own_weight, weight)
-            weight = _store_row(weight, starts, columns, num_rows, row_mask)
-            part = tl.sum(weight * cosine, axis=0)[None, :]
+            part = tl.sum(tl.where(row_mask[:, None], weight * cosine, 0.0), axis=0)[None, :]
             tl.store(parts_ptr + columns, part, mask=columns < num_rows)
+            norms = x_inverse * load_row(y_inverse_ptr, columns, num_rows)
+            _store_row(weight * norms, weight_starts, columns, num_rows, row_mask)
         if HAS_NEGATIVES:
-            parts_ptr += padded(num_rows)
+            first = padded(num_rows)
             for start in range(0, num_negatives, BLOCK_N):
                 columns = (start + tl.arange(0, BLOCK_N))[None, :]
                 cosine = load_row(negative_starts, columns, num_negatives)
                 weight = tl.exp2(cosine * scale - log_total)
-                weight = _store_row(weight, negative_starts, columns, num_negatives, row_mask)
-                part = tl.sum(weight * cosine, axis=0)[None, :]
-                tl.store(parts_ptr + columns, part, mask=columns < num_negatives)
+                part = tl.sum(tl.where(row_mask[:, None], weight * cosine, 0.0), axis=0)[None, :]
+                tl.store(parts_ptr + first + columns, part, mask=columns < num_negatives)
+                norms = x_inverse * load_row(y_inverse_ptr + first, columns, num_negatives)
+                _store_row(weight * norms, weight_starts + first, columns, num_negatives, row_mask)
         if HAS_HARD_IDS:
+            weight_starts = row_starts(centroid_weights_ptr, safe_rows, centroid_weights_stride)
             for start in range(0, num_centroids, BLOCK_N):
                 ids = (start + tl.arange(0, BLOCK_N))[None, :]
                 cosine, logit = hard_logits(
                     hard_starts, ids, num_centroids, uses_ptr, own_hard, hard_negative_weight, scale
                 )
-                _store_row(tl.exp2(logit - log_total), hard_starts, ids, num_centroids, row_mask)
+                norms = x_inverse * tl.load(centroid_inverse_ptr + ids, mask=ids < num_centroids, other=0.0)
+                weight = tl.exp2(logit - log_total) * norms
+                _store_row(weight, weight_starts, ids, num_centroids, row_mask)
 
     # What the means are made of, row by row: as long as `terms`, in its order.
     at = row_terms_ptr + rows

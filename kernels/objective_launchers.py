@@ -5,8 +5,7 @@
     InfoNCE, margin loss and everything that is summed up                                1 launch
     both (or all three) gradients                                                        1 launch
 
-For the gradients B·(B+N+K) float32 weights are kept, in the place of the cosines. Arguments are checked by
-the callers (`clusterns.checks`). Embeddings are (rows, D) of one dtype with a unit column stride; every
+For the gradients B·(B+N+K) weights are kept, in the place of the cosines. Arguments are checked by the callers (`clusterns.checks`). Embeddings are (rows, D) of one dtype with a unit column stride; every
 output is new unless said otherwise. No function waits for the device.
 """
 
@@ -21,6 +20,7 @@ from . import cosine_launchers
 from .gradient import gradient_kernel
 from .launch import LARGE_BATCH, Tiles, cdiv, launch, new_float32, padded
 from .objective import objective_kernel
+from .target import target_of
 from .tiles import BML, EXCLUDE, KEEP
 
 FALSE_NEGATIVES = {"keep": KEEP.value, "exclude": EXCLUDE.value, "bml": BML.value}
@@ -29,14 +29,13 @@ FALSE_NEGATIVES = {"keep": KEEP.value, "exclude": EXCLUDE.value, "bml": BML.valu
 class State(NamedTuple):
     """What the forward leaves to the backward; empty what there is none of."""
 
-    weights: Tensor  # (B, padded(padded(B) + N)) float32, Bτ · ∂loss/∂S
+    weights: Tensor  # (B, padded(padded(B) + N)) bfloat16 for such rows, else float32
     x_inverse: Tensor  # (B,)
-    y_inverse: Tensor  # as a row of the weights
+    y_inverse: Tensor  # (padded(padded(B) + N),)
     x_along: Tensor  # (B,)
-    y_along: Tensor  # (row tiles, as a row of the weights)
-    centroid_weights: Tensor  # (B, padded(K))
-    centroid_inverse: Tensor  # (K,)
-    centroids: Tensor  # (K, D) as they were in this step
+    y_along: Tensor  # (row tiles of the objective, padded(padded(B) + N))
+    centroid_weights: Tensor  # (B, padded(K)) in the dtype of the weights
+    centroids: Tensor  # (K, D) likewise, as they were in this step
 
 
 def forward(
@@ -74,7 +73,7 @@ def forward(
         _, kept = cosine_launchers.update(x, x_inverse, best_cosine, best_id, centroids, statistic, momentum)
         torch.autograd.graph.increment_version(centroids)
     elif centroids is not None and has_hard and for_gradients:
-        kept = centroids.clone()  # the state may move on before the backward
+        kept = centroids.to(cosine_launchers.factor_dtype(x), copy=True)  # the state may move on before the backward
     found = cosine_launchers.Assignment.new(x, 0, 0, False)
     if centroids is not None and assigns:
         found = cosine_launchers.assign(
@@ -90,10 +89,8 @@ def forward(
     programs = cdiv(rows, tiles.blocks["BLOCK_M"])
     loss, terms = new_float32(x), new_float32(x, 8)
     y_along = new_float32(x, programs if for_gradients else 0, cosines.shape[1])
-    state = State(
-        cosines, x_inverse, y_inverse, new_float32(x, rows), y_along, found.cosines, found.centroid_inverse,
-        kept,
-    )  # fmt: skip
+    weights, centroid_weights = (z.view(cosine_launchers.factor_dtype(x)) for z in (cosines, found.cosines))
+    state = State(weights, x_inverse, y_inverse, new_float32(x, rows), y_along, centroid_weights, kept)
     launch(
         objective_kernel,
         lambda block: (programs,),
@@ -106,8 +103,13 @@ def forward(
         nearest=found.nearest if assigns else None,
         nearest_cosine=found.nearest_cosine if assigns else None,
         runner_up_cosine=found.runner_up_cosine if assigns else None,
+        weights=weights if for_gradients else None,
+        centroid_weights=centroid_weights if for_gradients and has_hard else None,
+        x_inverse=x_inverse,
+        y_inverse=y_inverse,
+        centroid_inverse=found.centroid_inverse if has_hard else None,
         x_along=state.x_along,
-        y_along=y_along if for_gradients else None,
+        y_along=y_along,
         row_terms=new_float32(x, 8, rows),
         loss=loss,
         terms=terms,
@@ -119,8 +121,6 @@ def forward(
         num_rows=rows,
         num_negatives=0 if negatives is None else negatives.shape[0],
         num_centroids=clusters,
-        cosine_blocks=cosines.shape[1] // 16,
-        centroid_blocks=found.cosines.shape[1] // 16,
         HAS_NEGATIVES=negatives is not None,
         FALSE_NEGATIVES=FALSE_NEGATIVES[false_negatives],
     )
@@ -133,13 +133,12 @@ def backward(
     y: Tensor,
     negatives: Tensor | None,
     temperature: float | Tensor,
-    bml_weight: float,
     needs: tuple[bool, bool, bool],
     fields: list[Tensor],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, y and negatives, where needed, times `upstream` (0-dim); contiguous, in x's dtype.
 
-    fields: the `State` of `forward` for these embeddings, τ and λ.
+    fields: the `State` of `forward` for these embeddings and τ.
     """
     state, dim = State(*fields), x.shape[1]
     gradients = [
@@ -164,21 +163,17 @@ def backward(
         centroid_weights=state.centroid_weights if has_centroids else None,
         x_inverse=state.x_inverse,
         y_inverse=state.y_inverse,
-        centroid_inverse=state.centroid_inverse if has_centroids else None,
         x_along=state.x_along,
         y_along=state.y_along,
         upstream=upstream,
         temperature=temperature,
-        bml_weight=float(bml_weight),
         num_rows=x.shape[0],
         num_negatives=0 if negatives is None else negatives.shape[0],
         num_centroids=state.centroids.shape[0],
         num_tiles=state.y_along.shape[0],
         dim=dim,
-        cosine_blocks=state.weights.shape[1] // 16,
-        centroid_blocks=state.centroid_weights.shape[1] // 16,
         NEED_Y=gradients[1] is not None,
-        FLOAT16=x.dtype == torch.float16,
+        PRECISION=target_of(x.device).precision(False if x.dtype == torch.float16 else None),
     )
     return tuple(gradients)
 

@@ -13,7 +13,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import counters, is_last_to_arrive, padded, product_tile, read_scalar, row_starts, two_best
+from .tiles import (
+    counters,
+    is_last_to_arrive,
+    padded,
+    product_tile,
+    read_scalar,
+    row_starts,
+    two_best,
+    wait_for_the_launch_before,
+)
 
 # Sizes that change with the batch: no specialisation, or a new batch size would compile again.
 BATCH_SIZES = [
@@ -22,8 +31,6 @@ BATCH_SIZES = [
     "num_negatives",
     "num_centroids",
     "num_counters",
-    "cosine_blocks",
-    "centroid_blocks",
 ]
 
 
@@ -62,8 +69,8 @@ def cosine_kernel(
     y_ptr,  # (C, D) columns
     negatives_ptr,  # (N, D) more columns
     centroids_ptr,  # (K, D) float32
-    cosines_ptr,  # out (B, padded(C) + N) float32, 16 · cosine_blocks numbers a row; over τ
-    centroid_cosines_ptr,  # out (B, K) float32, 16 · centroid_blocks numbers a row
+    cosines_ptr,  # out (B, padded(C) + N) float32, over τ; rows of a multiple of 16 numbers
+    centroid_cosines_ptr,  # out (B, K) float32, likewise
     x_inverse_ptr,  # out (B,) 1/‖x_i‖
     y_inverse_ptr,  # out, as a row of cosines
     centroid_inverse_ptr,  # out (K,)
@@ -85,8 +92,8 @@ def cosine_kernel(
     y_stride,
     negatives_stride,
     centroids_stride,
-    cosine_blocks,
-    centroid_blocks,
+    cosines_stride,
+    centroid_cosines_stride,
     HAS_Y: tl.constexpr,
     HAS_NEGATIVES: tl.constexpr,
     HAS_CENTROIDS: tl.constexpr,
@@ -96,42 +103,42 @@ def cosine_kernel(
     CLEAR: tl.constexpr,
     TEMPERATURE_POINTER: tl.constexpr,
     WAIT_FOR_STORES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_K_M: tl.constexpr,
     BLOCK_K_D: tl.constexpr,
 ):
-    """Grid: (row tiles · (centroid tiles + column tiles + negative tiles),)."""
-    num_tiles = 0
-    if HAS_CENTROIDS:
-        num_tiles += tl.cdiv(num_centroids, BLOCK_K)
-    if HAS_Y:
-        num_tiles += tl.cdiv(num_columns, BLOCK_N)
-    if HAS_NEGATIVES:
-        num_tiles += tl.cdiv(num_negatives, BLOCK_N)
-    row_tile, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = rows < num_rows
-    # Reads stay inside, what they give is not written.
-    x_rows = row_starts(x_ptr, tl.minimum(rows, num_rows - 1), x_stride)
+    """Grid: (centroid tiles · their row tiles + column tiles · row tiles,), the longest first."""
+    wait_for_the_launch_before(DEPENDENT)
+    program = tl.program_id(0)
     if CLEAR:
-        if (row_tile == 0) & (tile == 0):
+        if program == tl.num_programs(0) - 1:
             for start in range(0, num_counters, 1024):
                 at = start + tl.arange(0, 1024)
                 tl.store(counters_ptr + at, tl.zeros((1024,), tl.int32), mask=at < num_counters)
 
-    centroid_tiles = 0
+    assigning = 0
     if HAS_CENTROIDS:
         centroid_tiles = tl.cdiv(num_centroids, BLOCK_K)
-        if tile < centroid_tiles:
+        assigning = centroid_tiles * tl.cdiv(num_rows, BLOCK_K_M)
+        if program < assigning:
+            row_tile, tile = program // centroid_tiles, program % centroid_tiles
+            rows = row_tile * BLOCK_K_M + tl.arange(0, BLOCK_K_M)
+            row_mask = rows < num_rows
             ids = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+            # Reads stay inside, what they give is not written.
+            x_rows = row_starts(x_ptr, tl.minimum(rows, num_rows - 1), x_stride)
             c_rows = row_starts(centroids_ptr, tl.minimum(ids, num_centroids - 1), centroids_stride)
-            cosines, x_inverse, centroid_inverse = product_tile(
-                x_rows, c_rows, dim, True, True, PRECISION, UPCAST, BLOCK_K_D
-            )  # centroids stay float32
+            # Centroids stay float32, and are the factor that the matrix units take from registers.
+            cosines, centroid_inverse, x_inverse = product_tile(
+                c_rows, x_rows, dim, True, PRECISION, UPCAST, BLOCK_K_D
+            )
+            cosines = tl.trans(cosines)
             cosine_1, id_1, cosine_2, id_2 = two_best(cosines, ids, num_centroids)
             at = tile.to(tl.int64) * num_rows + rows
             tl.store(partial_cosine_ptr + at, cosine_1, mask=row_mask)
@@ -145,7 +152,7 @@ def cosine_kernel(
             if row_tile == 0:
                 tl.store(centroid_inverse_ptr + ids, centroid_inverse, mask=ids < num_centroids)
             if HAS_CENTROID_COSINES:
-                starts = row_starts(centroid_cosines_ptr, rows, centroid_blocks.to(tl.int64) * 16)
+                starts = row_starts(centroid_cosines_ptr, rows, centroid_cosines_stride)
                 both = row_mask[:, None] & (ids < padded(num_centroids))[None, :]  # as `load_row`
                 tl.store(starts + ids[None, :], cosines, mask=both)
             if HAS_NEAREST:
@@ -165,8 +172,12 @@ def cosine_kernel(
                     tl.store(runner_up_cosine_ptr + rows, cosine_2, mask=row_mask)
 
     if HAS_Y:
-        if tile >= centroid_tiles:
-            tile -= centroid_tiles
+        if program >= assigning:
+            program -= assigning
+            row_tiles = tl.cdiv(num_rows, BLOCK_M)
+            row_tile, tile = program % row_tiles, program // row_tiles
+            rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            row_mask = rows < num_rows
             columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             source, stride, count, first = y_ptr, y_stride, num_columns, 0
             if HAS_NEGATIVES:
@@ -175,9 +186,10 @@ def cosine_kernel(
                     source, stride, count = negatives_ptr, negatives_stride, num_negatives
                     first = padded(num_columns)
                     columns -= column_tiles * BLOCK_N
+            x_rows = row_starts(x_ptr, tl.minimum(rows, num_rows - 1), x_stride)
             y_rows = row_starts(source, tl.minimum(columns, count - 1), stride)
             cosines, x_inverse, y_inverse = product_tile(
-                x_rows, y_rows, dim, True, False, PRECISION, UPCAST, BLOCK_D
+                x_rows, y_rows, dim, True, PRECISION, UPCAST, BLOCK_D
             )
             if tile == 0:
                 tl.store(x_inverse_ptr + rows, x_inverse, mask=row_mask)
@@ -185,6 +197,6 @@ def cosine_kernel(
             if row_tile == 0:
                 tl.store(y_inverse_ptr + first + columns, y_inverse, mask=column_mask)
             cosines = cosines * (1.0 / read_scalar(temperature, TEMPERATURE_POINTER))
-            starts = row_starts(cosines_ptr, rows, cosine_blocks.to(tl.int64) * 16)
+            starts = row_starts(cosines_ptr, rows, cosines_stride)
             both = row_mask[:, None] & column_mask[None, :]
             tl.store(starts + (first + columns)[None, :], cosines, mask=both)

@@ -103,13 +103,18 @@ class Target:
         """Whether a barrier must be told to wait for stores, see `tiles.is_last_to_arrive`."""
         return self.backend == "hip" and str(self.arch).startswith("gfx9")
 
-    def precision(self) -> str:
-        """How float32 operands are multiplied, after `torch.get_float32_matmul_precision()`.
+    @property
+    def overlaps_launches(self) -> bool:
+        """Whether a kernel may start before the one before it has ended (programmatic dependent launch)."""
+        return self.backend == "cuda" and int(self.arch) >= 90
+
+    def precision(self, exact: bool | None = None) -> str:
+        """How float32 operands are multiplied, by default after `torch.get_float32_matmul_precision()`.
 
         "highest" keeps float32 products: on NVIDIA as three tf32 products, whose error is that of a float32
         sum, since float32 units would take most of the time. "high" and "medium" are tf32 where there is it.
         """
-        exact = _float32_is_exact()
+        exact = _float32_is_exact() if exact is None else exact
         if self.backend == "cuda":
             return "tf32x3" if exact else "tf32"
         if self.backend == "hip" and self.arch == "gfx942":

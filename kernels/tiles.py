@@ -23,15 +23,55 @@ BML = tl.constexpr(2)
 
 
 @triton.jit
-def multiply_add(x, y, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """accumulator (M, N) + x (M, D) · y (D, N), in float32 sums.
+def wait_for_the_launch_before(DEPENDENT: tl.constexpr):
+    """First of all in a kernel: the next one may start, this one waits for what it is to read.
 
-    UPCAST widens half operands first: the interpreter multiplies bfloat16 wrongly. On a GPU it is False.
+    With programmatic dependent launch (sm_90 and later) launches overlap by their ends and beginnings.
     """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _dot(x, y, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:
         x = x.to(tl.float32)
         y = y.to(tl.float32)
     return tl.dot(x, y, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def _three_terms(z):
+    """Float32 as a sum of three bfloat16, to 24 bits."""
+    high = z.to(tl.bfloat16)
+    rest = z - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def multiply_add(x, y, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """accumulator (M, N) + x (M, D) · y (D, N), in float32 sums.
+
+    Float32 beside bfloat16 is multiplied in three terms, exactly, and with no change of the other factor.
+    UPCAST widens half operands first: the interpreter multiplies bfloat16 wrongly. On a GPU it is False.
+    """
+    if x.dtype == y.dtype:
+        accumulator = _dot(x, y, accumulator, PRECISION, UPCAST)
+    elif y.dtype == tl.bfloat16:
+        high, middle, low = _three_terms(x)
+        accumulator = _dot(low, y, accumulator, PRECISION, UPCAST)
+        accumulator = _dot(middle, y, accumulator, PRECISION, UPCAST)
+        accumulator = _dot(high, y, accumulator, PRECISION, UPCAST)
+    elif x.dtype == tl.bfloat16:
+        high, middle, low = _three_terms(y)
+        accumulator = _dot(x, low, accumulator, PRECISION, UPCAST)
+        accumulator = _dot(x, middle, accumulator, PRECISION, UPCAST)
+        accumulator = _dot(x, high, accumulator, PRECISION, UPCAST)
+    else:
+        accumulator = _dot(x.to(tl.float32), y.to(tl.float32), accumulator, PRECISION, UPCAST)
+    return accumulator
 
 
 @triton.jit
@@ -63,7 +103,6 @@ def product_tile(
     y_rows,  # (N, 1) likewise
     dim,
     COSINES: tl.constexpr,
-    FLOAT32: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -71,7 +110,7 @@ def product_tile(
     """x_i·y_j (M, N); with COSINES cos(x_i, y_j) and both inverse norms, (M,) and (N,), in the same sweep.
 
     The raw rows are multiplied and the norms divided out of the sum, so half precision loses nothing: its
-    products are exact in float32. FLOAT32 widens operands of different dtypes.
+    products are exact in float32.
     """
     products = tl.zeros((x_rows.shape[0], y_rows.shape[0]), tl.float32)
     x_square = tl.zeros((x_rows.shape[0],), tl.float32)
@@ -81,12 +120,10 @@ def product_tile(
         inside = (d < dim)[None, :]
         x = tl.load(x_rows + d[None, :], mask=inside, other=0.0)  # (M, D)
         y = tl.load(y_rows + d[None, :], mask=inside, other=0.0)  # (N, D)
-        x_wide, y_wide = x.to(tl.float32), y.to(tl.float32)
         if COSINES:
+            x_wide, y_wide = x.to(tl.float32), y.to(tl.float32)
             x_square += tl.sum(x_wide * x_wide, axis=1)
             y_square += tl.sum(y_wide * y_wide, axis=1)
-        if FLOAT32:
-            x, y = x_wide, y_wide
         products = multiply_add(x, tl.trans(y), products, PRECISION, UPCAST)
     if COSINES:
         x_inverse, y_inverse = inverse_norm(x_square), inverse_norm(y_square)

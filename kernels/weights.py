@@ -57,7 +57,6 @@ def weights_kernel(
     HAS_USES: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     TEMPERATURE_POINTER: tl.constexpr,
-    FLOAT32: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -82,7 +81,7 @@ def weights_kernel(
             tl.debug_barrier()
     if needed:
         x_rows, y_rows = row_starts(x_ptr, safe_rows, x_stride), row_starts(y_ptr, safe_columns, y_stride)
-        products = product_tile(x_rows, y_rows, dim, False, FLOAT32, PRECISION, UPCAST, BLOCK_D)
+        products = product_tile(x_rows, y_rows, dim, False, PRECISION, UPCAST, BLOCK_D)
         x_scale = tl.load(x_inverse_ptr + safe_rows) * (LOG2_E / tau)
         y_inverse = tl.load(y_inverse_ptr + safe_columns)
         logits = products * x_scale[:, None] * y_inverse[None, :]  # (M, N)

@@ -139,7 +139,7 @@ def operator_samples():
         "forward given": (
             *alone, *fixed, centroids, nearest, runner_up, True, True, True, "", 0.0, *numbers
         ),
-        "backward": (loss, *views, *fixed, numbers[2], [True, True, False], state),
+        "backward": (loss, *views, *fixed, [True, True, False], state),
         "similarity": (*alone[:2], 0.3, None),
         "nearest_centroids": (anchors.detach(), centroids, 2**20),
         "cluster_sums": (anchors.detach(), centroids, 2**20),

@@ -190,13 +190,13 @@ _forward = _launcher(
     "Tensor? ids, Tensor? hard_ids, bool assigns, bool has_hard, bool for_gradients, str statistic, "
     f"float momentum, {_NUMBERS}) -> (Tensor loss, Tensor terms, Tensor weights, Tensor anchor_inverse, "
     "Tensor positive_inverse, Tensor anchor_along, Tensor positive_along, Tensor centroid_weights, "
-    "Tensor centroid_inverse, Tensor centroids)",
+    "Tensor centroids)",
     place=3,
 )
 _backward = _launcher(
     "objective_launchers",
     f"backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor? negatives, {_TAU}, "
-    "float bml_weight, bool[] needs, Tensor[] state) -> "
+    "bool[] needs, Tensor[] state) -> "
     "(Tensor anchors, Tensor positives, Tensor negatives)",
     place=4,
 )
@@ -223,7 +223,7 @@ class _Whole(torch.autograd.Function):
                 has_hard, for_gradients, statistic, momentum, *numbers,
             )  # fmt: skip
         ctx.save_for_backward(anchors, positives, negatives, tau[1], terms, *state)
-        ctx.rest = (tau[0], options.bml_weight)
+        ctx.temperature = tau[0]
         ctx.mark_non_differentiable(terms)
         ctx.set_materialize_grads(False)  # else the engine fills zeros for `terms`: one more launch
         return loss, terms
@@ -234,12 +234,11 @@ class _Whole(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 8
         anchors, positives, negatives, temperature, terms, *state = ctx.saved_tensors
-        tau, bml_weight = ctx.rest
         needs = list(ctx.needs_input_grad[:3])
         gradients: list[Tensor | None] = [None, None, None]
         if any(needs):
             found = _backward(
-                grad_loss, anchors, positives, negatives, tau, temperature, bml_weight, needs, state
+                grad_loss, anchors, positives, negatives, ctx.temperature, temperature, needs, state
             )
             gradients = [g if need else None for g, need in zip(found, needs, strict=True)]
         of_temperature = None
