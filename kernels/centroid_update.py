@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .tiles import multiply_add, read_scalar, row_starts, wait_for_the_launch_before
 
-BATCH_SIZES = ["num_rows", "num_centroids", "num_tiles"]
+BATCH_SIZES = ["num_rows", "num_centroids"]
 
 # Values of the constexpr UPDATE.
 SUMS = tl.constexpr(0)  # write counts and sums, leave the centroids
@@ -23,8 +23,8 @@ TOWARDS_MEAN = tl.constexpr(2)  # the paper, Eq. 7
 def centroid_update_kernel(
     x_ptr,  # (B, D) raw points
     x_inverse_ptr,  # (B,) 1/‖x_i‖; rows where it is not positive have no direction and are left out
-    partial_cosine_ptr,  # (tiles, B): the best cosine within each tile of centroids
-    partial_id_ptr,  # (tiles, B): its id
+    partial_cosine_ptr,  # (TILES, B): the best cosine within each tile of centroids
+    partial_id_ptr,  # (TILES, B): its id
     centroids_ptr,  # (K, D) float32, updated in place unless UPDATE is SUMS
     updated_ptr,  # out (K, D), a copy of the updated centroids
     counts_ptr,  # out (K,) float32, only for SUMS
@@ -32,7 +32,6 @@ def centroid_update_kernel(
     momentum,  # γ
     num_rows,
     num_centroids,
-    num_tiles,
     dim,
     x_stride,
     centroids_stride,
@@ -45,32 +44,35 @@ def centroid_update_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid: (cluster tiles, dimension tiles); TILES is a power of two from `num_tiles` on."""
+    """Grid: (cluster tiles, dimension tiles); TILES of centroids were compared."""
     wait_for_the_launch_before(DEPENDENT)
     clusters = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
     count = tl.zeros((BLOCK_K,), tl.float32)
-    tiles = tl.arange(0, TILES)[:, None]
     for start in range(0, num_rows, BLOCK_B):
         rows = start + tl.arange(0, BLOCK_B)
         mask = rows < num_rows
         valid = tl.load(x_inverse_ptr + rows, mask=mask, other=0.0) > 0  # False for NaN
-        at = tiles.to(tl.int64) * num_rows + rows[None, :]
-        both = (tiles < num_tiles) & mask[None, :]
-        cosine = tl.load(partial_cosine_ptr + at, mask=both, other=float("-inf"))  # (TILES, B)
-        ids = tl.load(partial_id_ptr + at, mask=both, other=0).to(tl.int32)
-        best = tl.argmax(cosine, axis=0)[None, :]  # the first of equals, so the lowest id
-        nearest = tl.sum(tl.where(tiles == best, ids, 0), axis=0)
-        members = ((nearest[None, :] == clusters[:, None]) & valid[None, :]).to(tl.float32)  # (K, B)
-        count += tl.sum(members, axis=1)
+        best = tl.full((BLOCK_B,), float("-inf"), tl.float32)
+        nearest = tl.zeros((BLOCK_B,), tl.int32)
+        for tile in tl.static_range(TILES):
+            at = rows + num_rows.to(tl.int64) * tile
+            cosine = tl.load(partial_cosine_ptr + at, mask=mask, other=0.0)
+            ids = tl.load(partial_id_ptr + at, mask=mask, other=0).to(tl.int32)
+            wins = cosine > best  # strictly: the lowest id of equals
+            best = tl.where(wins, cosine, best)
+            nearest = tl.where(wins, ids, nearest)
+        members = ((nearest[:, None] == clusters[None, :]) & valid[:, None]).to(tl.float32)  # (B, K)
+        count += tl.sum(members, axis=0)
         mask = valid[:, None] & (d < dim)[None, :]
         x = tl.load(row_starts(x_ptr, rows, x_stride) + d[None, :], mask=mask, other=0.0)  # (B, D)
         if x.dtype == tl.float32:
-            total = multiply_add(members.to(tl.bfloat16), x, total, PRECISION, UPCAST)
+            total = multiply_add(tl.trans(x), members.to(tl.bfloat16), total, PRECISION, UPCAST)
         else:
-            total = multiply_add(members.to(x.dtype), x, total, PRECISION, UPCAST)
+            total = multiply_add(tl.trans(x), members.to(x.dtype), total, PRECISION, UPCAST)
 
+    total = tl.trans(total)  # (K, D)
     inside = (clusters < num_centroids)[:, None] & (d < dim)[None, :]
     at = row_starts(centroids_ptr, clusters, centroids_stride) + d[None, :]
     if UPDATE == SUMS:

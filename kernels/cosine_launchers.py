@@ -19,7 +19,7 @@ from .similarity import cosine_kernel
 UPDATES = {"sums": SUMS.value, "sum": TOWARDS_SUM.value, "mean": TOWARDS_MEAN.value}
 
 # Centroids of one tile, whatever the batch.
-_CENTROID_TILE = 64
+_CENTROID_TILE = 32
 
 
 def new_counters(x: Tensor, num_centroids: int) -> Tensor:
@@ -97,10 +97,17 @@ class Assignment(NamedTuple):
 
 
 def assign(
-    x: Tensor, centroids: Tensor, counters: Tensor, *, keep_cosines: bool = False, count_uses: bool = True
+    x: Tensor,
+    centroids: Tensor,
+    counters: Tensor,
+    x_inverse: Tensor | None = None,
+    *,
+    keep_cosines: bool = False,
+    count_uses: bool = True,
 ) -> Assignment:
     """Nearest and runner-up centroid of x (B, D) among centroids (K, D) float32, ids int64.
 
+    x_inverse: 1/‖x‖ (B,) where it is known.
     Adds the sizes of the clusters, and with `count_uses` how often each is a runner-up, to `counters`, which
     must hold zeros.
     """
@@ -110,7 +117,7 @@ def assign(
         _partial(x, centroids),
         centroids=centroids,
         centroid_cosines=found.cosines if keep_cosines else None,
-        x_inverse=found.x_inverse,
+        x_inverse=found.x_inverse if x_inverse is None else x_inverse,
         centroid_inverse=found.centroid_inverse,
         nearest=found.nearest,
         runner_up=found.runner_up,
@@ -119,6 +126,7 @@ def assign(
         counters=counters,
         temperature=1.0,
         COUNT_USES=count_uses,
+        NORMS_KNOWN=x_inverse is not None,
     )
     return found
 
@@ -159,10 +167,9 @@ def update(
         momentum=float(momentum),
         num_rows=x.shape[0],
         num_centroids=clusters,
-        num_tiles=best_cosine.shape[1],
         dim=dim,
         UPDATE=UPDATES[statistic],
-        TILES=1 << (best_cosine.shape[1] - 1).bit_length(),
+        TILES=best_cosine.shape[1],
     )
     return counts, result
 
@@ -231,9 +238,9 @@ def _cosine_tiles(x: Tensor) -> Tiles:
     m, n, warps = (128, 128, 8) if half and large else (64, 64 if large else 32, 4)
     d = 64 if half else 32
     blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d}
-    blocks |= {"BLOCK_K": _CENTROID_TILE, "BLOCK_K_M": 32, "BLOCK_K_D": d}
+    blocks |= {"BLOCK_K": _CENTROID_TILE, "BLOCK_K_M": 64, "BLOCK_K_D": d}
     return Tiles(blocks, num_warps=warps)
 
 
 def _update_tiles(x: Tensor) -> Tiles:
-    return Tiles({"BLOCK_K": 64, "BLOCK_B": 64, "BLOCK_D": 16 if x.dtype.itemsize == 2 else 32})
+    return Tiles({"BLOCK_K": 16, "BLOCK_B": 64, "BLOCK_D": 64}, num_warps=8)

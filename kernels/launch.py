@@ -13,7 +13,7 @@ from torch import Tensor
 from .target import Target, target_of
 
 # Rows from which the large tiles are used.
-LARGE_BATCH = 1024
+LARGE_BATCH = 2048
 
 
 @dataclass(frozen=True)

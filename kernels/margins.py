@@ -78,7 +78,7 @@ def margins_kernel(
         safe_at = tl.minimum(at, num_columns - 1)
         columns = tl.load(y_order_ptr + safe_at)
         y_rows = row_starts(y_ptr, columns, y_stride)
-        products = product_tile(x_rows, y_rows, dim, False, PRECISION, UPCAST, BLOCK_D)
+        products, _, _ = product_tile(x_rows, y_rows, dim, False, False, PRECISION, UPCAST, BLOCK_D)
         y_inverse = tl.load(y_inverse_ptr + columns)
         if TRANSPOSED:
             positive = tl.load(positive_ptr + safe_at)[None, :]

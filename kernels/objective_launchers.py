@@ -77,7 +77,7 @@ def forward(
     found = cosine_launchers.Assignment.new(x, 0, 0, False)
     if centroids is not None and assigns:
         found = cosine_launchers.assign(
-            x, centroids, counters, keep_cosines=has_hard, count_uses=hard_ids is None
+            x, centroids, counters, x_inverse, keep_cosines=has_hard, count_uses=hard_ids is None
         )
         cluster_ids = found.nearest if cluster_ids is None else cluster_ids
     if hard_ids is not None:
@@ -173,20 +173,19 @@ def backward(
         num_tiles=state.y_along.shape[0],
         dim=dim,
         NEED_Y=gradients[1] is not None,
-        PRECISION=target_of(x.device).precision(False if x.dtype == torch.float16 else None),
+        PRECISION=target_of(x.device).precision(False if x.dtype == torch.float16 else None, turned=True),
     )
     return tuple(gradients)
 
 
 def _objective_tiles(rows: int) -> Tiles:
-    """A few whole rows a program, which leaves one row of `y_along`: a sixteenth of many cosines."""
-    m, n = (4, 256) if rows < LARGE_BATCH else (16, 64)
-    return Tiles({"BLOCK_M": m, "BLOCK_N": n}, num_warps=8, num_stages=1)
+    """A few whole rows a program, which leaves one row of `y_along`: an eighth of many cosines."""
+    m, n = (4, 512) if rows < LARGE_BATCH else (8, 256)
+    return Tiles({"BLOCK_M": m, "BLOCK_N": n}, num_warps=8)
 
 
 def _gradient_tiles(x: Tensor) -> Tiles:
-    if x.dtype.itemsize == 2:
-        if x.shape[0] < LARGE_BATCH:
-            return Tiles({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64}, num_warps=8)
-        return Tiles({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 128}, num_warps=8, num_stages=2)
+    if x.dtype == torch.bfloat16:
+        m, n, d = (64, 64, 64) if x.shape[0] < LARGE_BATCH else (128, 64, 128)
+        return Tiles({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d}, num_warps=8)
     return Tiles({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64}, num_warps=8)

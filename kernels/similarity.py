@@ -41,7 +41,7 @@ def _merge_two_best(partial_cosine_ptr, partial_id_ptr, rows, num_rows, num_tile
     step = num_rows.to(tl.int64)
     lowest = tl.full(rows.shape, float("-inf"), tl.float32)
     first_cosine, first, second_cosine, second = lowest, rows * 0, lowest, rows * 0
-    for tile in range(0, num_tiles):
+    for tile in tl.range(0, num_tiles, loop_unroll_factor=4):  # four reads on their way at once
         at = rows + step * tile
         cosine_1 = tl.load(partial_cosine_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
         id_1 = tl.load(partial_id_ptr + at, mask=mask, other=0, cache_modifier=".cg")
@@ -71,7 +71,7 @@ def cosine_kernel(
     centroids_ptr,  # (K, D) float32
     cosines_ptr,  # out (B, padded(C) + N) float32, over τ; rows of a multiple of 16 numbers
     centroid_cosines_ptr,  # out (B, K) float32, likewise
-    x_inverse_ptr,  # out (B,) 1/‖x_i‖
+    x_inverse_ptr,  # out (B,) 1/‖x_i‖, with NORMS_KNOWN in
     y_inverse_ptr,  # out, as a row of cosines
     centroid_inverse_ptr,  # out (K,)
     partial_cosine_ptr,  # scratch (2, centroid tiles, B): best and second best of each tile
@@ -99,6 +99,7 @@ def cosine_kernel(
     HAS_CENTROIDS: tl.constexpr,
     HAS_CENTROID_COSINES: tl.constexpr,
     HAS_NEAREST: tl.constexpr,
+    NORMS_KNOWN: tl.constexpr,
     COUNT_USES: tl.constexpr,
     CLEAR: tl.constexpr,
     TEMPERATURE_POINTER: tl.constexpr,
@@ -134,11 +135,15 @@ def cosine_kernel(
             # Reads stay inside, what they give is not written.
             x_rows = row_starts(x_ptr, tl.minimum(rows, num_rows - 1), x_stride)
             c_rows = row_starts(centroids_ptr, tl.minimum(ids, num_centroids - 1), centroids_stride)
-            # Centroids stay float32, and are the factor that the matrix units take from registers.
-            cosines, centroid_inverse, x_inverse = product_tile(
-                c_rows, x_rows, dim, True, PRECISION, UPCAST, BLOCK_K_D
+            # Centroids stay float32.
+            cosines, x_inverse, centroid_inverse = product_tile(
+                x_rows, c_rows, dim, not HAS_Y and not NORMS_KNOWN, True, PRECISION, UPCAST, BLOCK_K_D
             )
-            cosines = tl.trans(cosines)
+            cosines = cosines * centroid_inverse[None, :]
+            if NORMS_KNOWN:
+                x_inverse = tl.load(x_inverse_ptr + rows, mask=row_mask, other=0.0)
+            if not HAS_Y:  # beside y the best of a row is all that is asked for
+                cosines = cosines * x_inverse[:, None]
             cosine_1, id_1, cosine_2, id_2 = two_best(cosines, ids, num_centroids)
             at = tile.to(tl.int64) * num_rows + rows
             tl.store(partial_cosine_ptr + at, cosine_1, mask=row_mask)
@@ -147,7 +152,7 @@ def cosine_kernel(
                 at += centroid_tiles.to(tl.int64) * num_rows
                 tl.store(partial_cosine_ptr + at, cosine_2, mask=row_mask)
                 tl.store(partial_id_ptr + at, id_2, mask=row_mask)
-            if not HAS_Y:
+            if not HAS_Y and not NORMS_KNOWN:
                 tl.store(x_inverse_ptr + rows, x_inverse, mask=row_mask & (tile == 0))
             if row_tile == 0:
                 tl.store(centroid_inverse_ptr + ids, centroid_inverse, mask=ids < num_centroids)
@@ -189,8 +194,9 @@ def cosine_kernel(
             x_rows = row_starts(x_ptr, tl.minimum(rows, num_rows - 1), x_stride)
             y_rows = row_starts(source, tl.minimum(columns, count - 1), stride)
             cosines, x_inverse, y_inverse = product_tile(
-                x_rows, y_rows, dim, True, PRECISION, UPCAST, BLOCK_D
+                x_rows, y_rows, dim, True, True, PRECISION, UPCAST, BLOCK_D
             )
+            cosines = cosines * x_inverse[:, None] * y_inverse[None, :]
             if tile == 0:
                 tl.store(x_inverse_ptr + rows, x_inverse, mask=row_mask)
             column_mask = columns < padded(count)  # as `load_row`

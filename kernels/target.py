@@ -108,15 +108,17 @@ class Target:
         """Whether a kernel may start before the one before it has ended (programmatic dependent launch)."""
         return self.backend == "cuda" and int(self.arch) >= 90
 
-    def precision(self, exact: bool | None = None) -> str:
+    def precision(self, exact: bool | None = None, turned: bool = False) -> str:
         """How float32 operands are multiplied, by default after `torch.get_float32_matmul_precision()`.
 
         "highest" keeps float32 products: on NVIDIA as three tf32 products, whose error is that of a float32
         sum, since float32 units would take most of the time. "high" and "medium" are tf32 where there is it.
+        turned: neighbours of a factor lie along the result, which the matrix units do not read of tf32; turning
+        it around took most of the time of a product (H200), terms in bfloat16 are read as they are.
         """
         exact = _float32_is_exact() if exact is None else exact
         if self.backend == "cuda":
-            return "tf32x3" if exact else "tf32"
+            return ("bf16x6" if exact else "bf16x3") if turned else ("tf32x3" if exact else "tf32")
         if self.backend == "hip" and self.arch == "gfx942":
             return "ieee" if exact else "tf32"
         return "ieee"

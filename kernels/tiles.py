@@ -102,15 +102,16 @@ def product_tile(
     x_rows,  # (M, 1) where rows start, already within bounds
     y_rows,  # (N, 1) likewise
     dim,
-    COSINES: tl.constexpr,
+    X_NORMS: tl.constexpr,
+    Y_NORMS: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """x_i·y_j (M, N); with COSINES cos(x_i, y_j) and both inverse norms, (M,) and (N,), in the same sweep.
+    """x_i·y_j (M, N) and in the same sweep 1/‖x_i‖ (M,) and 1/‖y_j‖ (N,), each where it is asked for.
 
-    The raw rows are multiplied and the norms divided out of the sum, so half precision loses nothing: its
-    products are exact in float32.
+    The raw rows are multiplied, for the norms to be divided out of the sum, so half precision loses nothing:
+    its products are exact in float32.
     """
     products = tl.zeros((x_rows.shape[0], y_rows.shape[0]), tl.float32)
     x_square = tl.zeros((x_rows.shape[0],), tl.float32)
@@ -120,17 +121,14 @@ def product_tile(
         inside = (d < dim)[None, :]
         x = tl.load(x_rows + d[None, :], mask=inside, other=0.0)  # (M, D)
         y = tl.load(y_rows + d[None, :], mask=inside, other=0.0)  # (N, D)
-        if COSINES:
-            x_wide, y_wide = x.to(tl.float32), y.to(tl.float32)
+        if X_NORMS:
+            x_wide = x.to(tl.float32)
             x_square += tl.sum(x_wide * x_wide, axis=1)
+        if Y_NORMS:
+            y_wide = y.to(tl.float32)
             y_square += tl.sum(y_wide * y_wide, axis=1)
         products = multiply_add(x, tl.trans(y), products, PRECISION, UPCAST)
-    if COSINES:
-        x_inverse, y_inverse = inverse_norm(x_square), inverse_norm(y_square)
-        result = products * x_inverse[:, None] * y_inverse[None, :], x_inverse, y_inverse
-    else:
-        result = products
-    return result
+    return products, inverse_norm(x_square), inverse_norm(y_square)
 
 
 @triton.jit

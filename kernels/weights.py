@@ -81,7 +81,7 @@ def weights_kernel(
             tl.debug_barrier()
     if needed:
         x_rows, y_rows = row_starts(x_ptr, safe_rows, x_stride), row_starts(y_ptr, safe_columns, y_stride)
-        products = product_tile(x_rows, y_rows, dim, False, PRECISION, UPCAST, BLOCK_D)
+        products, _, _ = product_tile(x_rows, y_rows, dim, False, False, PRECISION, UPCAST, BLOCK_D)
         x_scale = tl.load(x_inverse_ptr + safe_rows) * (LOG2_E / tau)
         y_inverse = tl.load(y_inverse_ptr + safe_columns)
         logits = products * x_scale[:, None] * y_inverse[None, :]  # (M, N)
