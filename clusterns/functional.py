@@ -7,7 +7,7 @@ products follow `torch.get_float32_matmul_precision()`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -185,7 +185,7 @@ def evaluate(batch: Batch, backend: str, ranks: Alone | None = None) -> Objectiv
             parts[5] = None
         return ObjectiveTerms(loss, *parts[: 4 if clusters.centroids is None else 7])  # type: ignore[arg-type]
     if clusters.hard_ids is not None and clusters.hard_ids.dtype != torch.int64:
-        batch = batch._replace(clusters=clusters._replace(hard_ids=clusters.hard_ids.long()))
+        batch = _with(batch, clusters=_with(clusters, hard_ids=clusters.hard_ids.long()))
     if backend == "reference":
         return _reference_objective(batch)
     run = operators.Sweep.apply
@@ -275,7 +275,7 @@ def objective(batch: Batch, backend: str = "auto") -> ObjectiveTerms:
     backend = choose_backend(backend, anchors, positives, negatives, centroids, options)
     check_transforms(backend)
     if centroids is not None and backend != "triton":
-        batch = batch._replace(clusters=_complete(batch, backend))
+        batch = _with(batch, clusters=_complete(batch, backend))
     return evaluate(batch, backend)
 
 
@@ -289,6 +289,11 @@ def check_options(options: Options) -> None:
     check_count("workspace_bytes", options.workspace_bytes, at_least=1)
 
 
+def _with(record: Any, **changes: Any) -> Any:
+    """`record._replace(...)`, whose fields the compiler of torch 2.11 loses at a graph break."""
+    return type(record)(**(record._asdict() | changes))
+
+
 @torch.no_grad()
 def _complete(batch: Batch, backend: str) -> Clusters:
     """Clusters with what is missing of them from an assignment to the centroids."""
@@ -298,14 +303,14 @@ def _complete(batch: Batch, backend: str) -> Clusters:
     if ids is None or hard_ids is None:
         clusters = assign(batch.anchors, centroids, dtype, backend)
         if hard_ids is not None or len(centroids) == 1:
-            clusters = clusters._replace(hard_ids=hard_ids)
+            clusters = _with(clusters, hard_ids=hard_ids)
     if ids is not None:
-        clusters = clusters._replace(ids=ids)
+        clusters = _with(clusters, ids=ids)
         if isinstance(batch.options.false_negatives, CloseMates):
             check_within("cluster_ids", ids, len(centroids))
             own = unit_rows(centroids, dtype)[0][ids]
             nearest_cosine = (unit_rows(batch.anchors, dtype)[0] * own).sum(dim=1)
-            clusters = clusters._replace(nearest_cosine=nearest_cosine)
+            clusters = _with(clusters, nearest_cosine=nearest_cosine)
     return clusters
 
 

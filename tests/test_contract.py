@@ -396,14 +396,14 @@ def test_whole_batches_keep_no_more_than_the_cosines():
     cosines = 4 * 128 * (128 + 40 + 16)
     inputs = sum(z.numel() * 4 for z in (anchors, positives, arguments["negatives"], arguments["centroids"]))
     assert cosines < held <= cosines * 1.25 + inputs + 4 * 128 * 20
-    from clusterns.kernels import launch, objective_launchers
+    from clusterns.kernels import launch, objective_launchers, target
 
     x, centroids = torch.empty(4096, 8, device="meta"), torch.empty(16, 8, device="meta")
-    with launch.recording():
+    with target.assume(target.Target("cuda", 90)), launch.recording():  # "meta" is no GPU
         _, _, *state = objective_launchers.forward(
             x, x, None, 0.05, centroids, None, None, True, True, True, "", 0.0, 0.0, "bml", 0.0, 0.0, 0.0
         )
-    assert sum(each.numel() for each in state) <= 4096 * (4096 + 16) * (1 + 1 / 16) + 4096 * 20
+    assert sum(each.numel() for each in state) <= 4096 * (4096 + 16) * (1 + 1 / 8) + 4096 * 20
 
 
 def test_float16_gradients_of_rows_of_very_different_length():
@@ -533,10 +533,10 @@ def test_rules_decide_as_they_say():
     with pytest.raises(ValueError, match=nothing):
         ClusterNSLoss(6, 0, hard_negatives=False, false_negatives=CloseMates())
     ClusterNSLoss(6, 0, hard_negatives=False, false_negatives=GuidedMargin())
-    with pytest.raises(ValueError, match=r"^cluster_ids: expected ids in \[0, 4\), got 9"):
-        info_nce(
-            anchors, positives, **{**arguments, "cluster_ids": ids * 0 + 9}, false_negatives=CloseMates()
-        )
+    if DEVICE == "cpu":  # on a GPU nobody looks, which would be to wait
+        arguments["cluster_ids"] = ids * 0 + 9
+        with pytest.raises(ValueError, match=r"^cluster_ids: expected ids in \[0, 4\), got 9"):
+            info_nce(anchors, positives, **arguments, false_negatives=CloseMates())
     with pytest.raises(ValueError, match=r"^false_negatives: expected one of .* or a function of"):
         info_nce(anchors, positives, false_negatives="drop")
 

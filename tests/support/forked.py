@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 # Of the first that starts one in a process of tests; what another needs besides is loaded when it is needed.
@@ -34,12 +35,15 @@ def start(function: Callable[..., Any], *arguments: Any) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_call, args=(dict(os.environ), function, *arguments))
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:  # else it loads a package of the working directory
+        patch.setenv("PYTHONSAFEPATH", "1")
+        process.start()
     return process
 
 
 def _call(environment: dict[str, str], function: Callable[..., Any], *arguments: Any) -> None:
     gc.freeze()  # what is loaded stays, and is not looked through again by each collection
+    os.environ.clear()
     os.environ.update(environment)  # may have changed since the first
     torch.set_num_threads(1)
     function(*arguments)
