@@ -4,7 +4,12 @@
 
 The launches are those of the library, recorded on tensors without storage, so what is compiled here is what
 runs. A violation ends in exit status 1: a kernel that does not compile, local memory (spilled registers) or
-too much shared memory on an NVIDIA target, a half-precision product on sm_90 without warpgroup instructions.
+too much shared memory on an NVIDIA target, a half-precision product on sm_90 without warpgroup instructions,
+an access to global memory before the wait of a launch that may overlap the one before.
+
+`predicted_us_512`, on sm_90 at D = 768: 3.5 µs + waves · Σ over the loops of the longest program of steps ·
+max(800 cycles, 3.5 · instructions in the loop · warps on a multiprocessor / 4), or the time of all operations
+or bytes if longer. Fitted to an H200 at 2041784: 37 of 38 figures within a factor 1.5, the last 1.6 too long.
 """
 
 from __future__ import annotations
@@ -12,6 +17,8 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
+import operator
 import os
 import re
 import subprocess
@@ -43,21 +50,39 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory that one program may take. The smaller chips of a generation (sm_86, sm_89, sm_120) have
 # 99 KiB, and they run the same tiles, so that is the limit for all of NVIDIA.
 SHARED_LIMITS = {"cuda": 99 * 1024, "hip": 64 * 1024}
-TARGETS = {"sm_80": ("cuda", 80), "sm_90": ("cuda", 90), "sm_100": ("cuda", 100), "gfx942": ("hip", "gfx942")}
+TARGETS: dict[str, tuple[str, int | str]] = {f"sm_{arch}": ("cuda", arch) for arch in (80, 89, 90, 100, 120)}
+TARGETS["gfx942"] = ("hip", "gfx942")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DIMENSIONS = (384, 768, 1024)
-BATCHES = (512, 2048)  # one for each choice of tiles
+BATCHES = (512, 256, 2048)  # one for each choice of tiles; a kernel of several counts as the first one's
 CLUSTERS, NEGATIVES = 128, 96
 WITHOUT_PRODUCTS = ("objective_kernel", "through_norm_kernel")
 # Kernels whose products are in half precision for half inputs. Assignment is not: its centroids are float32.
 HALF_PRODUCTS = ("cosine_kernel", "centroid_update_kernel", "gradient_kernel")
 MATRIX_INSTRUCTIONS = re.compile(r"\b(HGMMA|HMMA|UTC[A-Z]*MMA|v_mfma)")
+# REDUX is not one, and ATOMS is to shared memory.
+GLOBAL_ACCESS = re.compile(r"(LDG|LDGSTS|STG|ATOMG?|REDG?|LD|ST|UTMA\w+|UBLK\w+)(\.|$)")
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?\w+\s+)?([A-Z][\w.]*)(.*)")
+BRANCH = re.compile(r"BRA\b.*?\b0x([0-9a-f]+)")
+SCALAR = re.compile(r" *%(\w+) = (?:arith|tt)\.(\w+) (.*?) : i(?:32|64)\b")
+SCALARS = {"addi": operator.add, "subi": operator.sub, "muli": operator.mul, "divsi": operator.floordiv}
+SCALARS |= {"remsi": operator.mod, "minsi": min, "maxsi": max, "extsi": int, "get_program_id": lambda: 0}
+LOOP = re.compile(r"scf\.for \S+ = %(\w+) to %(\w+) step %(\w+)")
+DOT = re.compile(r"tt\.dot .* : tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x")
+# An H100 or H200, per second: cycles, bytes, operations by the type of the factors (float32 as tf32).
+MULTIPROCESSORS, CLOCK, BANDWIDTH = 132, 1.755e9, 3.0e12
+RATES = {"bf16": 790e12, "f16": 790e12, "f32": 395e12}
+LAUNCH_US, CYCLES, STEP_CYCLES = 3.5, 3.5, 800  # fitted, see above
 POINTERS = dict(
     zip([*DTYPES.values(), torch.int32, torch.int64], "*fp32 *bf16 *fp16 *i32 *i64".split(), strict=True)
 )
-SHOWN = "kernel launch target dtype registers spills shared_bytes matrix_instructions verdict".split()
+SHOWN = """kernel launch target dtype registers spills shared_bytes matrix_instructions predicted_us_512
+verdict""".split()
+PREDICTED = """programs_512 programs_per_multiprocessor waves_512 bytes_512 operations_512
+predicted_us_512""".split()
 COLUMNS = """kernel launch target dtype matmul_precision dimensions tiles warps stages registers stack_bytes
-spills shared_bytes matrix_instructions verdict""".split()
+spills shared_bytes matrix_instructions programs_256""".split()
+COLUMNS += [*PREDICTED, "verdict"]
 
 
 # --- what the library launches -----------------------------------------------------------------------------
@@ -98,7 +123,7 @@ def record(dtype: torch.dtype, dim: int, batch: int) -> dict[str, launch.Launch]
         keep("assignment, sums", cosine_launchers.cluster_sums, x, centroids, WORKSPACE_BYTES)
         keep("plain", a_step, "keep", None, 0.05, None, "", 0.0)
         for statistic in ("sum", "mean"):
-            keep(f"update, {statistic}", a_step, "keep", None, 0.05, centroids, statistic, 0.5)
+            keep(f"update, {statistic}", a_step, "bml", None, 0.05, centroids, statistic, 0.5)
         for rule in ("bml", "exclude", "keep"):
             keep(f"{rule}", a_step, rule, None, 0.05, centroids, "", 0.0)
             keep(f"{rule}, negatives, learned temperature", a_step, rule, negatives, tau, centroids, "", 0.0)
@@ -205,7 +230,14 @@ def compile_case(target_name: str, case: Case) -> dict[str, Any]:
     code, used = (read_cubin if TARGETS[target_name][0] == "cuda" else read_amd)(built)
     counted = sorted(Counter(MATRIX_INSTRUCTIONS.findall(code)).items())
     kinds = " ".join(f"{name}:{count}" for name, count in counted)
-    return {**row, "shared_bytes": built.metadata.shared, **used, "matrix_instructions": kinds}
+    row |= {"shared_bytes": built.metadata.shared, **used, "matrix_instructions": kinds}
+    if recorded.constants.get("DEPENDENT"):
+        row["unordered"] = before_the_wait(code)
+    if target_name == "sm_90" and case.batch == 512:
+        half, whole = (launches("sm_90", *case[:2], 768, batch)[label] for batch in (256, 512))
+        if (whole.tiles, whole.constants) == (tiles, recorded.constants):  # else another row has it
+            row |= {"programs_256": math.prod(half.grid), **predict(whole, built.asm["ttir"], code, row)}
+    return row
 
 
 def read_cubin(built: Any) -> tuple[str, dict[str, Any]]:
@@ -232,6 +264,90 @@ def read_amd(built: Any) -> tuple[str, dict[str, Any]]:
     return code, {"registers": registers, "stack_bytes": stack, "spills": sum(spills)}
 
 
+def before_the_wait(code: str) -> str:
+    """What a kernel that may overlap the one before lacks, or does before it waits: "" if all is well."""
+    opcodes = [opcode for _, opcode, _ in INSTRUCTION.findall(code)]
+    missing = [each for each in ("PREEXIT", "ACQBULK") if each not in opcodes]
+    if missing:
+        return f"no {' '.join(missing)}"
+    return " ".join(filter(GLOBAL_ACCESS.match, opcodes[: opcodes.index("ACQBULK")]))
+
+
+# --- how long a launch may take on sm_90 -------------------------------------------------------------------
+
+
+def programs_per_multiprocessor(registers: int, warps: int, shared_bytes: int) -> int:
+    """As many as 65,536 registers, 2,048 threads and 228 KiB hold; each loses 1 KiB, and has 227 at most."""
+    of_a_program = math.ceil(registers / 8) * 8 * 32 * warps
+    return min(65536 // of_a_program, 2048 // (32 * warps), 32, 228 * 1024 // (shared_bytes + 1024))
+
+
+def loops_of_code(code: str) -> list[tuple[bool, int]]:
+    """The outer loops in their order: whether they hold matrix instructions, and how many instructions."""
+    listed = [(int(at, 16), opcode, rest) for at, opcode, rest in INSTRUCTION.findall(code)]
+    jumps = [(int(to[1], 16), -at) for at, opcode, rest in listed if (to := BRANCH.match(opcode + rest))]
+    loops, last = [], -1
+    for start, end in ((to, -at) for to, at in sorted(jumps) if to < -at):
+        if start > last:
+            last, body = end, [opcode for at, opcode, _ in listed if start <= at <= end]
+            loops.append((any(map(MATRIX_INSTRUCTIONS.match, body)), len(body)))
+    return loops
+
+
+def loops_of_source(ttir: str, known: dict[str, int]) -> list[list[int]]:
+    """The outer loops in their order: whether they hold products, steps of program 0, operations, branch.
+
+    Branch 0 is what every program does, the others exclude each other. A bound from data makes one step.
+    """
+    values, branch, inside, loops = dict(known), 0, [], []
+    for line in ttir.splitlines():
+        depth = len(line) - len(line.lstrip())
+        branch += depth == 4 and ("scf.if" in line or "} else {" in line)
+        inside = [(outer, steps) for outer, steps in inside if outer < depth]
+        if found := SCALAR.match(line):
+            name, what, rest = found.groups()
+            factors = [values.get(each) for each in re.findall(r"%(\w+)", rest)]
+            values[name] = int(rest) if what == "constant" else None
+            if what in SCALARS and None not in factors:
+                values[name] = SCALARS[what](*factors)
+        elif found := LOOP.search(line):
+            first, end, step = map(values.get, found.groups())
+            steps = 1 if None in (first, end, step) else max(1, math.ceil((end - first) / step))
+            loops += [] if inside else [[False, steps, 0, branch if depth > 4 else 0]]
+            inside.append((depth, steps))
+        elif inside and (found := DOT.search(line)):
+            terms = 3 if "tf32x3" in line and found[3] == "f32" else 1
+            sizes = (int(found[group]) for group in (1, 2, 4))
+            loops[-1][0] = True
+            loops[-1][2] += 2 * terms * math.prod(sizes) * math.prod(steps for _, steps in inside)
+    return loops
+
+
+def predict(recorded: launch.Launch, ttir: str, code: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The columns PREDICTED, by the model above."""
+    programs, warps = math.prod(recorded.grid), row["warps"]
+    fitting = programs_per_multiprocessor(row["registers"], warps, row["shared_bytes"])
+    waves = math.ceil(programs / MULTIPROCESSORS / fitting)
+    warps *= min(fitting, math.ceil(programs / MULTIPROCESSORS))
+    asked = loops_of_source(ttir, {k: v for k, v in recorded.arguments.items() if type(v) is int})
+    listed = loops_of_code(code)
+    for loops in (asked, listed):  # the compiler unrolls small ones, wholly or up to a rest
+        while len(loops) > min(len(asked), len(listed)):
+            loops.remove(min(loops))
+    agree = [loop[0] for loop in asked] == [loop[0] for loop in listed]
+    cycles, operations = Counter({1: 0}), Counter({1: 0})
+    for (_, steps, count, branch), (_, length) in zip(asked, listed, strict=True):
+        cycles[branch] += steps * max(STEP_CYCLES, CYCLES * length * warps / 4)
+        operations[branch] += count * programs
+    chain, most = (each.pop(0, 0) + max(each.values()) for each in (cycles, operations))
+    tensors = [each for each in recorded.arguments.values() if isinstance(each, Tensor)]
+    moved = sum(each.numel() * each.itemsize for each in tensors)
+    rate = min((RATES[found[3]] for found in DOT.finditer(ttir)), default=1)
+    seconds = max(waves * chain / CLOCK, most / rate, moved / BANDWIDTH)
+    time = round(LAUNCH_US + 1e6 * seconds, 1) if agree else ""
+    return dict(zip(PREDICTED, (programs, fitting, waves, moved, most, time), strict=True))
+
+
 def violations(row: dict[str, Any], shared_limit: int | None = None) -> list[str]:
     """What is wrong with a row."""
     if "error" in row:
@@ -245,6 +361,8 @@ def violations(row: dict[str, Any], shared_limit: int | None = None) -> list[str
         wrong.append(f"{row['shared_bytes']} bytes of shared memory, the limit is {limit}")
     if backend == "cuda" and (row["spills"] or row["stack_bytes"]):
         wrong.append(f"{row['spills']} accesses to local memory, a stack of {row['stack_bytes']} bytes")
+    if row.get("unordered"):
+        wrong.append(f"before the wait for the launch before: {row['unordered']}")
     half = row["dtype"] != "float32" and row["kernel"] in HALF_PRODUCTS
     alone = "HGMMA" in kinds and not re.search(r"\bHMMA", kinds)
     if row["target"] == "sm_90" and half and "assignment" not in row["launch"] and not alone:
@@ -258,6 +376,11 @@ def report(rows: list[dict[str, Any]], output: Path | None, shared_limit: int | 
         row["verdict"] = "; ".join(violations(row, shared_limit)) or "ok"
         print("  ".join(f"{name} {row.get(name, '')}" for name in SHOWN))
     bad = sum(row["verdict"] != "ok" for row in rows)
+    for dtype in DTYPES:
+        wanted = ("update, sum", dtype, "highest")
+        step = [row for row in rows if (row["launch"], row["dtype"], row["matmul_precision"]) == wanted]
+        times = [float(row["predicted_us_512"]) for row in step if row.get("predicted_us_512")]
+        print(f"predicted: a step with {dtype} at B = 512, {len(times)} launches, {sum(times):.1f} µs")
     if output is not None:
         found = machine()
         head = "# make audit: triton {triton}, torch {torch}, python {python}, commit {commit}, {cpu}\n"

@@ -69,8 +69,8 @@ def choose_backend(
             warn(f"false_negatives: the rule {name} is computed in torch; the kernels know only words")
         return "torch"
     columns = sum(len(z) for z in (anchors, negatives, centroids) if z is not None)
-    # The cosines, whose place is kept for the backward, and a row for every 16 of theirs.
-    fits = 4.25 * len(anchors) * columns <= options.workspace_bytes
+    # The cosines, whose place is kept for the backward, and a row for every 8 of theirs.
+    fits = 4.5 * len(anchors) * columns <= options.workspace_bytes
     return "triton" if fits and not shared else "triton-chunked"
 
 

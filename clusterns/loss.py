@@ -179,9 +179,14 @@ class ClusterNSLoss(OnlineKMeans):
             clusters = self.assign(anchors, update=self.training, ranks=ranks, backend=backend)
             cosines = self._describe(clusters, ranks)
             if not self.hard_negatives:
-                clusters = clusters._replace(hard_negatives=False, hard_ids=None)
+                # No `_replace`: torch 2.11 does not compile it.
+                clusters = Clusters(*clusters[:2], None, *clusters[3:6], False, clusters.update)
         terms = evaluate(Batch(*inputs, self.temperature, clusters, self._options), backend, ranks)
-        found = {name: term.detach() for name, term in terms._asdict().items() if term is not None}
+        found = {
+            name: term.detach() if term.requires_grad else term
+            for name, term in zip(terms._fields, terms, strict=True)
+            if term is not None
+        }
         self.last = found | cosines
         after_step = self._after_step
         if torch.compiler.is_compiling():

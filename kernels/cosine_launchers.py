@@ -164,7 +164,7 @@ def update(
         updated=None if sums_only else result,
         counts=counts if sums_only else None,
         sums=result if sums_only else None,
-        momentum=float(momentum),
+        momentum=momentum,
         num_rows=x.shape[0],
         num_centroids=clusters,
         dim=dim,

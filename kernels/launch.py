@@ -1,4 +1,4 @@
-"""How a kernel is launched: its parameters, a cache of compiled kernels, a recorder to compile ahead."""
+"""How a kernel is launched: its parameters, a cache of compiled kernels, a recorder to plan and compile ahead."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Tiles:
 
 
 class Launch(NamedTuple):
-    """A kernel with everything it is called with; what `recording` collects."""
+    """A kernel with everything it is called with."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -41,18 +41,32 @@ class Launch(NamedTuple):
     tiles: Tiles
 
 
-_recorded: list[Launch] | None = None
+class Operation(NamedTuple):
+    """A function of tensors that stands between launches."""
+
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+
+
+_recorded: list[Launch | Operation] | None = None
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Collect launches in place of running them; the tensors may then be on the meta device."""
+def recording() -> Iterator[list[Any]]:
+    """Collect launches and operations in place of running them; the tensors may then be on the meta device."""
     global _recorded
     before, _recorded = _recorded, []
     try:
         yield _recorded
     finally:
         _recorded = before
+
+
+def recorded(steps: list[Any]) -> bool:
+    """Whether somebody is recording, who then gets these."""
+    if _recorded is not None:
+        _recorded.extend(steps)
+    return _recorded is not None
 
 
 def padded(count: int) -> int:
@@ -70,6 +84,12 @@ def cdiv(count: int, block: int) -> int:
     return -(-count // block)
 
 
+def operate(function: Callable[..., Any], **tensors: Tensor) -> None:
+    """Call a function of tensors, or record that."""
+    if not recorded([Operation(function, tensors)]):
+        function(**tensors)
+
+
 def launch(
     kernel: Any, grid: Callable[[Mapping[str, int]], tuple[int, ...]], tiles: Tiles, **given: Any
 ) -> None:
@@ -79,12 +99,7 @@ def launch(
     `HAS_Z` with whether it was given; UPCAST, WAIT_FOR_STORES, DEPENDENT, TEMPERATURE_POINTER and where it is
     not given PRECISION with what device and temperature call for; every other with the value given, else 0.
     """
-    first = next(iter(given.values()))
-    device = first.device
-    if _recorded is None and device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            launch(kernel, grid, tiles, **given)
-        return
+    device = next(iter(given.values())).device
     target = target_of(device)
     given.setdefault("PRECISION", target.precision())
     given["WAIT_FOR_STORES"], given["DEPENDENT"] = target.waits_for_stores, target.overlaps_launches
@@ -93,6 +108,8 @@ def launch(
     parameters = _parameters.get(kernel)
     if parameters is None:
         names = [name for name in kernel.arg_names if name not in tiles.blocks]
+        order = [*(name for name in names if not name.isupper()), *filter(str.isupper, names), *tiles.blocks]
+        assert order == list(kernel.arg_names), f"{kernel.__name__}: parameters out of order"
         parameters = _parameters[kernel] = [_parameter(name) for name in names]
     arguments: dict[str, Any] = {}
     constants: dict[str, Any] = {}
@@ -105,24 +122,44 @@ def launch(
         elif kind == "number" and value is None:
             value = 0
         (constants if name.isupper() else arguments)[name] = value
-    programs = grid(tiles.blocks)
+    this = Launch(kernel, grid(tiles.blocks), arguments, constants, tiles)
     if _recorded is not None:
-        _check(kernel, arguments, constants, tiles, given)
-        _recorded.append(Launch(kernel, programs, arguments, constants, tiles))
-        return
+        known = {word for name, _, source in parameters for word in (name, source)}
+        unused = given.keys() - _AUTOMATIC - known
+        assert not unused, f"{kernel.__name__}: no parameters for {unused}"
+        _recorded.append(this)
+    else:
+        run, fixed = runner(this, device)
+        with on(device):
+            run(*arguments.values(), *fixed)
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """The device that launches go to."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+def runner(this: Launch, device: torch.device) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """What launches the compiled kernel, given its run-time arguments in order, and the constants after them.
+
+    Addresses will do for tensors; alignment and the like must be those of the arguments of this launch.
+    """
+    kernel, programs, arguments, constants, tiles = this
+    target = target_of(device)
+    fixed = (*constants.values(), *tiles.blocks.values())
     if target.backend == "interpreter":
-        kernel[programs](**arguments, **constants, **tiles.blocks)
-        return
-    blocks, constant = tiles.blocks.values(), constants.values()
+        return kernel[programs], fixed
     resources = (tiles.num_warps, tiles.num_stages)
-    key = (kernel, device.index, *resources, *blocks, *constant, *_specialization(kernel, arguments))
+    key = (kernel, device.index, *resources, *fixed, *_specialization(kernel, arguments))
     compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[(*programs, 1, 1)[:3]](*arguments.values(), *constant, *blocks)
-        return
-    _check(kernel, arguments, constants, tiles, given)
-    options = tiles.options(target, constants.get("DEPENDENT", False))
-    _compiled[key] = kernel[programs](**arguments, **constants, **tiles.blocks, **options)
+    if compiled is None:
+        options = tiles.options(target, constants.get("DEPENDENT", False))
+        with on(device):  # what has no storage yet will be aligned
+            values = [z.dtype if isinstance(z, Tensor) and z.is_meta else z for z in arguments.values()]
+            compiled = _compiled[key] = kernel.warmup(*values, *fixed, grid=programs, **options)
+    return compiled[(*programs, 1, 1)[:3]], fixed
 
 
 def _parameter(name: str) -> tuple[str, str, str]:
@@ -141,26 +178,6 @@ _parameters: dict[Any, list[tuple[str, str, str]]] = {}
 # takes longer than everything the GPU does for a small batch.
 _compiled: dict[tuple, Any] = {}
 _unspecialized: dict[Any, frozenset[str]] = {}
-
-
-def _check(
-    kernel: Any,
-    arguments: dict[str, Any],
-    constants: dict[str, Any],
-    tiles: Tiles,
-    given: dict[str, Any],
-) -> None:
-    """What a launch by name and position relies on; looked at whenever a launch is new."""
-    names = [*arguments, *constants, *tiles.blocks]
-    assert names == list(kernel.arg_names), f"{kernel.__name__}: parameters out of order"
-    unused = (
-        given.keys()
-        - _AUTOMATIC
-        - {word for name, _, source in _parameters[kernel] for word in (name, source)}
-    )
-    assert not unused, f"{kernel.__name__}: no parameters for {unused}"
-    devices = {value.device for value in arguments.values() if isinstance(value, Tensor)}
-    assert len(devices) == 1, f"{kernel.__name__}: arguments on {devices}"
 
 
 def _specialization(kernel: Any, arguments: dict[str, Any]) -> list[Any]:

@@ -11,15 +11,18 @@ output is new unless said otherwise. No function waits for the device.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import cosine_launchers
+from .cosine_launchers import factor_dtype
 from .gradient import gradient_kernel
-from .launch import LARGE_BATCH, Tiles, cdiv, launch, new_float32, padded
+from .launch import LARGE_BATCH, Tiles, cdiv, launch, new_float32, operate, padded, recording
 from .objective import objective_kernel
+from .plan import LATER, Numbers, Plan, Tensors, plan_of
 from .target import target_of
 from .tiles import BML, EXCLUDE, KEEP
 
@@ -38,31 +41,27 @@ class State(NamedTuple):
     centroids: Tensor  # (K, D) likewise, as they were in this step
 
 
-def forward(
+def forward_steps(
     x: Tensor,
     y: Tensor,
     negatives: Tensor | None,
-    temperature: float | Tensor,
     centroids: Tensor | None,
     cluster_ids: Tensor | None,
     hard_ids: Tensor | None,
+    temperature: Tensor | None,
     assigns: bool,
     has_hard: bool,
     for_gradients: bool,
     statistic: str,
-    momentum: float,
-    weight: float,
     false_negatives: str,
-    bml_weight: float,
-    alpha: float,
-    beta: float,
-) -> tuple[Tensor, ...]:
-    """Loss, 0-dim, terms (8,) named by `objective.TERMS`, and the fields of `State`.
+) -> tuple[tuple[Tensor, Tensor], State]:
+    """Loss, 0-dim, and terms (8,) named by `objective.TERMS`; and the `State`.
 
     With a `statistic` the centroids (K, D) are moved first, in place. cluster_ids and hard_ids (B,) mark
     false negatives and put the hard negatives in; where None they are those of an assignment, if it
-    `assigns`. The numbers are w, λ, α and β.
+    `assigns`. τ is a tensor, or a number that comes later, as all numbers.
     """
+    numbers = Numbers() if temperature is None else Numbers(temperature)
     rows, clusters = x.shape[0], 0 if centroids is None else centroids.shape[0]
     counters = cosine_launchers.new_counters(x, clusters)
     cosines, x_inverse, y_inverse, best_cosine, best_id = cosine_launchers.compare(
@@ -70,10 +69,11 @@ def forward(
     )
     kept = new_float32(x, 0, 0)
     if centroids is not None and statistic:
-        _, kept = cosine_launchers.update(x, x_inverse, best_cosine, best_id, centroids, statistic, momentum)
-        torch.autograd.graph.increment_version(centroids)
-    elif centroids is not None and has_hard and for_gradients:
-        kept = centroids.to(cosine_launchers.factor_dtype(x), copy=True)  # the state may move on before the backward
+        _, moved = cosine_launchers.update(x, x_inverse, best_cosine, best_id, centroids, statistic, numbers.momentum)
+        kept = moved if has_hard else kept
+    elif centroids is not None and has_hard and for_gradients:  # the state may move on before the backward
+        kept = torch.empty_like(centroids, dtype=factor_dtype(x), memory_format=torch.contiguous_format)
+        operate(_copy, into=kept, source=centroids)
     found = cosine_launchers.Assignment.new(x, 0, 0, False)
     if centroids is not None and assigns:
         found = cosine_launchers.assign(
@@ -81,15 +81,14 @@ def forward(
         )
         cluster_ids = found.nearest if cluster_ids is None else cluster_ids
     if hard_ids is not None:
-        uses = counters[padded(clusters) : padded(clusters) + clusters]
-        uses.scatter_add_(0, hard_ids.long(), torch.ones_like(hard_ids, dtype=torch.int32))
+        operate(_count, uses=counters[padded(clusters) : padded(clusters) + clusters], ids=hard_ids)
     elif has_hard:
         hard_ids = found.runner_up
     tiles = _objective_tiles(rows)
     programs = cdiv(rows, tiles.blocks["BLOCK_M"])
     loss, terms = new_float32(x), new_float32(x, 8)
     y_along = new_float32(x, programs if for_gradients else 0, cosines.shape[1])
-    weights, centroid_weights = (z.view(cosine_launchers.factor_dtype(x)) for z in (cosines, found.cosines))
+    weights, centroid_weights = (z.view(factor_dtype(x)) for z in (cosines, found.cosines))
     state = State(weights, x_inverse, y_inverse, new_float32(x, rows), y_along, centroid_weights, kept)
     launch(
         objective_kernel,
@@ -113,34 +112,42 @@ def forward(
         row_terms=new_float32(x, 8, rows),
         loss=loss,
         terms=terms,
-        temperature=temperature,
-        hard_negative_weight=float(weight),
-        bml_weight=float(bml_weight),
-        alpha=float(alpha),
-        beta=float(beta),
         num_rows=rows,
         num_negatives=0 if negatives is None else negatives.shape[0],
         num_centroids=clusters,
         HAS_NEGATIVES=negatives is not None,
         FALSE_NEGATIVES=FALSE_NEGATIVES[false_negatives],
+        **{name: value for name, value in numbers._asdict().items() if name != "momentum"},
     )
-    return (loss, terms, *state)
+    return (loss, terms), state
 
 
-def backward(
+def _copy(into: Tensor, source: Tensor) -> None:
+    into.copy_(source)
+
+
+def _count(uses: Tensor, ids: Tensor) -> None:
+    uses.scatter_add_(0, ids.long(), torch.ones_like(ids, dtype=torch.int32))
+
+
+def backward_steps(
     upstream: Tensor,
     x: Tensor,
     y: Tensor,
     negatives: Tensor | None,
-    temperature: float | Tensor,
+    temperature: Tensor | None,
+    clusters: int,
     needs: tuple[bool, bool, bool],
-    fields: list[Tensor],
-) -> tuple[Tensor | None, ...]:
+) -> tuple[list[Tensor | None], State]:
     """Gradients of x, y and negatives, where needed, times `upstream` (0-dim); contiguous, in x's dtype.
 
-    fields: the `State` of `forward` for these embeddings and τ.
+    After a forward with `clusters` hard negatives, from its `State`.
     """
-    state, dim = State(*fields), x.shape[1]
+    centroids = new_float32(x, clusters, x.shape[1]) if clusters else None
+    with recording():  # for what it leaves alone
+        given = (x, y, negatives, centroids, None, None, None)
+        _, state = forward_steps(*given, clusters > 0, clusters > 0, True, "", "keep")
+    dim = x.shape[1]
     gradients = [
         torch.empty_like(z, memory_format=torch.contiguous_format) if need and z is not None else None
         for need, z in zip(needs, (x, y, negatives), strict=True)
@@ -166,7 +173,7 @@ def backward(
         x_along=state.x_along,
         y_along=state.y_along,
         upstream=upstream,
-        temperature=temperature,
+        temperature=LATER if temperature is None else temperature,
         num_rows=x.shape[0],
         num_negatives=0 if negatives is None else negatives.shape[0],
         num_centroids=state.centroids.shape[0],
@@ -175,7 +182,39 @@ def backward(
         NEED_Y=gradients[1] is not None,
         PRECISION=target_of(x.device).precision(False if x.dtype == torch.float16 else None, turned=True),
     )
-    return tuple(gradients)
+    return gradients, state
+
+
+def workspace_length(given: Tensors, options: tuple[Any, ...]) -> int:
+    """Bytes of the workspace of a `forward`."""
+    return Plan(forward_steps, given, options).length
+
+
+def forward(given: Tensors, options: tuple[Any, ...], numbers: Sequence[float]) -> tuple[Tensor, ...]:
+    """Loss and terms of `forward_steps(*given, *options)`, and the workspace, from which a `backward` goes on.
+
+    numbers: the `plan.Numbers`; of a τ among the tensors that in its place does not count.
+    """
+    x = given[0]
+    assert x is not None
+    plan = plan_of(forward_steps, given, options)
+    workspace = torch.empty(plan.length, dtype=torch.uint8, device=x.device)
+    loss, terms = new_float32(x), new_float32(x, 8)
+    plan.run((*given, loss, terms, workspace), numbers)
+    return loss, terms, workspace
+
+
+def backward(
+    given: Tensors, clusters: int, needs: tuple[bool, ...], temperature: float, workspace: Tensor
+) -> list[Tensor | None]:
+    """Gradients of `backward_steps(*given, clusters, needs)`."""
+    plan = plan_of(backward_steps, given, (clusters, needs))
+    gradients = [
+        torch.empty_like(z, memory_format=torch.contiguous_format) if need and z is not None else None
+        for need, z in zip(needs, given[1:4], strict=True)
+    ]
+    plan.run((*given, *gradients, workspace), (temperature,))
+    return gradients
 
 
 def _objective_tiles(rows: int) -> Tiles:

@@ -129,22 +129,20 @@ def operator_samples():
     views = [z.detach() for z in (anchors, positives, arguments["negatives"])]
     centroids, alone = arguments["centroids"], (*views[:2], None)
     nearest, runner_up, *_ = nearest_centroids(anchors, centroids)
-    fixed, learned = (0.05, None), (1.0, torch.tensor(0.05, device=DEVICE))
-    numbers = (0.2, "bml", 0.3, 0.1, 0.3)
-    loss, _, *state = torch.ops.clusterns.forward(
-        *views, *fixed, centroids.clone(), None, None, True, True, False, "sum", 0.1, *numbers
-    )
+    learned, numbers = (1.0, torch.tensor(0.05, device=DEVICE)), (0.2, "bml", 0.3, 0.1, 0.3)
+    moves = (centroids.clone(), None, None, None, 0.05, True, True, True, "sum", 0.1, *numbers)
+    loss, _, workspace = torch.ops.clusterns.forward(*views, *moves)
     return {
-        "forward": (*views, *fixed, centroids, None, None, True, True, False, "mean", 0.1, *numbers),
+        "forward": (*views, *moves),
         "forward given": (
-            *alone, *fixed, centroids, nearest, runner_up, True, True, True, "", 0.0, *numbers
+            *alone, centroids, nearest, runner_up, learned[1], 1.0, True, True, True, "", 0.0, *numbers
         ),
-        "backward": (loss, *views, *fixed, [True, True, False], state),
+        "backward": (loss, *views, None, 0.05, len(centroids), [True, False, True], workspace),
         "similarity": (*alone[:2], 0.3, None),
         "nearest_centroids": (anchors.detach(), centroids, 2**20),
         "cluster_sums": (anchors.detach(), centroids, 2**20),
         "sweep": (
-            *views, *fixed, nearest, centroids, runner_up, *numbers, 2**20, [True, False, True, False],
+            *views, 0.05, None, nearest, centroids, runner_up, *numbers, 2**20, [True, False, True, False],
             "triton-chunked",
         ),
         "sweep learned": (

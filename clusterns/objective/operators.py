@@ -8,6 +8,8 @@ without a GPU nobody waits for Triton.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +38,17 @@ _library = torch.library.Library("clusterns", "DEF")
 
 
 def _operator(schema: str, function: Any, fake: Any) -> Any:
-    """Make an operator of a function; returns what calls either, the operator within a compiler alone."""
+    """Make an operator of a function; returns what calls either, the operator within a compiler alone.
+
+    The function may return None, for which the operator has an empty tensor.
+    """
     name = schema.split("(")[0]
+
+    def implementation(*arguments):
+        return _filled(arguments, function(*arguments))
+
     _library.define(schema, tags=(_EXACT_STRIDES,))
-    _library.impl(name, function, "CompositeExplicitAutograd")
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"clusterns::{name}", fake)
     operator = getattr(torch.ops.clusterns, name)
 
@@ -47,6 +56,11 @@ def _operator(schema: str, function: Any, fake: Any) -> Any:
         return (operator if torch.compiler.is_compiling() else function)(*arguments)
 
     return call
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    return import_module(f"clusterns.kernels.{name}")
 
 
 def _launcher(module: str, schema: str, place: int | None = None) -> Any:
@@ -57,14 +71,14 @@ def _launcher(module: str, schema: str, place: int | None = None) -> Any:
     name = schema.split("(")[0]
 
     def function(*arguments):
-        launcher = getattr(import_module(f"clusterns.kernels.{module}"), name)
+        launcher = getattr(_module(module), name)
         if place is not None:
             tau = _joined(*arguments[place : place + 2])
             arguments = (*arguments[:place], tau, *arguments[place + 2 :])
-        return tuple(_empty(arguments[0], 0, 0) if each is None else each for each in launcher(*arguments))
+        return launcher(*arguments)
 
     def fake(*arguments):
-        with import_module("clusterns.kernels.launch").recording():  # all but the launches
+        with _module("launch").recording():  # all but the launches
             return function(*arguments)
 
     return _operator(schema, function, fake)
@@ -77,6 +91,11 @@ def _split(temperature: float | Tensor) -> tuple[float, Tensor | None]:
 
 def _joined(temperature: float, tensor: Tensor | None) -> float | Tensor:
     return temperature if tensor is None else tensor
+
+
+def _filled(arguments: Sequence[Any], found: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    like = next(each for each in arguments if isinstance(each, Tensor))
+    return tuple(_empty(like, 0, 0) if each is None else each for each in found)
 
 
 def _empty(like: Tensor, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -184,21 +203,41 @@ class Sweep(torch.autograd.Function):
 # --- a batch whose cosines fit the workspace, on Triton ----------------------------------------------------
 
 
-_forward = _launcher(
-    "objective_launchers",
-    f"forward(Tensor anchors, Tensor positives, Tensor? negatives, {_TAU}, Tensor(a!)? centroids, "
-    "Tensor? ids, Tensor? hard_ids, bool assigns, bool has_hard, bool for_gradients, str statistic, "
-    f"float momentum, {_NUMBERS}) -> (Tensor loss, Tensor terms, Tensor weights, Tensor anchor_inverse, "
-    "Tensor positive_inverse, Tensor anchor_along, Tensor positive_along, Tensor centroid_weights, "
-    "Tensor centroids)",
-    place=3,
+def _forward_function(*arguments):
+    *given, temperature, assigns, has_hard, for_gradients, statistic, momentum, weight, rule = arguments[:15]
+    options, numbers = (assigns, has_hard, for_gradients, statistic, rule), (weight, *arguments[15:], momentum)
+    return _module("objective_launchers").forward(given, options, (temperature, *numbers))
+
+
+def _fake_forward(*arguments):
+    given, options = arguments[:7], (*arguments[8:12], arguments[14])
+    length = _module("objective_launchers").workspace_length(given, options)
+    return _empty(given[0]), _empty(given[0], 8), _empty(given[0], length, dtype=torch.uint8)
+
+
+def _backward_function(*arguments):
+    *given, temperature, clusters, needs, workspace = arguments
+    return _module("objective_launchers").backward(given, clusters, tuple(needs), temperature, workspace)
+
+
+def _fake_backward(*arguments):
+    wanted = zip(arguments[1:4], arguments[-2], strict=True)
+    return _filled(arguments, [_empty(z, *z.shape, dtype=z.dtype) if need else None for z, need in wanted])
+
+
+_forward = _operator(
+    "forward(Tensor anchors, Tensor positives, Tensor? negatives, Tensor(a!)? centroids, Tensor? ids, "
+    "Tensor? hard_ids, Tensor? temperature_tensor, float temperature, bool assigns, bool has_hard, "
+    f"bool for_gradients, str statistic, float momentum, {_NUMBERS}) -> (Tensor loss, Tensor terms, Tensor workspace)",
+    _forward_function,
+    _fake_forward,
 )
-_backward = _launcher(
-    "objective_launchers",
-    f"backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor? negatives, {_TAU}, "
-    "bool[] needs, Tensor[] state) -> "
+_backward = _operator(
+    "backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor? negatives, "
+    "Tensor? temperature_tensor, float temperature, int clusters, bool[] needs, Tensor workspace) -> "
     "(Tensor anchors, Tensor positives, Tensor negatives)",
-    place=4,
+    _backward_function,
+    _fake_backward,
 )
 
 
@@ -212,18 +251,20 @@ class _Whole(torch.autograd.Function):
         has_hard = count > 0 and clusters.hard_negatives and (hard_ids is not None or count > 1)
         assigns = has_hard or (count > 0 and ids is None)
         statistic, momentum = clusters.update or ("", 0.0)
-        numbers = options[:5]
+        weight, rule, *margins = options[:5]
         if ids is None and not assigns:
-            numbers = (numbers[0], "keep", *numbers[2:])
-        tau = _split(temperature)
-        for_gradients = keeps_graph and any(ctx.needs_input_grad[:3])
+            rule = "keep"
+        tau, tensor = _split(temperature)
+        needs = [need and keeps_graph for need in ctx.needs_input_grad[:3]]
         with torch.no_grad():
-            loss, terms, *state = _forward(
-                anchors, positives, negatives, *tau, centroids, ids, hard_ids if has_hard else None, assigns,
-                has_hard, for_gradients, statistic, momentum, *numbers,
+            loss, terms, workspace = _forward(
+                anchors, positives, negatives, centroids, ids, hard_ids if has_hard else None, tensor, tau,
+                assigns, has_hard, any(needs), statistic, momentum, weight, rule, *margins,
             )  # fmt: skip
-        ctx.save_for_backward(anchors, positives, negatives, tau[1], terms, *state)
-        ctx.temperature = tau[0]
+        if statistic and not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(centroids)
+        ctx.save_for_backward(anchors, positives, negatives, tensor, terms, workspace)
+        ctx.rest = tau, count if has_hard else 0
         ctx.mark_non_differentiable(terms)
         ctx.set_materialize_grads(False)  # else the engine fills zeros for `terms`: one more launch
         return loss, terms
@@ -233,15 +274,13 @@ class _Whole(torch.autograd.Function):
         check_differentiated_once()
         if grad_loss is None:
             return (None,) * 8
-        anchors, positives, negatives, temperature, terms, *state = ctx.saved_tensors
+        *given, terms, workspace = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         gradients: list[Tensor | None] = [None, None, None]
         if any(needs):
-            found = _backward(
-                grad_loss, anchors, positives, negatives, ctx.temperature, temperature, needs, state
-            )
+            found = _backward(grad_loss, *given, *ctx.rest, needs, workspace)
             gradients = [g if need else None for g, need in zip(found, needs, strict=True)]
-        of_temperature = None
+        of_temperature, temperature = None, given[3]
         if temperature is not None and ctx.needs_input_grad[3]:
             of_temperature = (terms[7] * grad_loss).to(temperature.dtype)
         return (*gradients, of_temperature, None, None, None, None)
@@ -260,7 +299,7 @@ def whole_batch(batch: Batch) -> tuple[Tensor, Tensor]:
     """
     temperature, clusters, options = batch[3:]
     dtype = common_dtype(*batch[:3])
-    inputs = [None if z is None else unit_stride(z.to(dtype)) for z in batch[:3]]
+    inputs = [None if z is None else unit_stride(z if z.dtype == dtype else z.to(dtype)) for z in batch[:3]]
     state = clusters.centroids
     centroids = None if state is None else unit_stride(state.detach().float())
     found = _Whole.apply(*inputs, temperature, centroids, clusters, options, torch.is_grad_enabled())

@@ -5,7 +5,9 @@ Prints which checks hold, one a line, up to the first that does not.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import re
 import tempfile
 from pathlib import Path
@@ -13,9 +15,11 @@ from pathlib import Path
 import audit  # of bench/, which test_audit.py puts on the path
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from clusterns.kernels.launch import Launch, Tiles
 from clusterns.kernels.target import Target, assume
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,17 +54,23 @@ def every_launch_on_a_target():
     audit.DIMENSIONS = audit.DIMENSIONS[1:2]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table.csv"
-        status = audit.main(["--targets", "sm_90", "--output", str(path)])
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            status = audit.main(["--targets", "sm_90", "--output", str(path)])
+        assert "a step with bfloat16 at B = 512, 5 launches, " in printed.getvalue(), printed.getvalue()
         head, *lines = path.read_text(encoding="utf-8").splitlines()
         assert head.startswith("# make audit: triton ")
         rows = list(csv.DictReader(lines))
         assert {row["kernel"] for row in rows} == KERNELS
         assert all(row["dimensions"] == "768" for row in rows)
+        for row in rows:
+            assert 0 < int(row["programs_256"]) <= int(row["programs_512"]), row
+            assert 3.5 <= float(row["predicted_us_512"]) < 1000, row
         assert not PINNED or status == 0, [row for row in rows if row["verdict"] != "ok"]
         # And with a limit that the table exceeds it fails, and says of which rows.
         for row in rows:
             row |= {name: int(row[name]) for name in ("spills", "stack_bytes", "shared_bytes")}
-        assert audit.report(rows, path, 70_000) == 1
+        with contextlib.redirect_stdout(None):
+            assert audit.report(rows, path, 70_000) == 1
         bad = [row for row in rows if row["verdict"] != "ok"]
         assert all("bytes of shared memory, the limit is 70000" in row["verdict"] for row in bad)
         assert path.read_text(encoding="utf-8").count("the limit is 70000") == len(bad) > 0
@@ -72,7 +82,8 @@ def launches_agree():
     with assume(Target("cuda", 90)):
         for label, each in by_kernel("sm_90", "bfloat16", 768).values():
             values = {**each.arguments, **each.constants, **each.tiles.blocks}
-            built = each.kernel.warmup(**values, **each.tiles.options("cuda"), grid=each.grid).src
+            options = each.tiles.options(Target("cuda", 90), each.constants.get("DEPENDENT", False))
+            built = each.kernel.warmup(**values, **options, grid=each.grid).src
             expected = audit.source(each, "cuda")
             stated = {where: what for where, what in built.attrs.items() if what}
             assert built.signature == expected.signature, label
@@ -83,8 +94,11 @@ def launches_agree():
 def every_kernel_compiles_elsewhere():
     """One launch of each kernel on other targets and in other dtypes."""
     others = (("sm_80", "float32"), ("sm_90", "float16"), ("sm_100", "bfloat16"), ("gfx942", "bfloat16"))
-    for target, dtype in others:
-        for label, _ in by_kernel(target, dtype).values():
+    for target, dtype in (*others, ("sm_89", "bfloat16"), ("sm_120", "bfloat16")):
+        kernels = by_kernel(target, dtype)
+        if (target, dtype) not in others:  # the tiles are those of sm_80
+            kernels = {name: kernels[name] for name in ("objective_kernel", "gradient_kernel")}
+        for label, _ in kernels.values():
             row = audit.compile_case(target, audit.Case(dtype, "highest", 384, 512, label))
             assert "error" not in row, row
             assert not PINNED or not audit.violations(row), row
@@ -96,7 +110,8 @@ def rules():
     row |= {"stack_bytes": 0, "shared_bytes": 0, "matrix_instructions": "HGMMA:4"}
     assert not audit.violations(row)
     bad = [{"matrix_instructions": "HGMMA:4 HMMA:2"}, {"matrix_instructions": ""}, {"spills": 2}]
-    for change in (*bad, {"stack_bytes": 8}, {"shared_bytes": 10**6}, {"error": "boom"}):
+    bad += [{"shared_bytes": 99 * 1024 + 1, "target": f"sm_{arch}"} for arch in (80, 89, 90, 100, 120)]
+    for change in (*bad, {"stack_bytes": 8}, {"error": "boom"}, {"unordered": "LDG.E"}):
         assert audit.violations({**row, **change}), change
 
 
@@ -113,9 +128,94 @@ def amd_waits_for_stores_before_it_counts_arrivals():
         assert "global_atomic_add" in lines[barrier:], label
 
 
+@triton.jit
+def eager_kernel(x_ptr, y_ptr, DEPENDENT: tl.constexpr):
+    x = tl.load(x_ptr)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    tl.store(y_ptr, x)
+
+
+def nothing_is_read_before_the_wait():
+    """A launch that may overlap the one before waits for it first; the listing of two disassemblers."""
+    x = torch.empty(16, device="meta")
+    for dependent, found in ((True, "LDG.E"), (False, "no PREEXIT ACQBULK")):
+        eager = Launch(eager_kernel, (1,), {"x_ptr": x, "y_ptr": x}, {"DEPENDENT": dependent}, Tiles({}))
+        for target in ("sm_90", "sm_120"):
+            code, _ = audit.read_cubin(audit.compile_launch(eager, target))
+            assert audit.before_the_wait(code) == found, (target, found)
+    for (
+        each
+    ) in "LDG.E.64 LDGSTS.E.128 STG.E ATOM.E.ADD ATOMG.E.ADD RED.E.ADD REDG.E UTMALDG.2D UBLKCP ST.E".split():
+        for end in (" ;", "                 &wr=0x1"):
+            lines = (f"@!P0 {each} R2, desc[UR4][R2.64]", "PREEXIT", "ACQBULK")
+            code = "\n".join(f"        /*{16 * at:04x}*/       {line}{end}" for at, line in enumerate(lines))
+            assert audit.before_the_wait(code) == each
+            for harmless in ("LDC", "LDS.64", "ATOMS.OR", "REDUX.SUM", "LDGDEPBAR"):
+                assert not audit.before_the_wait(code.replace(each, harmless)), harmless
+
+
+def programs_fit():
+    """Into registers (allocated by eights), threads, and shared memory, of which each loses a KiB."""
+    for found, given in {
+        4: (128, 4, 0),  # 65536 / (128 · 128)
+        3: (129, 4, 0),  # 65536 / (136 · 128)
+        8: (16, 8, 0),  # 2048 / 256
+        32: (8, 1, 0),  # the most there are
+        2: (16, 4, 75 * 1024 + 1),  # 228 / 76 and a byte
+        1: (16, 4, 227 * 1024),
+    }.items():
+        assert audit.programs_per_multiprocessor(*given) == found, given
+
+
+def times_are_predicted():
+    """Of a launch whose loops are known, and bytes and operations of a real one."""
+    label = "similarity, learned temperature: 0 cosine_kernel"
+    row = audit.compile_case("sm_90", audit.Case("float32", "highest", 384, 512, label))
+    assert row["operations_512"] == 3 * 2 * 512 * 512 * 768, row
+    assert row["bytes_512"] == 4 * (2 * 512 * 768 + 512 * 512 + 2 * 512 + 1), row
+
+    # What every program does, one loop over D beside one of a few instructions, and one step of the last.
+    ttir = """
+    %c64_i32 = arith.constant 64 : i32 loc(#loc1)
+    %c0_i32 = arith.constant 0 : i32 loc(#loc1)
+    %c63_i32 = arith.constant 63 : i32 loc(#loc1)
+    %1 = arith.addi %dim, %c63_i32 : i32 loc(#loc1)
+    %blocks = arith.divsi %1, %c64_i32 : i32 loc(#loc1)
+    %x = scf.for %start = %c0_i32 to %c64_i32 step %c64_i32  : i32 {
+    }
+    scf.if %2 {
+      %x = scf.for %start = %c0_i32 to %dim step %c64_i32 iter_args(%y = %z) -> (tensor<64x32xf32>)  : i32 {
+        %d = tt.dot %a, %b, %c, inputPrecision = tf32x3 : tensor<64x64xf32> * tensor<64x32xf32> -> t
+      }
+    }
+    scf.if %2 {
+      %x = scf.for %start = %c0_i32 to %blocks step %loaded  : i32 {
+      }
+    }"""
+    for length, programs, expected in (
+        (10, 132, 3.5 + 13 * 800 / 1755),  # the first loop and 12 steps, each at its least
+        (1000, 264, 3.5 + (800 + 12 * 1000 * 3.5 * 2) / 1755),  # two programs of four warps each
+        (1000, 661, 3.5 + 2 * (800 + 12 * 1000 * 3.5 * 4) / 1755),  # four fit: two waves
+    ):
+        body = ["NOP"] * 9 + ["@P0 BRA 0x0"] + ["HGMMA.64x32x8"] * (length - 1) + ["@!P1 BRA `(0xa0)"]
+        body += ["NOP", f"BRA.U UP0, 0x{16 * (len(body)):x}"]
+        code = "\n".join(f"  /*{16 * at:04x}*/  {line} ;" for at, line in enumerate(body))
+        recorded = Launch(None, (programs,), {"dim": 768, "x_ptr": torch.empty(8)}, {}, Tiles({}))
+        row = audit.predict(recorded, ttir, code, {"registers": 128, "warps": 4, "shared_bytes": 0})
+        assert row["bytes_512"] == 32
+        assert row["operations_512"] == 12 * 3 * 2 * 64 * 64 * 32 * programs
+        assert row["waves_512"] == (2 if programs == 661 else 1)
+        assert abs(row["predicted_us_512"] - expected) < 0.06, (row, expected)
+
+
 if __name__ == "__main__":
     for check in (
         rules,
+        programs_fit,
+        nothing_is_read_before_the_wait,
+        times_are_predicted,
         launches_agree,
         every_kernel_compiles_elsewhere,
         amd_waits_for_stores_before_it_counts_arrivals,
