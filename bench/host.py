@@ -2,103 +2,120 @@
 
     python bench/run.py host [--batch 512 --dim 768] [--before ../old]
 
-On CPU tensors, so allocations and autograd are those of a CPU. Of a training step with clustering active and
-of plain InfoNCE, forward and backward; launches and allocations are counted.
+On CPU tensors, so allocations and autograd are those of a CPU. Forward and backward of a training step with
+clustering active and of plain InfoNCE; launches and allocations are counted.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
+os.environ["TRITON_INTERPRET"] = "0"  # before the kernels are imported: interpreted ones are not compiled
+
 import torch
-from contenders import DTYPES, OURS, Built, Case, make_views
+from contenders import BF16, OURS, Case, make_views, our_loss
 from harness import BEFORE
 from measure import Clock, Elsewhere, Timer
-from report import ROOT, Results
+from report import ROOT, Results, output
 
 import clusterns
 
-KERNELS = "similarity centroid_update objective gradient".split()
-LAUNCHERS = "cosine_launchers objective_launchers".split()
+MODULES = "similarity centroid_update objective gradient cosine_launchers objective_launchers".split()
 
 
 class Compiled:
-    """In place of a compiled kernel: takes a launch either way, does nothing."""
+    """In place of a compiled kernel: counts a launch, and nothing runs."""
 
-    function = packed_metadata = None
+    def __init__(self, name: str, launches: list[str]):
+        self.name, self.launches = name, launches
 
-    def __init__(self, launches: list[str], name: str):
-        self.launches, self.name = launches, name
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return self.run
-
-    def run(self, *arguments: Any) -> None:
-        """Nothing runs."""
-        self.launches.append(self.name)
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments: self.launches.append(self.name)
 
 
 class Kernel:
-    """In place of a kernel that is yet to be compiled."""
+    """In place of a kernel, which either way of compiling it gives a stand-in."""
 
     def __init__(self, kernel: Any, launches: list[str]):
-        self.kernel, self.compiled = kernel, Compiled(launches, kernel.__name__)
+        self.kernel, self.compiled = kernel, Compiled(kernel.__name__, launches)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.kernel, name)
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *values, **arguments: self.compiled
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+        return self.warmup
 
-    def warmup(self, *values: Any, **arguments: Any) -> Compiled:
+    def warmup(self, *arguments: Any, **more: Any) -> Compiled:
         """Nothing is compiled."""
         return self.compiled
 
 
-def stand_in() -> list[str]:
-    """Put stand-ins in the place of all kernels of a step, for good; returns the names of what is launched."""
+def put_stand_ins() -> list[str]:
+    """Replace the kernels of a step, for good; returns the list in which each launch leaves a name."""
     launches: list[str] = []
     target = import_module("clusterns.kernels.target")
     target.why_not = lambda *tensors: None
     target._override = target.Target("cuda", 90)
     kernels: dict[str, Kernel] = {}
-    for module in map(import_module, (f"clusterns.kernels.{name}" for name in (*KERNELS, *LAUNCHERS))):
+    for module in map(import_module, (f"clusterns.kernels.{name}" for name in MODULES)):
         for name, value in vars(module).items():
             if name.endswith("_kernel") and hasattr(value, "arg_names"):
                 setattr(module, name, kernels.setdefault(name, Kernel(value, launches)))
     return launches
 
 
-def timer_of(kind: str, batch: int, dim: int) -> tuple[Timer, dict[str, Any]]:
+def timer_of(case: Case) -> tuple[Timer, dict[str, int]]:
     """Timer of ours, and its launches and allocations, in a process for itself."""
-    launches, case = stand_in(), Case(kind, batch, dim, dtype=DTYPES["bfloat16"])
-    views = make_views(case, torch.device("cpu"))
-    if kind == "step":
-        loss = clusterns.ClusterNSLoss(dim, case.clusters, backend="triton", false_negatives="bml")
-        loss.start_from(views.centers)
-        call = lambda: loss(*views[:2])  # noqa: E731
-    else:
-        call = lambda: clusterns.info_nce(*views[:2], backend="triton")  # noqa: E731
+    torch.set_num_threads(1)
+    launches, views = put_stand_ins(), make_views(case, torch.device("cpu"))
     upstream = torch.ones(())
+    if case.kind == "step":
+        loss = our_loss(case.dim, case.clusters, views.centers, backend="triton")
+    else:
+        loss = partial(clusterns.info_nce, backend="triton")
 
     def run() -> None:
-        torch.autograd.grad(call(), views[:2], upstream)
+        launches.clear()
+        torch.autograd.grad(loss(*views[:2]), views[:2], upstream)
 
     run()
-    launches.clear()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
-    names = [event.name for event in profile.events()]
-    counted = {"launches": len(launches), "allocations": sum(name in ALLOCATIONS for name in names)}
-    clock = Clock()
-
-    def forgetful(run: Any = run) -> None:
-        run()
-        launches.clear()
-
-    return clock.timer(forgetful), counted
+    made = [event for event in profile.events() if event.name in ("aten::empty", "aten::empty_strided")]
+    return Clock().timer(run), {"launches": len(launches), "allocations": len(made)}
 
 
-ALLOCATIONS = {"aten::empty", "aten::empty_strided"}
+def measure(results: Results, clock: Clock, before: Any, case: Case) -> None:
+    """Rows of ours, and of another checkout beside it."""
+    sides: list[Elsewhere] = []
+    try:
+        for checkout in (ROOT, before):
+            if checkout:
+                sides.append(Elsewhere(checkout, timer_of, case))
+        times = clock.samples(sides)
+        for name, side, own in zip((OURS, BEFORE), sides, times, strict=False):
+            ratios = sorted(theirs / ours for theirs, ours in zip(own, times[0], strict=True))
+            row = {"host_us": sorted(own)[len(own) // 2], "host_us_fastest": min(own), **side.found}
+            if name == BEFORE:
+                row |= {"ratio_host": ratios[len(ratios) // 2], "ratio_host_fastest": min(own) / min(times[0])}
+                row["note"] = f"commit {output('git', 'describe', '--always', '--dirty', folder=before)}"
+            results.add({"contender": name, **case.columns(), "status": "ok", "note": "", **row})
+    finally:
+        for side in sides:
+            side.close()
+
+
+def stages(wanted: argparse.Namespace, results: Results, clock: Clock) -> list[tuple[str, Callable]]:
+    """What run.py is to do: a case a stage."""
+    cases = [
+        Case(kind, batch, dim, wanted.clusters, BF16)
+        for dim in wanted.dim
+        for batch in wanted.batch
+        for kind in ("step", "plain")
+    ]
+    return [(f"host {case}", partial(measure, results, clock, wanted.before, case)) for case in cases]
