@@ -98,12 +98,12 @@ def record(dtype: torch.dtype, dim: int, batch: int) -> dict[str, launch.Launch]
     centroids, tau = meta(CLUSTERS, dim, dtype=torch.float32), meta(dtype=torch.float32)
     found: dict[str, launch.Launch] = {}
 
-    def a_step(rule: str, others: Any, temperature: Any, known: Any, *update: Any) -> None:
-        given, clustered = (x, y, others, temperature), known is not None
-        numbers = Options(0.0, rule)[:5]
-        settings = (*given, known, None, None, clustered, clustered, True, *update, *numbers)
-        state = objective_launchers.forward(*settings)[2:]
-        objective_launchers.backward(tau, *given, (True, True, others is not None), state)
+    def a_step(rule: str, others: Any, temperature: Any, known: Any, statistic: str = "") -> None:
+        given, clustered = (x, y, others), known is not None
+        settings = (known, None, None, temperature, clustered, clustered, True, statistic, rule)
+        objective_launchers.forward_steps(*given, *settings)
+        needs = (True, True, others is not None)
+        objective_launchers.backward_steps(tau, *given, temperature, CLUSTERS * clustered, needs)
 
     def a_chunk(rule: str, others: Any, temperature: Any, needs: bool) -> None:
         ids = meta(batch, dtype=torch.int64)
@@ -114,19 +114,19 @@ def record(dtype: torch.dtype, dim: int, batch: int) -> dict[str, launch.Launch]
 
         def keep(label: str, function: Any, *given: Any) -> None:
             function(*given)
-            for number, each in enumerate(recorded):
+            for number, each in enumerate(each for each in recorded if isinstance(each, launch.Launch)):
                 found[f"{label}: {number} {each.kernel.__name__}"] = each
             recorded.clear()
 
         keep("similarity, learned temperature", cosine_launchers.similarity, x, y, tau)
         keep("assignment", cosine_launchers.nearest_centroids, x, centroids, WORKSPACE_BYTES)
         keep("assignment, sums", cosine_launchers.cluster_sums, x, centroids, WORKSPACE_BYTES)
-        keep("plain", a_step, "keep", None, 0.05, None, "", 0.0)
+        keep("plain", a_step, "keep", None, None, None)
         for statistic in ("sum", "mean"):
-            keep(f"update, {statistic}", a_step, "bml", None, 0.05, centroids, statistic, 0.5)
+            keep(f"update, {statistic}", a_step, "bml", None, None, centroids, statistic)
         for rule in ("bml", "exclude", "keep"):
-            keep(f"{rule}", a_step, rule, None, 0.05, centroids, "", 0.0)
-            keep(f"{rule}, negatives, learned temperature", a_step, rule, negatives, tau, centroids, "", 0.0)
+            keep(f"{rule}", a_step, rule, None, None, centroids)
+            keep(f"{rule}, negatives, learned temperature", a_step, rule, negatives, tau, centroids)
             keep(f"chunk, {rule}", a_chunk, rule, None, 0.05, True)
             for needs in (False, True):
                 label = f"chunk, {rule}, negatives, learned temperature{', gradients' * needs}"
@@ -294,12 +294,14 @@ def loops_of_code(code: str) -> list[tuple[bool, int]]:
     return loops
 
 
-def loops_of_source(ttir: str, known: dict[str, int]) -> list[list[int]]:
+def loops_of_source(ttir: str, arguments: list) -> list[list[int]]:
     """The outer loops in their order: whether they hold products, steps of program 0, operations, branch.
 
-    Branch 0 is what every program does, the others exclude each other. A bound from data makes one step.
+    Branch 0 is what every program does, the others exclude each other. A bound from data makes one step, and
+    no products then.
     """
-    values, branch, inside, loops = dict(known), 0, [], []
+    names = re.findall(r"%(\w+): ", re.search(r"tt\.func .*", ttir)[0])  # the compiler may have chosen others
+    values, branch, inside, loops = dict(zip(names, arguments, strict=True)), 0, [], []
     for line in ttir.splitlines():
         depth = len(line) - len(line.lstrip())
         branch += depth == 4 and ("scf.if" in line or "} else {" in line)
@@ -312,13 +314,13 @@ def loops_of_source(ttir: str, known: dict[str, int]) -> list[list[int]]:
                 values[name] = SCALARS[what](*factors)
         elif found := LOOP.search(line):
             first, end, step = map(values.get, found.groups())
-            steps = 1 if None in (first, end, step) else max(1, math.ceil((end - first) / step))
-            loops += [] if inside else [[False, steps, 0, branch if depth > 4 else 0]]
+            steps = 0 if None in (first, end, step) else max(1, math.ceil((end - first) / step))
+            loops += [] if inside else [[False, max(1, steps), 0, branch if depth > 4 else 0]]
             inside.append((depth, steps))
         elif inside and (found := DOT.search(line)):
             terms = 3 if "tf32x3" in line and found[3] == "f32" else 1
             sizes = (int(found[group]) for group in (1, 2, 4))
-            loops[-1][0] = True
+            loops[-1][0] = all(steps for _, steps in inside)
             loops[-1][2] += 2 * terms * math.prod(sizes) * math.prod(steps for _, steps in inside)
     return loops
 
@@ -329,7 +331,8 @@ def predict(recorded: launch.Launch, ttir: str, code: str, row: dict[str, Any]) 
     fitting = programs_per_multiprocessor(row["registers"], warps, row["shared_bytes"])
     waves = math.ceil(programs / MULTIPROCESSORS / fitting)
     warps *= min(fitting, math.ceil(programs / MULTIPROCESSORS))
-    asked = loops_of_source(ttir, {k: v for k, v in recorded.arguments.items() if type(v) is int})
+    passed = [name for name, kind in source(recorded, "cuda").signature.items() if kind != "constexpr"]
+    asked = loops_of_source(ttir, [recorded.arguments[name] for name in passed])
     listed = loops_of_code(code)
     for loops in (asked, listed):  # the compiler unrolls small ones, wholly or up to a rest
         while len(loops) > min(len(asked), len(listed)):
@@ -376,7 +379,7 @@ def report(rows: list[dict[str, Any]], output: Path | None, shared_limit: int | 
         row["verdict"] = "; ".join(violations(row, shared_limit)) or "ok"
         print("  ".join(f"{name} {row.get(name, '')}" for name in SHOWN))
     bad = sum(row["verdict"] != "ok" for row in rows)
-    for dtype in DTYPES:
+    for dtype in ("float32", "bfloat16"):
         wanted = ("update, sum", dtype, "highest")
         step = [row for row in rows if (row["launch"], row["dtype"], row["matmul_precision"]) == wanted]
         times = [float(row["predicted_us_512"]) for row in step if row.get("predicted_us_512")]

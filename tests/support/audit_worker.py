@@ -64,7 +64,8 @@ def every_launch_on_a_target():
         assert all(row["dimensions"] == "768" for row in rows)
         for row in rows:
             assert 0 < int(row["programs_256"]) <= int(row["programs_512"]), row
-            assert 3.5 <= float(row["predicted_us_512"]) < 1000, row
+            of_data = row["kernel"] == "margins_kernel"  # its loops go over cluster-mates
+            assert of_data or 3.5 <= float(row["predicted_us_512"]) < 1000, row
         assert not PINNED or status == 0, [row for row in rows if row["verdict"] != "ok"]
         # And with a limit that the table exceeds it fails, and says of which rows.
         for row in rows:
@@ -158,54 +159,76 @@ def nothing_is_read_before_the_wait():
 
 def programs_fit():
     """Into registers (allocated by eights), threads, and shared memory, of which each loses a KiB."""
-    for found, given in {
-        4: (128, 4, 0),  # 65536 / (128 · 128)
-        3: (129, 4, 0),  # 65536 / (136 · 128)
-        8: (16, 8, 0),  # 2048 / 256
-        32: (8, 1, 0),  # the most there are
-        2: (16, 4, 75 * 1024 + 1),  # 228 / 76 and a byte
-        1: (16, 4, 227 * 1024),
-    }.items():
+    for found, given in (
+        (4, (128, 4, 0)),  # 65536 / (128 · 128)
+        (2, (169, 4, 0)),  # 65536 / (176 · 128)
+        (8, (16, 8, 0)),  # 2048 / 256
+        (32, (8, 1, 0)),  # the most there are
+        (3, (16, 4, 75 * 1024)),  # 228 / 76
+        (2, (16, 4, 75 * 1024 + 1)),
+        (1, (16, 4, 227 * 1024)),
+    ):
         assert audit.programs_per_multiprocessor(*given) == found, given
 
 
+@triton.jit
+def counting_kernel(x_ptr, dim):
+    pass
+
+
+# Of the two branches a program takes one; then a loop of one step, as far as can be known, for all.
+LOOPS = """
+  tt.func public @counting_kernel(%y: !tt.ptr<f32> {tt.divisibility = 16 : i32}, %count: i32 loc("count")) {
+    %c64_i32 = arith.constant 64 : i32 loc(#loc1)
+    %c0_i32 = arith.constant 0 : i32 loc(#loc1)
+    %c1_i32 = arith.constant 1 : i32 loc(#loc1)
+    %c127_i32 = arith.constant 127 : i32 loc(#loc1)
+    %1 = arith.addi %count, %c127_i32 : i32 loc(#loc1)
+    %blocks = arith.divsi %1, %c64_i32 : i32 loc(#loc1)
+    scf.if %2 {
+      %x = scf.for %start = %c0_i32 to %count step %c64_i32 iter_args(%y = %z) -> (tensor<64x32xf32>)  : i32 {
+        scf.for %start = %c0_i32 to %c127_i32 step %c64_i32  : i32 {
+          %d = tt.dot %a, %b, %c, inputPrecision = tf32x3 : tensor<64x64xf32> * tensor<64x32xf32> -> t
+        }
+      }
+    }
+    scf.if %3 {
+      %x = scf.for %start = %c0_i32 to %blocks step %c1_i32  : i32 {
+      }
+    }
+    scf.for %start = %c0_i32 to %loaded step %c64_i32  : i32 {
+    }"""
+
+
 def times_are_predicted():
-    """Of a launch whose loops are known, and bytes and operations of a real one."""
+    """Of a launch whose loops are known; bytes and operations of a real one."""
     label = "similarity, learned temperature: 0 cosine_kernel"
     row = audit.compile_case("sm_90", audit.Case("float32", "highest", 384, 512, label))
     assert row["operations_512"] == 3 * 2 * 512 * 512 * 768, row
     assert row["bytes_512"] == 4 * (2 * 512 * 768 + 512 * 512 + 2 * 512 + 1), row
+    assert row["unordered"] == ""
 
-    # What every program does, one loop over D beside one of a few instructions, and one step of the last.
-    ttir = """
-    %c64_i32 = arith.constant 64 : i32 loc(#loc1)
-    %c0_i32 = arith.constant 0 : i32 loc(#loc1)
-    %c63_i32 = arith.constant 63 : i32 loc(#loc1)
-    %1 = arith.addi %dim, %c63_i32 : i32 loc(#loc1)
-    %blocks = arith.divsi %1, %c64_i32 : i32 loc(#loc1)
-    %x = scf.for %start = %c0_i32 to %c64_i32 step %c64_i32  : i32 {
-    }
-    scf.if %2 {
-      %x = scf.for %start = %c0_i32 to %dim step %c64_i32 iter_args(%y = %z) -> (tensor<64x32xf32>)  : i32 {
-        %d = tt.dot %a, %b, %c, inputPrecision = tf32x3 : tensor<64x64xf32> * tensor<64x32xf32> -> t
-      }
-    }
-    scf.if %2 {
-      %x = scf.for %start = %c0_i32 to %blocks step %loaded  : i32 {
-      }
-    }"""
+    def loop(length: int, first: str, inner: int = 0) -> list[str]:
+        start = len(listing)
+        body = [first] + ["NOP"] * (length - 2) + [f"@!P0 BRA 0x{16 * start:x}"]
+        body[inner] = f"@P1 BRA 0x{16 * start:x}" if inner else first
+        return body
+
     for length, programs, expected in (
-        (10, 132, 3.5 + 13 * 800 / 1755),  # the first loop and 12 steps, each at its least
-        (1000, 264, 3.5 + (800 + 12 * 1000 * 3.5 * 2) / 1755),  # two programs of four warps each
-        (1000, 661, 3.5 + 2 * (800 + 12 * 1000 * 3.5 * 4) / 1755),  # four fit: two waves
+        (40, 132, 3.5 + (13 + 1) * 800 / 1755),  # the shortest steps, of the second branch
+        (1000, 264, 3.5 + (12 * 1000 * 3.5 * 2 + 800) / 1755),  # two programs of four warps each
+        (1000, 661, 3.5 + 2 * (12 * 1000 * 3.5 * 4 + 800) / 1755),  # four fit: two waves
     ):
-        body = ["NOP"] * 9 + ["@P0 BRA 0x0"] + ["HGMMA.64x32x8"] * (length - 1) + ["@!P1 BRA `(0xa0)"]
-        body += ["NOP", f"BRA.U UP0, 0x{16 * (len(body)):x}"]
-        code = "\n".join(f"  /*{16 * at:04x}*/  {line} ;" for at, line in enumerate(body))
-        recorded = Launch(None, (programs,), {"dim": 768, "x_ptr": torch.empty(8)}, {}, Tiles({}))
-        row = audit.predict(recorded, ttir, code, {"registers": 128, "warps": 4, "shared_bytes": 0})
+        listing = ["NOP", "BRA 0xffff0"]
+        listing += loop(length, "HGMMA.64x32x8", inner=30)
+        listing += loop(10, "NOP")
+        listing += loop(5, "NOP")  # the rest where four steps were unrolled
+        listing += loop(9, "NOP")
+        code = "\n".join(f"  /*{16 * at:04x}*/  {line} ;" for at, line in enumerate(listing))
+        recorded = Launch(counting_kernel, (programs,), {"x_ptr": torch.empty(8), "dim": 768}, {}, Tiles({}))
+        row = audit.predict(recorded, LOOPS, code, {"registers": 128, "warps": 4, "shared_bytes": 0})
         assert row["bytes_512"] == 32
-        assert row["operations_512"] == 12 * 3 * 2 * 64 * 64 * 32 * programs
+        assert row["operations_512"] == 12 * 2 * 3 * 2 * 64 * 64 * 32 * programs
         assert row["waves_512"] == (2 if programs == 661 else 1)
         assert abs(row["predicted_us_512"] - expected) < 0.06, (row, expected)
 
