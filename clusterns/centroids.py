@@ -113,7 +113,6 @@ class OnlineKMeans(nn.Module):
         self.initialized.fill_(True)
         self._active, self._flag_read = True, (self.initialized, self.initialized._version)
 
-    @torch.no_grad()
     def assign(
         self, points: Tensor, *, update: bool, ranks: Alone | None = None, backend: str = "torch"
     ) -> Clusters:
@@ -130,17 +129,18 @@ class OnlineKMeans(nn.Module):
             statistic = "mean" if self.centroid_update == "mean" else "sum"
             moves = Update(statistic, self._share) if update else None
             return Clusters(centroids=self.centroids, update=moves)
-        if update:
-            if on_triton:
-                count, total = operators.cluster_sums(points, self.centroids)
-            else:
-                count, total = self._sums(points)
-            if ranks is not None:
-                count, total = ranks.sum(count), ranks.sum(total)
-            self._move(count, total)
-        if backend == "triton":
-            return Clusters(centroids=self.centroids)
-        return assign(points, self.centroids, self.centroids.dtype, backend)
+        with torch.no_grad():
+            if update:
+                if on_triton:
+                    count, total = operators.cluster_sums(points, self.centroids)
+                else:
+                    count, total = self._sums(points)
+                if ranks is not None:
+                    count, total = ranks.sum(count), ranks.sum(total)
+                self._move(count, total)
+            if backend == "triton":
+                return Clusters(centroids=self.centroids)
+            return assign(points, self.centroids, self.centroids.dtype, backend)
 
     def _sums(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Members (K,) of each cluster and their sum (K, D), over the points with a direction."""

@@ -64,9 +64,10 @@ def why_not(device: torch.device | None, *dtypes: torch.dtype) -> str | None:
         have, need = (".".join(map(str, version)) for version in (_VERSION, OLDEST))
         return f"Triton {have} is installed, {need} is needed; upgrade torch, or use 'auto' or 'torch'"
     if not interpreting():
-        if not torch.cuda.is_available():
+        on_gpu = device is not None and device.type == "cuda"
+        if not on_gpu and not torch.cuda.is_available():  # asks the driver, which takes its time
             return "no GPU is available; use 'auto' or 'torch'"
-        if device is not None and device.type != "cuda":
+        if device is not None and not on_gpu:
             return f"the tensors are on {device}; move them to a GPU, or use 'auto' or 'torch'"
         if device is not None and torch.version.cuda and capability(device) < (8, 0):
             have = ".".join(map(str, capability(device)))

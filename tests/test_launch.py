@@ -23,6 +23,7 @@ from clusterns.kernels import (
     launch,
     objective,
     objective_launchers,
+    plan,
     similarity,
 )
 from clusterns.kernels.target import Target, assume
@@ -156,3 +157,82 @@ def test_the_cache_distinguishes_all_that_triton_does():
         assert counted["pairs_alike"] > 1000  # and it is no finer than need be for a change of batch
         assert counted["recompiled_for_a_batch"] == 0
     assert len(done.stdout.splitlines()) == 2
+
+
+def test_a_step_goes_through_tritons_own_compiler():
+    """With a driver that launches nothing: the compiled kernels take a plan's addresses, and overlap."""
+    code = Path(__file__).parent / "support" / "stub_driver_worker.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, str(code)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    first, second = found["launches"][:5], found["launches"][5:]
+    kernels = [name.removesuffix("_kernel") for name, *_ in first]
+    assert kernels == ["cosine", "centroid_update", "cosine", "objective", "gradient"]
+    for (name, grid, addresses, overlaps), again in zip(first, second, strict=True):
+        assert [name, grid, overlaps] == [again[0], again[1], True]
+        assert len(addresses) == len(again[2])
+        assert all(isinstance(address, int) and address % 16 == 0 for address in addresses)
+    assert first[0][2][:2] == second[0][2][:2] == found["views"]
+
+
+def plan_of(*options, rows=40, dim=16, dtype=torch.float32, **more):
+    x = torch.randn(rows, dim, device=DEVICE).to(dtype)
+    given = (x, x + 1, None, torch.randn(6, dim, device=DEVICE), None, None, None)
+    return plan.plan_of(objective_launchers.forward_steps, given, options), given
+
+
+def test_a_plan_is_made_once_for_what_it_depends_on(monkeypatch):
+    monkeypatch.setattr(plan, "_plans", {})
+    options = (True, True, True, "sum", "bml")
+    first = plan_of(*options)[0]
+    assert plan_of(*options)[0] is first
+    others = [
+        plan_of(*options, rows=41)[0],
+        plan_of(*options, dim=17)[0],
+        plan_of(*options, dtype=torch.bfloat16)[0],
+        plan_of(True, True, False, "sum", "bml")[0],
+        plan_of(True, True, True, "mean", "bml")[0],
+    ]
+    x = torch.randn(41, 16, device=DEVICE).view(-1)[1:641].view(40, 16)  # not aligned to 16 bytes
+    given = (x, x, None, torch.randn(6, 16, device=DEVICE), None, None, None)
+    others.append(plan.plan_of(objective_launchers.forward_steps, given, options))
+    assert len({id(each) for each in (first, *others)}) == 7
+    assert len(plan._plans) == 7
+    for rows in range(1, 300):
+        plan_of(*options, rows=rows)
+    assert len(plan._plans) <= 256  # batches of any size do not fill the memory
+
+
+def test_a_plan_puts_addresses_and_numbers_in_their_places(monkeypatch):
+    """What a compiled kernel gets are the addresses of what the interpreter is given as tensors."""
+    kernels = {}
+    for module in (cosine_launchers, objective_launchers):
+        for name in ("cosine_kernel", "centroid_update_kernel", "objective_kernel"):
+            if hasattr(module, name):
+                kernels[name] = Kernel(getattr(module, name))
+                monkeypatch.setattr(module, name, kernels[name])
+    monkeypatch.setattr(plan, "_plans", {})
+    with assume(Target("cuda", 90)):
+        made, given = plan_of(True, True, True, "sum", "bml", dtype=torch.bfloat16)
+        workspace = torch.empty(made.length, dtype=torch.uint8, device=DEVICE)
+        tensors = (*given, torch.empty((), device=DEVICE), torch.empty(8, device=DEVICE), workspace)
+        numbers = plan.Numbers(0.07, 0.1, 0.2, 0.3, 0.4, 0.5)
+        made.run(tensors, numbers)
+    seen = set()
+    for step, places in zip(made.recorded, made._places, strict=True):
+        kernel = kernels[step.kernel.__name__]
+        named = dict(zip(kernel.arg_names, kernel.compiled.launched.pop(0)[1], strict=True))
+        for name, place in places.items():
+            view = place.view(tensors)
+            assert named[name] == view.data_ptr(), name
+            if place.source == len(tensors) - 1:  # within the workspace, and nothing lies over another
+                assert 0 <= place.offset <= made.length - view.numel() * view.itemsize
+            seen.add(name)
+        for name, value in zip(numbers._fields, numbers, strict=True):
+            if step.arguments.get(name) is plan.LATER:
+                assert named[name] == value
+                seen.add(name)
+    assert {"cosines_ptr", "weights_ptr", "updated_ptr", "loss_ptr", *numbers._fields} <= seen
