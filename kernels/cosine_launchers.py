@@ -243,4 +243,4 @@ def _cosine_tiles(x: Tensor) -> Tiles:
 
 
 def _update_tiles(x: Tensor) -> Tiles:
-    return Tiles({"BLOCK_K": 16, "BLOCK_B": 64, "BLOCK_D": 64}, num_warps=8)
+    return Tiles({"BLOCK_K": 16, "BLOCK_B": 64, "BLOCK_D": 64})

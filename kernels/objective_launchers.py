@@ -219,12 +219,14 @@ def backward(
 
 def _objective_tiles(rows: int) -> Tiles:
     """A few whole rows a program, which leaves one row of `y_along`: an eighth of many cosines."""
-    m, n = (4, 512) if rows < LARGE_BATCH else (8, 256)
-    return Tiles({"BLOCK_M": m, "BLOCK_N": n}, num_warps=8)
+    m = 4 if rows < LARGE_BATCH else 8
+    return Tiles({"BLOCK_M": m, "BLOCK_N": 256}, num_warps=8)
 
 
 def _gradient_tiles(x: Tensor) -> Tiles:
-    if x.dtype == torch.bfloat16:
-        m, n, d = (64, 64, 64) if x.shape[0] < LARGE_BATCH else (128, 64, 128)
-        return Tiles({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d}, num_warps=8)
-    return Tiles({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64}, num_warps=8)
+    """Two programs a multiprocessor for small batches, in one wave."""
+    if x.dtype != torch.bfloat16:
+        return Tiles({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64})
+    if x.shape[0] < LARGE_BATCH:
+        return Tiles({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64})
+    return Tiles({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 128}, num_warps=8)

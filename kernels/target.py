@@ -114,12 +114,15 @@ class Target:
 
         "highest" keeps float32 products: on NVIDIA as three tf32 products, whose error is that of a float32
         sum, since float32 units would take most of the time. "high" and "medium" are tf32 where there is it.
-        turned: neighbours of a factor lie along the result, which the matrix units do not read of tf32; turning
-        it around took most of the time of a product (H200), terms in bfloat16 are read as they are.
+        turned: neighbours of a factor lie along the result. Matrix units that read it from shared memory (sm_90,
+        sm_100) do not so for tf32, and turning it around took most of a product's time (H200); terms in
+        bfloat16 they read as they are.
         """
         exact = _float32_is_exact() if exact is None else exact
         if self.backend == "cuda":
-            return ("bf16x6" if exact else "bf16x3") if turned else ("tf32x3" if exact else "tf32")
+            if turned and 90 <= int(self.arch) < 120:
+                return "bf16x6" if exact else "bf16x3"
+            return "tf32x3" if exact else "tf32"
         if self.backend == "hip" and self.arch == "gfx942":
             return "ieee" if exact else "tf32"
         return "ieee"
