@@ -14,7 +14,7 @@ help:
 	@echo "make test-portable  the numeric ones as other processors, libraries, threads and locales would run them"
 	@echo "make bench  speed and memory of the loss against its rivals on this machine"
 	@echo "make exactness  error of loss and gradients against float64, by dtype, batch size and backend"
-	@echo "make audit  compile the GPU kernels for four chips, no GPU needed: registers, spills, shared memory"
+	@echo "make audit  compile the GPU kernels for six chips, no GPU needed: registers, spills, shared memory"
 	@echo "make gpu    GPU tests and benchmarks with the python at hand (bench/gpu.sh)"
 
 train: $(VENV)/.ready-train

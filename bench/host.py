@@ -94,15 +94,15 @@ def measure(results: Results, clock: Clock, before: Any, case: Case) -> None:
     """Rows of ours, and of another checkout beside it."""
     sides: list[Elsewhere] = []
     try:
-        for checkout in (ROOT, before):
-            if checkout:
-                sides.append(Elsewhere(checkout, timer_of, case))
+        for checkout in filter(None, (ROOT, before)):
+            sides.append(Elsewhere(checkout, timer_of, case))  # noqa: PERF401
         times = clock.samples(sides)
         for name, side, own in zip((OURS, BEFORE), sides, times, strict=False):
             ratios = sorted(theirs / ours for theirs, ours in zip(own, times[0], strict=True))
             row = {"host_us": sorted(own)[len(own) // 2], "host_us_fastest": min(own), **side.found}
             if name == BEFORE:
-                row |= {"ratio_host": ratios[len(ratios) // 2], "ratio_host_fastest": min(own) / min(times[0])}
+                fastest = min(own) / min(times[0])
+                row |= {"ratio_host": ratios[len(ratios) // 2], "ratio_host_fastest": fastest}
                 row["note"] = f"commit {output('git', 'describe', '--always', '--dirty', folder=before)}"
             results.add({"contender": name, **case.columns(), "status": "ok", "note": "", **row})
     finally:

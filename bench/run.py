@@ -5,7 +5,7 @@
     python bench/run.py objective --batch 64 --dim 384   the objective for given centroids
     python bench/run.py step --batch 256 64 16384 --before ../old    beside another checkout of this package
     python bench/run.py plain | large | k-means | evaluate [--seconds 480 --output DIR]
-    python bench/run.py exactness | training | host      the question of that file
+    python bench/run.py exactness | training | host | tiles    the question of that file
 
 Without sizes a question has its own list, the most important figures first, ours and eager before any other
 (--list prints it). Every row is on disk as soon as it is measured; what does not fit the budget, or comes
@@ -157,6 +157,7 @@ SIZED = ["step", "objective", "plain", "large", "k-means", "evaluate"]
 OWN_SIZES: dict[str, dict[str, object]] = {
     "exactness": {"batch": [64, 300, 1024, 4096], "dtype": list(DTYPES)},
     "host": {"batch": [512]},
+    "tiles": {"batch": [256, 512, 2048], "dtype": ["bfloat16", "float32"]},
     "training": {"batch": [128, 256, 1024, 4096], "dim": [384], "clusters": 64, "rounds": 3, "steps": 15},
 }
 

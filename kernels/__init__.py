@@ -12,5 +12,6 @@ Importing this package needs neither Triton nor a GPU; importing any module of i
     cosine_launchers.py, objective_launchers.py, chunk_launchers.py
                             one function a kernel: outputs, arguments, tile shapes
     launch.py               how any kernel is launched: parameters by name, compiled kernels, a recorder
+    plan.py                 what a step launches, worked out once for its shapes, in one workspace
     target.py               whether kernels can run, for what chip, in what precision
 """

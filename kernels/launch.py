@@ -1,4 +1,4 @@
-"""How a kernel is launched: its parameters, a cache of compiled kernels, a recorder to plan and compile ahead."""
+"""How a kernel is launched: its parameters, a cache of compiled kernels, a recorder for those who plan."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _recorded: list[Launch | Operation] | None = None
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Any]]:
-    """Collect launches and operations in place of running them; the tensors may then be on the meta device."""
+    """Collect launches and operations in place of running them; tensors may then be on the meta device."""
     global _recorded
     before, _recorded = _recorded, []
     try:

@@ -5,8 +5,9 @@
     InfoNCE, margin loss and everything that is summed up                                1 launch
     both (or all three) gradients                                                        1 launch
 
-For the gradients B·(B+N+K) weights are kept, in the place of the cosines. Arguments are checked by the callers (`clusterns.checks`). Embeddings are (rows, D) of one dtype with a unit column stride; every
-output is new unless said otherwise. No function waits for the device.
+For the gradients B·(B+N+K) weights are kept, in the place of the cosines. What is launched is written down as
+`..._steps`, which a plan repeats. Arguments are checked by the callers (`clusterns.checks`). Embeddings are
+(rows, D) of one dtype with a unit column stride. No function waits for the device.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def forward_steps(
     )
     kept = new_float32(x, 0, 0)
     if centroids is not None and statistic:
-        _, moved = cosine_launchers.update(x, x_inverse, best_cosine, best_id, centroids, statistic, numbers.momentum)
+        near = (best_cosine, best_id)
+        _, moved = cosine_launchers.update(x, x_inverse, *near, centroids, statistic, numbers.momentum)
         kept = moved if has_hard else kept
     elif centroids is not None and has_hard and for_gradients:  # the state may move on before the backward
         kept = torch.empty_like(centroids, dtype=factor_dtype(x), memory_format=torch.contiguous_format)
@@ -191,7 +193,7 @@ def workspace_length(given: Tensors, options: tuple[Any, ...]) -> int:
 
 
 def forward(given: Tensors, options: tuple[Any, ...], numbers: Sequence[float]) -> tuple[Tensor, ...]:
-    """Loss and terms of `forward_steps(*given, *options)`, and the workspace, from which a `backward` goes on.
+    """Loss and terms of `forward_steps(*given, *options)`, and the workspace, where a `backward` goes on.
 
     numbers: the `plan.Numbers`; of a τ among the tensors that in its place does not count.
     """

@@ -17,6 +17,7 @@ from .launch import Launch, Operation, on, recorded, recording, runner
 from .target import assume, target_of
 
 Tensors = Sequence[Tensor | None]
+Record = Callable[..., tuple[Tensors, Sequence[Tensor]]]
 _ALIGNMENT = 256  # bytes
 _MOST = 256  # plans that are kept
 
@@ -40,7 +41,7 @@ class _Place(NamedTuple):
     """Where an argument lies: so many bytes into one of the tensors that a plan is run with."""
 
     source: int
-    offset: int
+    offset: Any
     like: Tensor
 
     def view(self, tensors: Tensors) -> Tensor:
@@ -71,7 +72,7 @@ class Plan:
     lies first, in its order: another plan finds it there.
     """
 
-    def __init__(self, record: Callable[..., tuple[Tensors, Tensors]], given: Tensors, options: Sequence[Any]):
+    def __init__(self, record: Record, given: Tensors, options: Sequence[Any]):
         metas = [
             None if z is None else torch.empty_strided(z.shape, z.stride(), dtype=z.dtype, device="meta")
             for z in given
@@ -81,7 +82,7 @@ class Plan:
         known = [*metas, *outputs]
         self._starts = {_storage(z): (source, 0) for source, z in enumerate(known) if z is not None}
         self._workspace = len(known)
-        self.length: int = 0
+        self.length: Any = 0  # while a compiler traces, of symbols
         for each in kept:
             self._place(each)
         self._places = [
@@ -106,7 +107,8 @@ class Plan:
             return
         device = tensors[0].device  # type: ignore[union-attr]
         if self._steps is None:
-            self._steps = [self._step(*each, tensors) for each in zip(self.recorded, self._places, strict=True)]
+            each_with_places = zip(self.recorded, self._places, strict=True)
+            self._steps = [self._step(*both, tensors) for both in each_with_places]
         addresses = [0 if z is None else z.data_ptr() for z in tensors]
         with on(device):
             for function, template, places, later, by_address in self._steps:
@@ -123,8 +125,10 @@ class Plan:
     def _step(self, each: Launch | Operation, places: dict[str, _Place], tensors: Tensors) -> _Step:
         """Compile a launch, for tensors from outside whose addresses are as these are aligned."""
         device = tensors[0].device  # type: ignore[union-attr]
-        arguments, function, fixed = each.arguments, getattr(each, "function", None), ()
-        if isinstance(each, Launch):
+        arguments, fixed = each.arguments, ()
+        if isinstance(each, Operation):
+            function = each.function
+        else:
             outside = {name: p.view(tensors) for name, p in places.items() if p.source != self._workspace}
             function, fixed = runner(each._replace(arguments={**arguments, **outside}), device)
         names = list(arguments)
@@ -153,16 +157,16 @@ def _kind(tensor: Tensor | None) -> Any:
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() & 15, tensor.device
 
 
-_plans: dict[tuple, Plan] = {}
+plans: dict[tuple, Plan] = {}
 
 
-def plan_of(record: Callable[..., tuple[Tensors, Tensors]], given: Tensors, options: tuple[Any, ...]) -> Plan:
+def plan_of(record: Record, given: Tensors, options: tuple[Any, ...]) -> Plan:
     """The plan for such tensors, the first of which says the device, and options."""
     target = target_of(given[0].device)  # type: ignore[union-attr]
     key = (record, target, target.precision(), options, *map(_kind, given))
-    found = _plans.get(key)
+    found = plans.get(key)
     if found is None:
-        if len(_plans) >= _MOST:
-            _plans.clear()
-        found = _plans[key] = Plan(record, given, options)
+        if len(plans) >= _MOST:
+            plans.clear()
+        found = plans[key] = Plan(record, given, options)
     return found

@@ -114,9 +114,9 @@ class Target:
 
         "highest" keeps float32 products: on NVIDIA as three tf32 products, whose error is that of a float32
         sum, since float32 units would take most of the time. "high" and "medium" are tf32 where there is it.
-        turned: neighbours of a factor lie along the result. Matrix units that read it from shared memory (sm_90,
-        sm_100) do not so for tf32, and turning it around took most of a product's time (H200); terms in
-        bfloat16 they read as they are.
+        turned: neighbours of a factor lie along the result. Matrix units that read from shared memory
+        (sm_90, sm_100) do not read tf32 so, and turning it around took most of a product's time (H200); terms
+        in bfloat16 they read as they are.
         """
         exact = _float32_is_exact() if exact is None else exact
         if self.backend == "cuda":

@@ -398,9 +398,11 @@ def test_whole_batches_keep_no_more_than_the_cosines():
     assert cosines < held <= cosines * 1.25 + inputs + 4 * 128 * 40
     from clusterns.kernels import objective_launchers, target
 
-    given = (torch.empty(4096, 8, device="meta"),) * 2 + (None, torch.empty(16, 8, device="meta"), *[None] * 3)
+    x, centroids = (torch.empty(rows, 8, device="meta") for rows in (4096, 16))
     with target.assume(target.Target("cuda", 90)):  # "meta" is no GPU
-        length = objective_launchers.workspace_length(given, (True, True, True, "", "bml"))
+        length = objective_launchers.workspace_length(
+            (x, x, None, centroids, *[None] * 3), (True, True, True, "", "bml")
+        )
     assert 4 * 4096 * 4096 < length <= 4 * (4096 * (4096 + 16) * (1 + 1 / 8) + 4096 * 20)
 
 

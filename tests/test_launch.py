@@ -185,7 +185,7 @@ def plan_of(*options, rows=40, dim=16, dtype=torch.float32, **more):
 
 
 def test_a_plan_is_made_once_for_what_it_depends_on(monkeypatch):
-    monkeypatch.setattr(plan, "_plans", {})
+    monkeypatch.setattr(plan, "plans", {})
     options = (True, True, True, "sum", "bml")
     first = plan_of(*options)[0]
     assert plan_of(*options)[0] is first
@@ -200,10 +200,10 @@ def test_a_plan_is_made_once_for_what_it_depends_on(monkeypatch):
     given = (x, x, None, torch.randn(6, 16, device=DEVICE), None, None, None)
     others.append(plan.plan_of(objective_launchers.forward_steps, given, options))
     assert len({id(each) for each in (first, *others)}) == 7
-    assert len(plan._plans) == 7
+    assert len(plan.plans) == 7
     for rows in range(1, 300):
         plan_of(*options, rows=rows)
-    assert len(plan._plans) <= 256  # batches of any size do not fill the memory
+    assert len(plan.plans) <= 256  # batches of any size do not fill the memory
 
 
 def test_a_plan_puts_addresses_and_numbers_in_their_places(monkeypatch):
@@ -214,7 +214,7 @@ def test_a_plan_puts_addresses_and_numbers_in_their_places(monkeypatch):
             if hasattr(module, name):
                 kernels[name] = Kernel(getattr(module, name))
                 monkeypatch.setattr(module, name, kernels[name])
-    monkeypatch.setattr(plan, "_plans", {})
+    monkeypatch.setattr(plan, "plans", {})
     with assume(Target("cuda", 90)):
         made, given = plan_of(True, True, True, "sum", "bml", dtype=torch.bfloat16)
         workspace = torch.empty(made.length, dtype=torch.uint8, device=DEVICE)
