@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import reference
 from .backend import choose_backend
+from .captured import Captured
 from .checks import (
     check_count,
     check_embeddings,
@@ -172,14 +173,17 @@ def seed_centroids(
     return seeding_chain(anchors, positives, num_clusters, first, Alone(batch))
 
 
-def evaluate(batch: Batch, backend: str, ranks: Alone | None = None) -> ObjectiveTerms:
+def evaluate(
+    batch: Batch, backend: str, ranks: Alone | None = None, captured: Captured | None = None
+) -> ObjectiveTerms:
     """Loss and parts of the objective for input that is checked, on a backend as `choose_backend` returns it.
 
     `ranks`: the embeddings and ids are this rank's rows of a batch that several ranks share.
+    `captured`: a step that "triton" replays where it fits.
     """
     clusters, options = batch.clusters, batch.options
     if backend == "triton":
-        loss, terms = operators.whole_batch(batch)
+        loss, terms = operators.whole_batch(batch, captured)
         parts: list[Tensor | None] = list(terms.unbind()[:7])
         if not clusters.hard_negatives:
             parts[5] = None

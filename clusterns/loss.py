@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .backend import check_backend, choose_backend
+from .captured import Captured
 from .centroids import OnlineKMeans
 from .checks import (
     check_choice,
@@ -16,10 +17,12 @@ from .checks import (
     check_number,
     check_temperature,
     check_transforms,
+    in_short,
     under_functorch,
     warn,
 )
 from .functional import check_options, evaluate
+from .objective.operators import shares
 from .objective.problem import WORKSPACE_BYTES, Batch, Clusters, Options
 from .objective.ranks import GATHERS, Ranks, meet, seeding_chain
 from .rules import Rule, check_has_clusters
@@ -140,6 +143,7 @@ class ClusterNSLoss(OnlineKMeans):
         self.last: dict[str, Tensor] = {}
         self._begun = False
         self._told: set[str] = set()
+        self._captured: Captured | None = None
         self._look_at_temperature()
 
     def forward(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
@@ -179,9 +183,13 @@ class ClusterNSLoss(OnlineKMeans):
             clusters = self.assign(anchors, update=self.training, ranks=ranks, backend=backend)
             cosines = self._describe(clusters, ranks)
             if not self.hard_negatives:
-                # No `_replace`: torch 2.11 does not compile it.
-                clusters = Clusters(*clusters[:2], None, *clusters[3:6], False, clusters.update)
-        terms = evaluate(Batch(*inputs, self.temperature, clusters, self._options), backend, ranks)
+                clusters = _without_hard_negatives(clusters)
+        captured = self._captured
+        if captured is not None and (torch.compiler.is_compiling() or captured.training != self.training):
+            captured = None
+        terms = evaluate(Batch(*inputs, self.temperature, clusters, self._options), backend, ranks, captured)
+        if captured is not None:
+            captured.say(backend, self._tell)
         found = {
             name: term.detach() if term.requires_grad else term
             for name, term in zip(terms._fields, terms, strict=True)
@@ -198,6 +206,65 @@ class ClusterNSLoss(OnlineKMeans):
         if self.training:
             after_step(*inputs, terms.mean_cosine, ranks)
         return terms.loss
+
+    def capture(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> None:
+        """Record a step as CUDA graphs, one forward and one backward, which later calls replay.
+
+        They serve batches of the shapes, dtypes, device and need of gradients of this one, in the mode and
+        with the settings of now, on one stream. Any other runs without a graph, which is said once for each
+        reason, though not of the mode; so does a step while the loss of another waits for its backward.
+        Results and state are the same, and this call changes no state. The graphs keep a copy of a batch, its
+        gradients and the cosines; a copy, a pickle and the state dict of the loss have no graph.
+
+        A backward with `retain_graph=True` can be repeated before the next step; after it, RuntimeError.
+
+        Args:
+            anchors: (B, D) embeddings of the first views; they require a gradient if later ones do.
+            positives: (B, D) embeddings of the second views.
+            negatives: (N, D) mined hard negatives, if there will be some.
+
+        Raises:
+            TypeError, ValueError: as `forward`; also off a GPU, for a batch that is not for "triton", a rule
+                of your own, or a process group.
+            RuntimeError: as `forward`; also before clustering has started.
+
+        """
+        self._check(anchors, positives, negatives)
+        if self.process_group is not None:
+            raise ValueError("process_group: expected None to capture, got a group")
+        if not isinstance(self.false_negatives, str):
+            raise ValueError(
+                f"false_negatives: expected a word to capture, got {in_short(self.false_negatives)}"
+            )
+        clustered = self.clustering_active
+        if self.num_clusters and not clustered:
+            raise RuntimeError(
+                "clustering_active: expected True to capture, got False; call it after clustering has started"
+            )
+        state, inputs = self.centroids, (anchors, positives, negatives)
+        backend = choose_backend(self.backend, *inputs, state if clustered else None, self._options)
+        if backend != "triton":
+            raise ValueError(
+                f"anchors: expected a batch for backend 'triton' to capture, got {tuple(anchors.shape)} of "
+                f"{anchors.dtype} on {anchors.device} for {backend!r}"
+            )
+        if clustered and not shares(state):
+            raise ValueError(
+                f"centroids: expected float32 rows to capture, got {state.dtype} of strides {state.stride()}"
+            )
+        clusters = Clusters()
+        if clustered:  # "adamw" moves the centroids outside of the graph
+            moves = self.training and self.centroid_update != "adamw"
+            clusters = self.assign(anchors, update=moves, backend=backend)
+            if not self.hard_negatives:
+                clusters = _without_hard_negatives(clusters)
+        captured, before = Captured(self.training), state.clone()
+        try:
+            evaluate(Batch(*inputs, self.temperature, clusters, self._options), backend, captured=captured)
+        finally:
+            with torch.no_grad():
+                state.copy_(before)
+        self._captured = captured
 
     @property
     def _options(self) -> Options:
@@ -364,6 +431,12 @@ class ClusterNSLoss(OnlineKMeans):
             f"false_negatives={self.false_negatives!r}, bml_weight={self.bml_weight}, "
             f"bml_alpha={self.bml_alpha}, bml_beta={self.bml_beta}, backend={self.backend!r}"
         )
+
+
+def _without_hard_negatives(clusters: Clusters) -> Clusters:
+    # No `_replace`: torch 2.11 does not compile it.
+    ids, centroids, _, nearest_cosine, runner_up_cosine, known, _, update = clusters
+    return Clusters(ids, centroids, None, nearest_cosine, runner_up_cosine, known, False, update)
 
 
 def _is_distributed() -> bool:

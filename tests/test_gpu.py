@@ -77,6 +77,31 @@ def test_cuda_graph(dtype, batch, dim):
         assert all(map(torch.equal, (*found, captured.centroids), (*truth, eager.centroids)))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "batch", "dim"), [*((dtype, 96, 64) for dtype in DTYPES), (torch.bfloat16, 2048, 768)]
+)
+@pytest.mark.parametrize("update", ["sum", "adamw"])
+def test_capture(dtype, batch, dim, update, monkeypatch):
+    """Loss, terms, gradients and centroids of the graphs are those of the launches, and stay the caller's."""
+    captured, eager = (active_loss(dim, 16, centroid_update=update) for _ in range(2))
+    captured.load_state_dict(eager.state_dict())
+    captured.capture(*views(batch, dim, dtype))
+    assert torch.equal(captured.centroids, eager.centroids)
+    found = []
+    for loss_fn in (captured, eager):
+        for seed in range(4):
+            fresh = views(batch, dim, dtype, seed=seed + 1)
+            loss = loss_fn(*fresh)
+            grads = torch.autograd.grad(loss * (1 + seed), fresh)
+            found.append((loss, *grads, *loss_fn.last.values(), *(z.clone() for z in loss_fn.buffers())))
+    assert captured._captured.number == 5  # with that of the capture: each was a replay
+    for mine, theirs in zip(found[:4], found[4:], strict=True):
+        assert all(map(torch.equal, mine, theirs))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    captured(*fresh)
+    assert captured._captured.number == 5  # in a graph of the user's own the launches are recorded
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "dim"), [(256, 768), (1500, 384), (2048, 1024), (300, 4096), (512, 8)])
 def test_as_exact_as_plain_torch_at_real_sizes(dtype, batch, dim):

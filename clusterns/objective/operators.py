@@ -30,6 +30,7 @@ from .problem import WORKSPACE_BYTES, Batch, Clusters, Options
 from .sweep import sweep
 
 if TYPE_CHECKING:
+    from ..captured import Captured
     from .ranks import Alone
 
 # The launchers rely on a unit column stride.
@@ -205,7 +206,10 @@ class Sweep(torch.autograd.Function):
 
 def _forward_function(*arguments):
     *given, temperature, assigns, has_hard, for_gradients, statistic, momentum, weight, rule = arguments[:15]
-    options, numbers = (assigns, has_hard, for_gradients, statistic, rule), (weight, *arguments[15:], momentum)
+    options, numbers = (
+        (assigns, has_hard, for_gradients, statistic, rule),
+        (weight, *arguments[15:], momentum),
+    )
     return _module("objective_launchers").forward(given, options, (temperature, *numbers))
 
 
@@ -228,7 +232,8 @@ def _fake_backward(*arguments):
 _forward = _operator(
     "forward(Tensor anchors, Tensor positives, Tensor? negatives, Tensor(a!)? centroids, Tensor? ids, "
     "Tensor? hard_ids, Tensor? temperature_tensor, float temperature, bool assigns, bool has_hard, "
-    f"bool for_gradients, str statistic, float momentum, {_NUMBERS}) -> (Tensor loss, Tensor terms, Tensor workspace)",
+    f"bool for_gradients, str statistic, float momentum, {_NUMBERS}) -> "
+    "(Tensor loss, Tensor terms, Tensor workspace)",
     _forward_function,
     _fake_forward,
 )
@@ -245,7 +250,9 @@ class _Whole(torch.autograd.Function):
     """Loss of a whole batch; the gradients, made in the backward, reach the embeddings and τ."""
 
     @staticmethod
-    def forward(ctx, anchors, positives, negatives, temperature, centroids, clusters, options, keeps_graph):
+    def forward(
+        ctx, anchors, positives, negatives, temperature, centroids, clusters, options, keeps_graph, captured
+    ):
         ids, hard_ids = clusters.ids, clusters.hard_ids
         count = 0 if centroids is None else centroids.shape[0]
         has_hard = count > 0 and clusters.hard_negatives and (hard_ids is not None or count > 1)
@@ -256,15 +263,18 @@ class _Whole(torch.autograd.Function):
             rule = "keep"
         tau, tensor = _split(temperature)
         needs = [need and keeps_graph for need in ctx.needs_input_grad[:3]]
+        given = (
+            anchors, positives, negatives, centroids, ids, hard_ids if has_hard else None, tensor, tau,
+            assigns, has_hard, any(needs), statistic, momentum, weight, rule, *margins,
+        )  # fmt: skip
+        ctx.rest, replayed = (tau, count if has_hard else 0), None
         with torch.no_grad():
-            loss, terms, workspace = _forward(
-                anchors, positives, negatives, centroids, ids, hard_ids if has_hard else None, tensor, tau,
-                assigns, has_hard, any(needs), statistic, momentum, weight, rule, *margins,
-            )  # fmt: skip
+            if captured is not None:
+                replayed = captured.forward((_forward, _backward), given, ctx.rest, needs)
+            ctx.replayed, (loss, terms, workspace) = replayed or (None, _forward(*given))
         if statistic and not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(centroids)
         ctx.save_for_backward(anchors, positives, negatives, tensor, terms, workspace)
-        ctx.rest = tau, count if has_hard else 0
         ctx.mark_non_differentiable(terms)
         ctx.set_materialize_grads(False)  # else the engine fills zeros for `terms`: one more launch
         return loss, terms
@@ -273,37 +283,40 @@ class _Whole(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor | None, _grad_terms: None) -> tuple[Tensor | None, ...]:
         check_differentiated_once()
         if grad_loss is None:
-            return (None,) * 8
+            return (None,) * 9
         *given, terms, workspace = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         gradients: list[Tensor | None] = [None, None, None]
         if any(needs):
-            found = _backward(grad_loss, *given, *ctx.rest, needs, workspace)
+            launch = _backward if ctx.replayed is None else ctx.replayed.backward
+            found = launch(grad_loss, *given, *ctx.rest, needs, workspace)
             gradients = [g if need else None for g, need in zip(found, needs, strict=True)]
         of_temperature, temperature = None, given[3]
         if temperature is not None and ctx.needs_input_grad[3]:
             of_temperature = (terms[7] * grad_loss).to(temperature.dtype)
-        return (*gradients, of_temperature, None, None, None, None)
+        return (*gradients, of_temperature, None, None, None, None, None)
 
 
-def _shares(centroids: Tensor) -> bool:
+def shares(centroids: Tensor) -> bool:
     """Whether the kernels take the centroids as they are."""
     return centroids.dtype == torch.float32 and centroids.stride(1) == 1
 
 
-def whole_batch(batch: Batch) -> tuple[Tensor, Tensor]:
+def whole_batch(batch: Batch, captured: Captured | None = None) -> tuple[Tensor, Tensor]:
     """Loss, 0-d, and terms (8,), which `kernels.objective.TERMS` names, on Triton.
 
     Clusters that are missing are those of an assignment, after the `update`, which moves the centroids (K, D)
-    in place.
+    in place. A `captured` step is replayed in place of the launches, where it fits.
     """
     temperature, clusters, options = batch[3:]
     dtype = common_dtype(*batch[:3])
     inputs = [None if z is None else unit_stride(z if z.dtype == dtype else z.to(dtype)) for z in batch[:3]]
     state = clusters.centroids
     centroids = None if state is None else unit_stride(state.detach().float())
-    found = _Whole.apply(*inputs, temperature, centroids, clusters, options, torch.is_grad_enabled())
-    if clusters.update is not None and state is not None and centroids is not None and not _shares(state):
+    found = _Whole.apply(
+        *inputs, temperature, centroids, clusters, options, torch.is_grad_enabled(), captured
+    )
+    if clusters.update is not None and state is not None and centroids is not None and not shares(state):
         state.copy_(centroids)  # a copy was moved
     return found
 
