@@ -127,6 +127,7 @@ def test_without_clusters_and_without_gradients(ran):
     ran.clear()
     assert_same_steps(ours, plain, batches)
     assert ran == ["forward"] * 3
+    assert len(ours._captured.replays) == 1  # no backward
 
 
 def test_capture_changes_nothing(ran):
