@@ -68,9 +68,9 @@ def choose_backend(
             _told.add(name)
             warn(f"false_negatives: the rule {name} is computed in torch; the kernels know only words")
         return "torch"
-    columns = sum(len(z) for z in (anchors, negatives, centroids) if z is not None)
+    columns = sum(z.shape[0] for z in (anchors, negatives, centroids) if z is not None)
     # The cosines, whose place is kept for the backward, and a row for every 8 of theirs.
-    fits = 4.5 * len(anchors) * columns <= options.workspace_bytes
+    fits = 4.5 * anchors.shape[0] * columns <= options.workspace_bytes
     return "triton" if fits and not shared else "triton-chunked"
 
 

@@ -327,7 +327,7 @@ class ClusterNSLoss(OnlineKMeans):
         The only place that waits for the device: in the first step, and until clustering has started.
         """
         clustered = self.clustering_active
-        batch = len(anchors) if ranks is None else ranks.batch
+        batch = anchors.shape[0] if ranks is None else ranks.batch
         if batch == 1 and negatives is None and not (clustered and self.hard_negatives):
             self._tell(
                 "alone",

@@ -154,7 +154,7 @@ def _kind(tensor: Tensor | None) -> Any:
     """What a plan depends on of a tensor."""
     if tensor is None:
         return None
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() & 15, tensor.device
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() & 15
 
 
 plans: dict[tuple, Plan] = {}
@@ -162,8 +162,9 @@ plans: dict[tuple, Plan] = {}
 
 def plan_of(record: Record, given: Tensors, options: tuple[Any, ...]) -> Plan:
     """The plan for such tensors, the first of which says the device, and options."""
-    target = target_of(given[0].device)  # type: ignore[union-attr]
-    key = (record, target, target.precision(), options, *map(_kind, given))
+    device = given[0].device  # type: ignore[union-attr]
+    target = target_of(device)
+    key = (record, device, target, target.precision(), options, *map(_kind, given))
     found = plans.get(key)
     if found is None:
         if len(plans) >= _MOST:
