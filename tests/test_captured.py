@@ -235,12 +235,10 @@ def to_another_storage(loss_fn):
     [
         (None, {"rows": 9}, r"the shape of anchors is \(9, 8\), captured was \(16, 8\); this step runs"),
         (None, {"negatives": 4}, r"the shape of negatives is \(4, 8\), captured was None"),
-        (None, {"dtype": torch.float16}, "the dtype of anchors is torch.float16, captured was torch.float32"),
         (to_another_storage, {}, "the storage of centroids is"),
         (lambda loss_fn: loss_fn.initialized.fill_(False), {}, "the storage of centroids is None"),
         (set_to(temperature=0.06), {}, "the temperature is 0.06, captured was 0.05"),
         (set_to(temperature=torch.tensor(0.05, device=DEVICE)), {}, "the storage of temperature is"),
-        (set_to(hard_negatives=False), {}, "the hard_negatives is False, captured was True"),
         (set_to(centroid_momentum=0.4), {}, "the centroid_momentum is 0.4, captured was 0.3"),
         (set_to(false_negatives="exclude"), {}, "the false_negatives is exclude"),
         (set_to(bml_beta=0.3), {}, "the bml_beta is 0.3"),
