@@ -25,7 +25,7 @@ export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TQDM_MIN
 [[ $device == cuda ]] || export TRITON_INTERPRET=1
 shopt -s nullglob
 # Those that launch kernels; none needs datasets, ruff or mypy.
-gpu_tests=(tests/test_gpu*.py tests/test_contract*.py tests/test_{kernels,fused,large}*.py tests/test_cached*.py)
+gpu_tests=(tests/test_gpu*.py tests/test_contract*.py tests/test_{kernels,fused,captured}*.py tests/test_cached*.py)
 
 measure() { # the stage's command, which ends by itself, or is interrupted and reports, or is killed
     timeout --foreground --signal=INT --kill-after=20 "$seconds" "$python" "$@"
