@@ -143,31 +143,31 @@ def test_what_changes_the_code_compiles_again(stand_in):
         torch.set_float32_matmul_precision("highest")
 
 
-def test_the_cache_distinguishes_all_that_triton_does():
-    """Random arguments: wherever Triton would compile other code, our key differs too."""
-    code = Path(__file__).parent / "support" / "specialization_worker.py"
+def without_interpreter(worker):
+    """What a script of `support` prints, a JSON document a line."""
+    code = Path(__file__).parent / "support" / f"{worker}.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, str(code)], capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
-    for counted in map(json.loads, done.stdout.splitlines()):  # NVIDIA, then AMD
+    return list(map(json.loads, done.stdout.splitlines()))
+
+
+def test_the_cache_distinguishes_all_that_triton_does():
+    """Random arguments: wherever Triton would compile other code, our key differs too."""
+    lines = without_interpreter("specialization_worker")
+    for counted in lines:  # NVIDIA, then AMD
         assert counted["pairs_that_differ_for_triton"] > 1000
         assert counted["missed"] == 0
         assert counted["pairs_alike"] > 1000  # and it is no finer than need be for a change of batch
         assert counted["recompiled_for_a_batch"] == 0
-    assert len(done.stdout.splitlines()) == 2
+    assert len(lines) == 2
 
 
 def test_a_step_goes_through_tritons_own_compiler():
     """With a driver that launches nothing: the compiled kernels take a plan's addresses, and overlap."""
-    code = Path(__file__).parent / "support" / "stub_driver_worker.py"
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, str(code)], capture_output=True, text=True, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    (found,) = without_interpreter("stub_driver_worker")
     first, second = found["launches"][:5], found["launches"][5:]
     kernels = [name.removesuffix("_kernel") for name, *_ in first]
     assert kernels == ["cosine", "centroid_update", "cosine", "objective", "gradient"]
