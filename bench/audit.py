@@ -1,6 +1,7 @@
 """What do the kernels take on each chip? Compiles all of them ahead of time, no GPU needed, and reads it off.
 
-    python bench/audit.py [--targets sm_90 gfx942] [--output bench/results/audit.csv]
+    python bench/audit.py [--targets sm_90 gfx942] [--only chunk gradient_kernel] [--output FILE]
+    python bench/audit.py --large [--output FILE]    how long may a large batch take? See predicted.py
 
 The launches are those of the library, recorded on tensors without storage, so what is compiled here is what
 runs. A violation ends in exit status 1: a kernel that does not compile, local memory (spilled registers) or
@@ -26,6 +27,7 @@ import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,26 +41,24 @@ from torch import Tensor
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clusterns.kernels import cosine_launchers, launch, objective_launchers
 from clusterns.kernels.target import Target, assume
-from clusterns.objective.problem import WORKSPACE_BYTES, Batch, Clusters, Options
+from clusterns.objective.problem import Batch, Clusters, Options
 from clusterns.objective.sweep import sweep
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # Shared memory that one program may take. The smaller chips of a generation (sm_86, sm_89, sm_120) have
-# 99 KiB, and they run the same tiles, so that is the limit for all of NVIDIA.
-SHARED_LIMITS = {"cuda": 99 * 1024, "hip": 64 * 1024}
+# 99 KiB, and they run the same tiles; those of sm_90, which loads tiles by descriptors, no other chip runs.
+SHARED_LIMITS = {"cuda": 99 * 1024, "sm_90": 227 * 1024, "hip": 64 * 1024}
 TARGETS: dict[str, tuple[str, int | str]] = {f"sm_{arch}": ("cuda", arch) for arch in (80, 89, 90, 100, 120)}
 TARGETS["gfx942"] = ("hip", "gfx942")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DIMENSIONS = (384, 768, 1024)
 BATCHES = (512, 256, 2048)  # one for each choice of tiles; a kernel of several counts as the first one's
 CLUSTERS, NEGATIVES = 128, 96
-WITHOUT_PRODUCTS = ("objective_kernel", "through_norm_kernel")
-# Kernels whose products are in half precision for half inputs. Assignment is not: its centroids are float32.
-HALF_PRODUCTS = ("cosine_kernel", "centroid_update_kernel", "gradient_kernel")
 MATRIX_INSTRUCTIONS = re.compile(r"\b(HGMMA|HMMA|UTC[A-Z]*MMA|v_mfma)")
 # REDUX is not one, and ATOMS is to shared memory.
 GLOBAL_ACCESS = re.compile(r"(LDG|LDGSTS|STG|ATOMG?|REDG?|LD|ST|UTMA\w+|UBLK\w+)(\.|$)")
@@ -74,14 +74,18 @@ MULTIPROCESSORS, CLOCK, BANDWIDTH = 132, 1.755e9, 3.0e12
 RATES = {"bf16": 790e12, "f16": 790e12, "f32": 395e12}
 LAUNCH_US, CYCLES, STEP_CYCLES = 3.5, 3.5, 800  # fitted, see above
 POINTERS = dict(
-    zip([*DTYPES.values(), torch.int32, torch.int64], "*fp32 *bf16 *fp16 *i32 *i64".split(), strict=True)
+    zip(
+        [*DTYPES.values(), torch.int8, torch.int32, torch.int64],
+        "*fp32 *bf16 *fp16 *i8 *i32 *i64".split(),
+        strict=True,
+    )
 )
 SHOWN = """kernel launch target dtype registers spills shared_bytes matrix_instructions predicted_us_512
 verdict""".split()
 PREDICTED = """programs_512 programs_per_multiprocessor waves_512 bytes_512 operations_512
 predicted_us_512""".split()
 COLUMNS = """kernel launch target dtype matmul_precision dimensions tiles warps stages registers stack_bytes
-spills shared_bytes matrix_instructions programs_256""".split()
+spills shared_bytes products matrix_instructions programs_256""".split()
 COLUMNS += [*PREDICTED, "verdict"]
 
 
@@ -105,9 +109,9 @@ def record(dtype: torch.dtype, dim: int, batch: int) -> dict[str, launch.Launch]
         needs = (True, True, others is not None)
         objective_launchers.backward_steps(tau, *given, temperature, CLUSTERS * clustered, needs)
 
-    def a_chunk(rule: str, others: Any, temperature: Any, needs: bool) -> None:
+    def a_chunk(rule: str, others: Any, temperature: Any, needs: bool, directions: str = "one") -> None:
         ids = meta(batch, dtype=torch.int64)
-        clusters, options = Clusters(ids, centroids, ids), Options(0.0, rule)
+        clusters, options = Clusters(ids, centroids, ids), Options(0.0, rule, directions=directions)
         sweep(Batch(x, y, others, temperature, clusters, options), (needs,) * 4, "triton-chunked")
 
     with launch.recording() as recorded:
@@ -119,8 +123,8 @@ def record(dtype: torch.dtype, dim: int, batch: int) -> dict[str, launch.Launch]
             recorded.clear()
 
         keep("similarity, learned temperature", cosine_launchers.similarity, x, y, tau)
-        keep("assignment", cosine_launchers.nearest_centroids, x, centroids, WORKSPACE_BYTES)
-        keep("assignment, sums", cosine_launchers.cluster_sums, x, centroids, WORKSPACE_BYTES)
+        keep("assignment", cosine_launchers.nearest_centroids, x, centroids)
+        keep("assignment, sums", cosine_launchers.cluster_sums, x, centroids)
         keep("plain", a_step, "keep", None, None, None)
         for statistic in ("sum", "mean"):
             keep(f"update, {statistic}", a_step, "bml", None, None, centroids, statistic)
@@ -128,6 +132,7 @@ def record(dtype: torch.dtype, dim: int, batch: int) -> dict[str, launch.Launch]
             keep(f"{rule}", a_step, rule, None, None, centroids)
             keep(f"{rule}, negatives, learned temperature", a_step, rule, negatives, tau, centroids)
             keep(f"chunk, {rule}", a_chunk, rule, None, 0.05, True)
+            keep(f"chunk, {rule}, both directions", a_chunk, rule, None, 0.05, True, "both")
             for needs in (False, True):
                 label = f"chunk, {rule}, negatives, learned temperature{', gradients' * needs}"
                 keep(label, a_chunk, rule, negatives, tau, needs)
@@ -189,6 +194,9 @@ def source(recorded: launch.Launch, backend: str) -> ASTSource:
             attributes[where] = [["tt.divisibility", 16]]
             if backend == "hip":  # storages below 2 GiB
                 attributes[where].append(["tt.pointer_range", 32])
+        elif isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}[{block}]>"
         elif is_int:
             signature[parameter.name] = "i32"
             if special and value % 16 == 0:
@@ -230,10 +238,11 @@ def compile_case(target_name: str, case: Case) -> dict[str, Any]:
     code, used = (read_cubin if TARGETS[target_name][0] == "cuda" else read_amd)(built)
     counted = sorted(Counter(MATRIX_INSTRUCTIONS.findall(code)).items())
     kinds = " ".join(f"{name}:{count}" for name, count in counted)
-    row |= {"shared_bytes": built.metadata.shared, **used, "matrix_instructions": kinds}
+    products = " ".join(sorted({found[3] for found in DOT.finditer(built.asm["ttir"])}))  # of these factors
+    row |= {"shared_bytes": built.metadata.shared, **used, "products": products, "matrix_instructions": kinds}
     if recorded.constants.get("DEPENDENT"):
         row["unordered"] = before_the_wait(code)
-    if target_name == "sm_90" and case.batch == 512:
+    if target_name == "sm_90" and case.batch == 512 and "chunk" not in label:
         half, whole = (launches("sm_90", *case[:2], 768, batch)[label] for batch in (256, 512))
         if (whole.tiles, whole.constants) == (tiles, recorded.constants):  # else another row has it
             row |= {"programs_256": math.prod(half.grid), **predict(whole, built.asm["ttir"], code, row)}
@@ -356,9 +365,9 @@ def violations(row: dict[str, Any], shared_limit: int | None = None) -> list[str
     if "error" in row:
         return [row["error"]]
     backend = TARGETS[row["target"]][0]
-    limit = shared_limit or SHARED_LIMITS[backend]
+    limit = shared_limit or SHARED_LIMITS.get(row["target"], SHARED_LIMITS[backend])
     wrong, kinds = [], row["matrix_instructions"]
-    if row["kernel"] not in WITHOUT_PRODUCTS and not kinds:
+    if row["products"] and not kinds:
         wrong.append("no matrix instructions: the compiler gave up on the products")
     if row["shared_bytes"] > limit:
         wrong.append(f"{row['shared_bytes']} bytes of shared memory, the limit is {limit}")
@@ -366,9 +375,8 @@ def violations(row: dict[str, Any], shared_limit: int | None = None) -> list[str
         wrong.append(f"{row['spills']} accesses to local memory, a stack of {row['stack_bytes']} bytes")
     if row.get("unordered"):
         wrong.append(f"before the wait for the launch before: {row['unordered']}")
-    half = row["dtype"] != "float32" and row["kernel"] in HALF_PRODUCTS
     alone = "HGMMA" in kinds and not re.search(r"\bHMMA", kinds)
-    if row["target"] == "sm_90" and half and "assignment" not in row["launch"] and not alone:
+    if row["target"] == "sm_90" and row["products"] in ("bf16", "f16") and not alone:
         wrong.append(f"half-precision products without warpgroup instructions alone: {kinds or 'none'}")
     return wrong
 
@@ -396,9 +404,18 @@ def main(argv: list[str] | None = None) -> int:
     """Compile, print, write; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--only", nargs="+", default=[""], help="what has one of these in its name")
+    parser.add_argument("--large", action="store_true", help="predicted times of large batches instead")
     parser.add_argument("--output", type=Path, help="CSV file for the table")
     wanted = parser.parse_args(argv)
-    work = [(name, case, dims) for name in wanted.targets for case, dims in cases(name).items()]
+    if wanted.large:
+        return import_module("predicted").main(wanted.output)
+    work = [
+        (name, case, dims)
+        for name in wanted.targets
+        for case, dims in cases(name).items()
+        if any(each in case.label for each in wanted.only)
+    ]
     rows = []
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         results = pool.map(compile_case, *zip(*((name, case) for name, case, _ in work), strict=True))

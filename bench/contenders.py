@@ -7,8 +7,8 @@ the GPU. Only for benchmarks: none of the losses here is the product.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,11 +22,12 @@ from report import OURS, short
 from torch import Tensor, nn
 
 import clusterns
+from clusterns.objective.problem import WORKSPACE_BYTES
 
-WORKSPACE_BYTES: int = inspect.signature(clusterns.info_nce).parameters["workspace_bytes"].default
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FP32, BF16, FP16 = DTYPES.values()
 HALF = (BF16, FP16)
+CUDA = torch.cuda.is_available()
 
 # Numbers of the objective: the published RoBERTa-base row.
 TAU, HARD_NEGATIVE_WEIGHT, MOMENTUM = 0.05, 0.0, 1e-3
@@ -34,16 +35,16 @@ MARGINS: dict[str, Any] = {"bml_weight": 1e-4, "bml_alpha": 0.2, "bml_beta": 0.5
 LOSS_SCALE = 4096.0  # of float16, whose small gradients vanish without one, in training too
 
 # Kinds of cases with gradients, and the (B, B) matrices in the dtype that are alive at once in plain torch on
-# a CPU, from peaks measured there.
-LOSSES = {"step": 7.5, "objective": 7.5, "plain": 3.0}
+# a CPU, from peaks measured there ("both": as a guess).
+LOSSES = {"step": 7.5, "objective": 7.5, "plain": 3.0, "both": 6.0}
 
 
 @dataclass(frozen=True)
 class Case:
     """One shape to measure.
 
-    A whole training "step" with clustering active, the "objective" for given centroids, "plain" InfoNCE, or
-    what corpus.py adds.
+    A whole training "step" with clustering active, the "objective" for given centroids, "plain" InfoNCE, that
+    in "both" directions, or what corpus.py adds.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Case:
     precision: str = "highest"  # of float32 matrix products; half precision does not depend on it
     negatives: int = 0  # explicit ones N of an objective
     bml_weight: float = MARGINS["bml_weight"]
+    dominant: float = 0.0  # share of the sentences that lie near the first center, whatever the others do
 
     @property
     def is_loss(self) -> bool:
@@ -66,10 +68,11 @@ class Case:
             "kind": self.kind,
             "B": self.batch,
             "D": self.dim,
-            "K": 0 if self.kind == "plain" else self.clusters,
+            "K": 0 if self.kind in ("plain", "both") else self.clusters,
             "dtype": str(self.dtype).removeprefix("torch."),
             "precision": self.precision,
             **({"N": self.negatives, "bml_weight": self.bml_weight} if self.negatives else {}),
+            **({"dominant": self.dominant} if self.dominant else {}),
         }
 
     def __str__(self) -> str:
@@ -102,6 +105,8 @@ def make_views(case: Case, device: torch.device) -> Views:
     batch, dim, clusters = case.batch, case.dim, case.clusters
     centers = 0.8 * torch.randn(clusters, dim, **made)
     first = torch.randint(clusters, (batch,), **made)
+    if case.dominant:
+        first *= torch.rand(batch, **made) >= case.dominant
     second = (first + torch.randint(1, clusters, (batch,), **made)) % clusters
     anchors = centers[first] + 0.5 * centers[second] + torch.randn(batch, dim, **made)
     positives = anchors + 3 * torch.randn(batch, dim, **made)
@@ -161,6 +166,7 @@ class Contender:
     refuses: Callable[[Case], str] = field(default=lambda case: "")
     no_graph: str = ""
     square: bool = False  # forms (B, B) matrices
+    other_loss: bool = False  # than ours, so timed whatever it computes
 
     def unavailable(self, case: Case) -> str:
         """Why it is left out of a case; empty if it takes part."""
@@ -311,6 +317,13 @@ def eager_info_nce(anchors: Tensor, positives: Tensor) -> Tensor:
     return F.cross_entropy(a @ p.T / TAU, torch.arange(len(a), device=a.device))
 
 
+def eager_both(anchors: Tensor, positives: Tensor) -> Tensor:
+    """CLIP's loss in plain torch."""
+    logits = F.normalize(anchors, dim=1) @ F.normalize(positives, dim=1).T / TAU
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
 # --- what is measured --------------------------------------------------------------------------------------
 
 
@@ -332,6 +345,7 @@ def whole_bytes(case: Case) -> int:
 WORKSPACES: dict[str, Callable[[Case], int]] = {
     " whole": whole_bytes,
     " in chunks": lambda case: min(WORKSPACE_BYTES, whole_bytes(case) // 8),  # four or more
+    " 256 MiB": lambda case: 2**28,
 }
 
 
@@ -348,6 +362,8 @@ def _ours_with(backend: str, workspace: str) -> None:
         if case.kind == "objective":
             more |= {"centroids": views.centers.to(case.dtype), "negatives": views.negatives}
             more |= {"false_negatives": "bml", **MARGINS, "bml_weight": case.bml_weight}
+        if case.kind == "both":
+            more["directions"] = "both"
         return lambda: clusterns.info_nce(a, p, temperature=TAU, **more)
 
 
@@ -362,8 +378,8 @@ def _in_torch(name: str, wrap: Callable[[Callable], Callable]) -> None:
             step = EagerStep(views.centers)
             run = wrap(step)
             return (lambda: run(*views[:2])), step.centroids
-        if case.kind == "plain":
-            run = wrap(eager_info_nce)
+        if case.kind in ("plain", "both"):
+            run = wrap(eager_info_nce if case.kind == "plain" else eager_both)
             return lambda: run(*views[:2])
         run, centers = wrap(eager_formula), views.centers.to(case.dtype)
         return lambda: run(*views[:2], centers, views.negatives, case.bml_weight)
@@ -416,3 +432,54 @@ def _linear_cross_entropy(case: Case, views: Views):
         return F.linear_cross_entropy(a / TAU, p, labels, options=options)
 
     return loss
+
+
+def _of_unit_rows(name: str, package: str, import_loss: Callable[[], Callable], **more: Any) -> None:
+    """Enter a library's loss of anchors over τ, positives and the number of each one's positive."""
+
+    @contender(name, "plain", package=package, refuses=lambda case: "" if CUDA else "needs a GPU", **more)
+    def build(case: Case, views: Views):
+        loss, labels = import_loss(), torch.arange(case.batch, device=views.anchors.device)
+        return lambda: loss(F.normalize(views[0], dim=1) / TAU, F.normalize(views[1], dim=1), labels)
+
+
+def _inf_cl() -> Callable:
+    from inf_cl import cal_flash_loss
+
+    return lambda a, p, labels: cal_flash_loss(a, p, labels).mean()
+
+
+def _liger() -> Callable:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(accum_dtype=FP32)
+    return lambda a, p, labels: loss(p, a, labels)
+
+
+def _cut_cross_entropy() -> Callable:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return partial(linear_cross_entropy, filter_eps=None)  # else it leaves small gradients out
+
+
+def _quack() -> Callable:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy
+
+
+def _siglip() -> Callable:
+    from siglip_kernel import fused_siglip_loss
+
+    def loss(a: Tensor, p: Tensor, labels: Tensor) -> Tensor:  # temperature 10, bias −10, as it starts
+        start = torch.tensor([math.log(10 * TAU), -10.0], device=a.device)
+        return fused_siglip_loss(a, p, *start)
+
+    return loss
+
+
+_of_unit_rows("Inf-CL", "inf_cl", _inf_cl)
+_of_unit_rows("Liger", "liger_kernel", _liger)
+_of_unit_rows("cut-cross-entropy", "cut_cross_entropy", _cut_cross_entropy)
+_of_unit_rows("QuACK", "quack", _quack)
+_of_unit_rows("siglip-kernel", "siglip_kernel", _siglip, other_loss=True)

@@ -104,8 +104,10 @@ class Bench:
     def _measured(self, contender: Contender) -> dict[str, object]:
         """Columns of a contender, timed only where parity holds."""
         built, row, problem = self.build(contender)
-        if problem:
+        if problem and not contender.other_loss:
             return {**row, "status": "parity failed", "note": problem}
+        if contender.other_loss:
+            row = {"note": "another loss"}
         if contender.name == OURS:
             self.ours = built
         elif self.ours is None:  # its own row came before another case
@@ -115,6 +117,10 @@ class Bench:
         if self.graphs:
             row |= self._graph_times(built)
         row |= self._memory(built)
+        if self.case.dominant:
+            balanced = self.results.find(contender.name, **replace(self.case, dominant=0.0).columns())
+            if balanced:
+                row["ratio_balanced"] = row["device_us"] / balanced["device_us"]
         if self.rate:
             rate = 6e6 * self.case.batch**2 * self.case.dim / row["device_us"]
             row |= {"tflops": rate / 1e12, "rate_fraction": rate / self.rate}

@@ -50,7 +50,9 @@ def expected(case: Case, views: Views) -> Expected:
     anchors, centroids = leaves[0], views.centers.to(case.dtype if case.kind != "step" else FP32).double()
     arguments: dict = {"temperature": TAU}
     small = case.batch <= REFERENCE_AT_MOST
-    if case.kind != "plain":
+    if case.kind == "both":
+        arguments["directions"] = "both"
+    elif case.kind != "plain":
         assign = reference.nearest_and_runner_up if small else clusterns.nearest_centroids
         if case.kind == "step":
             nearest = assign(anchors, centroids)[0]

@@ -151,6 +151,7 @@ MEANING = {
     "graph_us": "the same as replays of a CUDA graph",
     "peak_mib": "peak memory of one call above inputs and their gradients",
     "ratio_device, ratio_graph": "theirs over ours, median over blocks taken in turn",
+    "dominant, ratio_balanced": "share of one cluster in the batch; its time over that without one",
     "_p20, _p80, _fastest": "percentiles over the rounds; the fastest of theirs over the fastest of ours",
     "loss_error, gradient_error, centroid_error": "relative, against float64",
     "tflops": "6·B²·D operations over device_us",

@@ -4,8 +4,8 @@
     python bench/run.py step --batch 256 --dim 768       a whole training step, ours beside eager torch
     python bench/run.py objective --batch 64 --dim 384   the objective for given centroids
     python bench/run.py step --batch 256 64 16384 --before ../old    beside another checkout of this package
-    python bench/run.py plain | large | k-means | evaluate [--seconds 480 --output DIR]
-    python bench/run.py exactness | training | host | tiles    the question of that file
+    python bench/run.py plain | both | large | k-means | evaluate [--seconds 480 --output DIR]
+    python bench/run.py exactness | training | host | tiles | crossover    the question of that file
 
 Without sizes a question has its own list, the most important figures first, ours and eager before any other
 (--list prints it). Every row is on disk as soon as it is measured; what does not fit the budget, or comes
@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -49,7 +50,7 @@ def items(cases: Iterable[Case], names: Sequence[str] | None = None) -> Iterator
 
 def kinds_of(what: str) -> tuple[str, ...]:
     """Kinds of cases that a question with sizes is about."""
-    return ("step", "plain") if what == "large" else (what,)
+    return ("step", "plain", "both") if what == "large" else (what,)
 
 
 def chosen(wanted: argparse.Namespace) -> Iterator[Item]:
@@ -79,15 +80,17 @@ def step_design() -> Iterator[Item]:
 
 
 def large_design() -> Iterator[Item]:
-    """On a GPU: how near to the matrix rate, in how much memory, and where do the regimes cross?"""
-    pairs = [(Case("step", 2**each), Case("plain", 2**each)) for each in range(12, 19)]
-    for pair in pairs:
-        yield from items(pair, (OURS, "eager"))
-    crossing = (Case("step", 2**each) for each in range(9, 14))
-    yield from items(crossing, ("clusterns whole", "clusterns in chunks"))
-    for step, plain in pairs:
+    """On a GPU: how near to the matrix rate, in how much memory, beside whom? 65,536 rows first."""
+    sizes = (65536, 8192, 262144, 4096, 16384, 32768, 131072)
+    triples = [(Case("step", size), Case("plain", size), Case("both", size)) for size in sizes]
+    for number, (step, *others) in enumerate(triples):
+        ours = (OURS, "clusterns 256 MiB")
+        yield from items([step, replace(step, dominant=0.9)], ours if number < 3 else ours[:1])
+        yield from items(others, (OURS,))
+        yield from items([step, *others], ("eager",))
+    for step, *others in triples:
         yield from items([step], ("torch.compile", "clusterns torch"))
-        yield from items([plain])
+        yield from items(others)
 
 
 def design(wanted: argparse.Namespace) -> list[Item]:
@@ -152,9 +155,11 @@ def run_all(todo: list[Stage], results: Results, deadline: float) -> bool:
     return well
 
 
-SIZED = ["step", "objective", "plain", "large", "k-means", "evaluate"]
+SIZED = ["step", "objective", "plain", "both", "large", "k-means", "evaluate"]
+CROSSING = [1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384]
 # Questions of files of their own: sizes unless others are given, and no time budget.
 OWN_SIZES: dict[str, dict[str, object]] = {
+    "crossover": {"batch": CROSSING, "dtype": ["bfloat16", "float32"]},
     "exactness": {"batch": [64, 300, 1024, 4096], "dtype": list(DTYPES)},
     "host": {"batch": [512]},
     "tiles": {"batch": [256, 512, 2048], "dtype": ["bfloat16", "float32"]},

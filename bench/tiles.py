@@ -3,7 +3,8 @@
     python bench/run.py tiles [--batch 256 512 2048] [--dtype bfloat16 float32] [--list]
 
 One row for each set of tiles: the time of its kernel in a whole step, forward and backward, with clustering
-active. The library's own come first; what is much faster there belongs into its `_..._tiles` function.
+active. The library's own come first; what is much faster there belongs into its `_..._tiles` function. Those
+of a large batch, in half precision alone, have their own size, a step in chunks.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from contenders import DTYPES, KINDS, OURS, Built, Case, make_views
+from contenders import DTYPES, HALF, KINDS, OURS, Built, Case, make_views
 from measure import Clock
 from report import Results
 
-from clusterns.kernels import cosine_launchers, objective_launchers
+from clusterns.kernels import chunk_launchers, cosine_launchers, objective_launchers
 from clusterns.kernels.launch import Tiles
 from clusterns.kernels.plan import plans
 
@@ -49,7 +50,16 @@ CANDIDATES: dict[str, tuple[Any, str, list[Tiles]]] = {
         "M N D", (64, 64, 64, 8, 3), (64, 64, 128, 4, 3), (64, 64, 128, 8, 3), (128, 64, 64, 4, 3),
         (128, 64, 128, 8, 3), (64, 32, 64, 8, 3), (64, 32, 32, 4, 3), (64, 64, 64, 4, 2),
     )),
+    "weights_kernel": (chunk_launchers, "_weight_tiles", _tiles(
+        "M N D", (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3),
+        (256, 128, 64, 8, 3),
+    )),
+    "assignment_kernel": (cosine_launchers, "_assignment_tiles", _tiles(
+        "M N D", (128, 128, 32, 4, 4), (128, 128, 64, 4, 2), (256, 128, 64, 8, 3),
+    )),
 }  # fmt: skip
+
+OF_CHUNKS, ROWS = ("weights_kernel", "assignment_kernel"), 16384
 
 
 def measure(results: Results, clock: Any, case: Case, kernel: str, tiles: Tiles | None) -> None:
@@ -59,9 +69,11 @@ def measure(results: Results, clock: Any, case: Case, kernel: str, tiles: Tiles 
     torch.set_float32_matmul_precision(case.precision)
     try:
         if tiles is not None:
-            setattr(module, name, lambda like: tiles)
+            # Not for points beside float32 centroids.
+            setattr(module, name, lambda *z: tiles if z[0].dtype == z[-1].dtype else chosen(*z))
         plans.clear()
-        built = Built(KINDS[case.kind][OURS], case, make_views(case, clock.device))
+        ours = f"{OURS} in chunks" if kernel in OF_CHUNKS else OURS
+        built = Built(KINDS[case.kind][ours], case, make_views(case, clock.device))
         for _ in range(3):
             built.run()
         seen = [re.fullmatch(r"(\w+) ([\d.]+) us", each) for each in clock.kernels(built.run)]
@@ -83,11 +95,12 @@ def stages(wanted: argparse.Namespace, results: Results, clock: Clock) -> list[t
     cases = [
         Case("step", batch, *shape, DTYPES[dtype], wanted.precision)
         for dtype in wanted.dtype
-        for batch in wanted.batch
+        for batch in (ROWS, *wanted.batch)
     ]
     return [
         (f"{kernel} {tiles or 'as they are'} {case}", partial(measure, results, clock, case, kernel, tiles))
         for kernel, (_, _, others) in CANDIDATES.items()
         for tiles in (None, *others)
         for case in cases
+        if (case.batch == ROWS) == (kernel in OF_CHUNKS) and (kernel not in OF_CHUNKS or case.dtype in HALF)
     ]

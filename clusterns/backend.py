@@ -7,8 +7,9 @@
 | "torch" | row chunks in plain torch, on any device |
 | "reference" | one formula a line, for checks |
 
-Triton has two regimes, chosen by size: "triton" keeps a weight for every cosine where they fit the
-workspace; "triton-chunked" sweeps over larger batches, and those that ranks share, in row chunks.
+Triton has two regimes: "triton" keeps a weight for every cosine; "triton-chunked" sweeps over row chunks,
+where that takes less time or the cosines do not fit the workspace, where ranks share a batch, and in both
+directions.
 
 `CLUSTERNS_DISABLE_TRITON=1` in the environment turns Triton off.
 """
@@ -19,9 +20,15 @@ from torch import Tensor
 
 from .checks import check_choice, warn
 from .kernels import target
-from .objective.problem import Options
+from .objective.problem import GPU_WORKSPACE_BYTES, Options
 
 BACKENDS = ("auto", "triton", "torch", "reference")
+
+# Half precision: what a cell of the cosines costs more as part of a whole batch than in chunks, by dimension
+# and beside, and what chunks cost before the first, in picoseconds. Predicted for an H200, where at D = 768
+# they cross at B = 5,200; `python bench/run.py crossover` measures that. Float32 is slower in chunks.
+_BY_DIMENSION, _BY_CELL, _BEFORE_CHUNKS = 0.017, 3.2, 450e6
+
 _told: set[str] = set()
 
 
@@ -47,8 +54,9 @@ def choose_backend(
     """Turn the user's word into "triton", "triton-chunked", "torch" or "reference" for these tensors.
 
     "auto" is Triton on CUDA and ROCm where it can, and torch elsewhere. A batch whose cosines fit the
-    workspace (by default B up to about 8,000) is "triton"; a larger one, or one that ranks share,
-    "triton-chunked". A rule for false negatives that is no word is torch's, which is said once.
+    workspace is "triton", in half precision up to where chunks are faster (B of about 5,000). A larger one,
+    one that ranks share, or one in both directions is "triton-chunked". A rule for false negatives that is no
+    word is torch's, which is said once.
     Raises as `check_backend`.
     """
     check_choice("backend", backend, BACKENDS)
@@ -68,10 +76,14 @@ def choose_backend(
             _told.add(name)
             warn(f"false_negatives: the rule {name} is computed in torch; the kernels know only words")
         return "torch"
-    columns = sum(z.shape[0] for z in (anchors, negatives, centroids) if z is not None)
+    if shared or options.directions == "both":
+        return "triton-chunked"
+    cells = anchors.shape[0] * sum(z.shape[0] for z in (anchors, negatives, centroids) if z is not None)
     # The cosines, whose place is kept for the backward, and a row for every 8 of theirs.
-    fits = 4.5 * anchors.shape[0] * columns <= options.workspace_bytes
-    return "triton" if fits and not shared else "triton-chunked"
+    whole = 4.5 * cells <= (options.workspace_bytes or GPU_WORKSPACE_BYTES)
+    if anchors.dtype.itemsize == 2 and positives.dtype.itemsize == 2:
+        whole = whole and cells * (_BY_DIMENSION * anchors.shape[1] + _BY_CELL) <= _BEFORE_CHUNKS
+    return "triton" if whole else "triton-chunked"
 
 
 def why_not(*tensors: Tensor | None) -> str | None:

@@ -12,7 +12,7 @@ Everything adds up in a fixed order, also on a GPU, so that the same input gives
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -151,8 +151,11 @@ def assign(rows: Rows, centers: Tensor, labels: Tensor | None = None) -> Assigne
     cosines = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
     moved, before = [labels[:0]], [labels[:0]]
     buffer = centers.new_empty(0)
+    parts: Iterable[slice] = rows.parts(_block_rows(len(centers), rows))
+    if uses_kernel(rows.data, centers):  # which keeps no cosines, and nothing is copied
+        parts = [slice(0, len(rows))]
     with without_autocast(rows.device):
-        for part in rows.parts(_block_rows(len(centers), rows)):
+        for part in parts:
             raw, old, scale = rows.raw(part), labels[part], rows.scale[part]
             if uses_kernel(raw, centers):
                 found = nearest_centroids(raw, centers)

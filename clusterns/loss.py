@@ -23,7 +23,7 @@ from .checks import (
 )
 from .functional import check_options, evaluate
 from .objective.operators import shares
-from .objective.problem import WORKSPACE_BYTES, Batch, Clusters, Options
+from .objective.problem import Batch, Clusters, Options
 from .objective.ranks import GATHERS, Ranks, meet, seeding_chain
 from .rules import Rule, check_has_clusters
 
@@ -61,14 +61,18 @@ class ClusterNSLoss(OnlineKMeans):
         false_negatives: "bml" (margin loss), "exclude" (out of the denominator) or "keep"; or a rule, a
             function that says which pairs are false negatives and what becomes of them (`clusterns.rules`).
         bml_weight, bml_alpha, bml_beta: λ, α, β of the margin loss.
+        directions: "one" has anchors look for positives; "both" is the mean of that and of positives looking
+            for anchors, see `info_nce`. The margin loss stays that of the anchors, as in the paper.
         backend: "auto" (Triton on a GPU, torch elsewhere), "triton", "torch" or "reference".
-        workspace_bytes: memory for logits and their temporaries, whatever the batch size.
+        workspace_bytes: memory for logits and their temporaries, whatever the batch size; if None 256 MiB, on
+            a GPU 896 MiB or less where that is over a quarter of what is free.
         process_group: ranks of `torch.distributed` that share one batch. The loss is then that of the
             concatenated batch, and the gradient is such that DistributedDataParallel, which averages over
             the ranks, gives that of a single process. Each rank computes its own rows; they may differ in
             number. Clustering state stays the same, bit for bit, on all ranks.
         gather: with a process group, "all" brings all positives to every rank; "ring" passes them around, so
-            that no rank ever holds them all, for a third more operations. See `clusterns.objective.ranks`.
+            that no rank ever holds them all, for a third more operations in one direction. See
+            `clusterns.objective.ranks`.
 
     Attributes:
         centroids, initialized: buffers, see `OnlineKMeans`.
@@ -96,10 +100,11 @@ class ClusterNSLoss(OnlineKMeans):
         bml_weight: float = 1e-4,
         bml_alpha: float = 0.2,
         bml_beta: float = 0.5,
+        directions: str = "one",
         backend: str = "auto",
         process_group: torch.distributed.ProcessGroup | None = None,
         gather: str = "all",
-        workspace_bytes: int = WORKSPACE_BYTES,
+        workspace_bytes: int | None = None,
     ):
         if isinstance(embedding_dim, nn.Module):
             kind = type(embedding_dim).__name__
@@ -134,6 +139,7 @@ class ClusterNSLoss(OnlineKMeans):
         self.bml_weight = bml_weight
         self.bml_alpha = bml_alpha
         self.bml_beta = bml_beta
+        self.directions = directions
         self.backend = backend
         self.process_group = process_group
         self.gather = gather
@@ -276,6 +282,7 @@ class ClusterNSLoss(OnlineKMeans):
             self.bml_alpha,
             self.bml_beta,
             self.workspace_bytes,
+            self.directions,
         )
 
     def _meet(
@@ -429,7 +436,8 @@ class ClusterNSLoss(OnlineKMeans):
             f"centroid_momentum={self.centroid_momentum}, "
             f"centroid_update={self.centroid_update!r}, hard_negatives={self.hard_negatives}, "
             f"false_negatives={self.false_negatives!r}, bml_weight={self.bml_weight}, "
-            f"bml_alpha={self.bml_alpha}, bml_beta={self.bml_beta}, backend={self.backend!r}"
+            f"bml_alpha={self.bml_alpha}, bml_beta={self.bml_beta}, directions={self.directions!r}, "
+            f"backend={self.backend!r}"
         )
 
 

@@ -104,11 +104,13 @@ def info_nce(
     hard_negative_weight: float = 0.0,
     negatives: Tensor | None = None,
     excluded: Tensor | None = None,
+    directions: str = "one",
 ) -> Tensor:
     """Cross-entropy of [S/τ | N/τ | H/τ + w·I] with label i, mean over the B anchors (Eq. 3 and 8).
 
     hard (B, B): H_ij = cos(z1_i, runner-up centroid of j). negatives (B, N): cosines with explicit
-    negatives. excluded (B, B) bool: cells of S left out of the denominator.
+    negatives. excluded (B, B) bool: cells of S left out of the denominator. directions "both": the mean of
+    that and of the positives' way to their anchors, cross-entropy of Sᵀ/τ with label j.
     """
     logits = S / temperature
     if excluded is not None:
@@ -120,7 +122,8 @@ def info_nce(
         own = torch.eye(len(S), dtype=S.dtype, device=S.device)
         blocks.append(hard / temperature + hard_negative_weight * own)
     labels = torch.arange(len(S), device=S.device)
-    return F.cross_entropy(torch.cat(blocks, dim=1), labels)
+    of_anchors = F.cross_entropy(torch.cat(blocks, dim=1), labels)
+    return of_anchors if directions == "one" else (of_anchors + F.cross_entropy(logits.T, labels)) / 2
 
 
 def bidirectional_margin_loss(S: Tensor, M: Tensor, alpha: float, beta: float) -> Tensor:
@@ -144,6 +147,7 @@ def objective(
     bml_weight: float = 1e-4,
     bml_alpha: float = 0.2,
     bml_beta: float = 0.5,
+    directions: str = "one",
 ) -> Terms:
     """L = InfoNCE + λ·BML for given clusters (Eq. 11). Gradient reaches z1, z2, negatives and τ, never C."""
     S = cosine_similarity_matrix(z1, z2)
@@ -160,6 +164,7 @@ def objective(
         hard_negative_weight=hard_negative_weight,
         negatives=explicit,
         excluded=excluded,
+        directions=directions,
     )
     bml = S.new_zeros(())
     if M is not None:

@@ -73,6 +73,7 @@ class ClusterNSLoss(nn.Module):
         gather_across_devices: with several ranks, the loss of all their batches together, each rank
             computing its own rows. The gradient after averaging is that of one process with the whole batch.
         settings: those of `clusterns.ClusterNSLoss`: temperature (a number here), start_cosine, bml_weight ….
+            Without clusters, `directions="both"` is MultipleNegativesSymmetricRankingLoss.
 
     Raises TypeError or ValueError with one line for bad settings.
     """

@@ -2,8 +2,10 @@
 
 Importing this package needs neither Triton nor a GPU; importing any module of it but `target` needs Triton.
 
-    similarity.py           cosine tiles: similarity matrix, nearest and runner-up centroid
-    centroid_update.py      members and sums of clusters, the step of the centroids
+    similarity.py           cosine tiles: similarity matrix, nearest and runner-up centroid of a small batch
+    centroid_update.py      members and sums of its clusters, the step of the centroids
+    assignment.py, cluster_sums.py
+                            nearest and runner-up centroid, sums of clusters, for any number of points
     objective.py            masked InfoNCE and margin loss over the cosines
     gradient.py             gradients of that
     weights.py, margins.py, through_norm.py

@@ -1,4 +1,4 @@
-"""Members and sums of each cluster, and the step of the centroids towards them, in one launch.
+"""Members and sums of each cluster of a small batch, and the step of the centroids to them, in one launch.
 
 One program makes one (K, D) tile: a product of the 0/1 membership matrix with the raw points. No atomic
 addition of floats, so the same bits every time.
@@ -14,9 +14,8 @@ from .tiles import multiply_add, read_scalar, row_starts, wait_for_the_launch_be
 BATCH_SIZES = ["num_rows", "num_centroids"]
 
 # Values of the constexpr UPDATE.
-SUMS = tl.constexpr(0)  # write counts and sums, leave the centroids
-TOWARDS_SUM = tl.constexpr(1)  # the authors' code
-TOWARDS_MEAN = tl.constexpr(2)  # the paper, Eq. 7
+TOWARDS_SUM = tl.constexpr(0)  # the authors' code
+TOWARDS_MEAN = tl.constexpr(1)  # the paper, Eq. 7
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -24,11 +23,9 @@ def centroid_update_kernel(
     x_ptr,  # (B, D) raw points
     x_inverse_ptr,  # (B,) 1/‖x_i‖; rows where it is not positive have no direction and are left out
     partial_cosine_ptr,  # (TILES, B): the best cosine within each tile of centroids
-    partial_id_ptr,  # (TILES, B): its id
-    centroids_ptr,  # (K, D) float32, updated in place unless UPDATE is SUMS
+    partial_id_ptr,  # (TILES, B) int32: its id
+    centroids_ptr,  # (K, D) float32, updated in place
     updated_ptr,  # out (K, D), a copy of the updated centroids
-    counts_ptr,  # out (K,) float32, only for SUMS
-    sums_ptr,  # out (K, D) float32, only for SUMS
     momentum,  # γ
     num_rows,
     num_centroids,
@@ -59,7 +56,7 @@ def centroid_update_kernel(
         for tile in tl.static_range(TILES):
             at = rows + num_rows.to(tl.int64) * tile
             cosine = tl.load(partial_cosine_ptr + at, mask=mask, other=0.0)
-            ids = tl.load(partial_id_ptr + at, mask=mask, other=0).to(tl.int32)
+            ids = tl.load(partial_id_ptr + at, mask=mask, other=0)
             wins = cosine > best  # strictly: the lowest id of equals
             best = tl.where(wins, cosine, best)
             nearest = tl.where(wins, ids, nearest)
@@ -75,21 +72,16 @@ def centroid_update_kernel(
     total = tl.trans(total)  # (K, D)
     inside = (clusters < num_centroids)[:, None] & (d < dim)[None, :]
     at = row_starts(centroids_ptr, clusters, centroids_stride) + d[None, :]
-    if UPDATE == SUMS:
-        tl.store(row_starts(sums_ptr, clusters, dim) + d[None, :], total, mask=inside)
-        if tl.program_id(1) == 0:
-            tl.store(counts_ptr + clusters, count, mask=clusters < num_centroids)
-    else:
-        old = tl.load(at, mask=inside, other=0.0)
-        if UPDATE == TOWARDS_MEAN:
-            total = total / tl.maximum(count, 1.0)[:, None]
-        momentum = read_scalar(momentum, False)
-        # As torch.lerp: exact at both ends.
-        near_old = old + momentum * (total - old)
-        near_new = total - (total - old) * (1.0 - momentum)
-        new = tl.where(momentum < 0.5, near_old, near_new)
-        new = tl.where((count > 0)[:, None], new, old)
-        tl.store(at, new, mask=inside)
-        # The backward of this step needs them after the next step has moved them on.
-        copy = row_starts(updated_ptr, clusters, dim) + d[None, :]
-        tl.store(copy, new.to(updated_ptr.dtype.element_ty), mask=inside)
+    old = tl.load(at, mask=inside, other=0.0)
+    if UPDATE == TOWARDS_MEAN:
+        total = total / tl.maximum(count, 1.0)[:, None]
+    momentum = read_scalar(momentum, False)
+    # As torch.lerp: exact at both ends.
+    near_old = old + momentum * (total - old)
+    near_new = total - (total - old) * (1.0 - momentum)
+    new = tl.where(momentum < 0.5, near_old, near_new)
+    new = tl.where((count > 0)[:, None], new, old)
+    tl.store(at, new, mask=inside)
+    # The backward of this step needs them after the next step has moved them on.
+    copy = row_starts(updated_ptr, clusters, dim) + d[None, :]
+    tl.store(copy, new.to(updated_ptr.dtype.element_ty), mask=inside)

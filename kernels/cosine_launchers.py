@@ -12,14 +12,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .centroid_update import SUMS, TOWARDS_MEAN, TOWARDS_SUM, centroid_update_kernel
+from .assignment import assignment_kernel
+from .centroid_update import TOWARDS_MEAN, TOWARDS_SUM, centroid_update_kernel
+from .cluster_sums import member_sums_kernel, part_sums_kernel
 from .launch import LARGE_BATCH, Tiles, cdiv, launch, new_float32, padded
 from .similarity import cosine_kernel
+from .target import target_of
+from .tiles import SHORTEST_NORM
 
-UPDATES = {"sums": SUMS.value, "sum": TOWARDS_SUM.value, "mean": TOWARDS_MEAN.value}
+UPDATES = {"sum": TOWARDS_SUM.value, "mean": TOWARDS_MEAN.value}
 
 # Centroids of one tile, whatever the batch.
 _CENTROID_TILE = 32
+
+# Points from which the assignment's large tiles give each multiprocessor two programs.
+_MANY_POINTS = 2**15
 
 
 def new_counters(x: Tensor, num_centroids: int) -> Tensor:
@@ -72,7 +79,7 @@ def factor_dtype(x: Tensor) -> torch.dtype:
 
 
 class Assignment(NamedTuple):
-    """Result of `assign`: (B,) each, then cosines (B, padded(K)) if kept, 1/‖c‖ (K,), 1/‖x‖ (B,)."""
+    """Result of `assign`: (B,) each, then cosines (B, padded(K)) if kept, 1/‖c‖ (K,)."""
 
     nearest: Tensor
     runner_up: Tensor
@@ -80,7 +87,6 @@ class Assignment(NamedTuple):
     runner_up_cosine: Tensor
     cosines: Tensor
     centroid_inverse: Tensor
-    x_inverse: Tensor
 
     @classmethod
     def new(cls, x: Tensor, rows: int, num_centroids: int, kept: bool) -> Assignment:
@@ -91,7 +97,6 @@ class Assignment(NamedTuple):
             (rows,),
             (rows, padded(num_centroids)) if kept else (0, 0),
             (num_centroids,),
-            (rows,),
         )
         return cls(*ids, *(new_float32(x, *shape) for shape in shapes))
 
@@ -100,14 +105,14 @@ def assign(
     x: Tensor,
     centroids: Tensor,
     counters: Tensor,
-    x_inverse: Tensor | None = None,
+    x_inverse: Tensor,
     *,
     keep_cosines: bool = False,
     count_uses: bool = True,
 ) -> Assignment:
-    """Nearest and runner-up centroid of x (B, D) among centroids (K, D) float32, ids int64.
+    """Nearest and runner-up centroid of a small batch x (B, D) among centroids (K, D) float32, ids int64.
 
-    x_inverse: 1/‖x‖ (B,) where it is known.
+    x_inverse: 1/‖x‖ (B,). The centroids' tiles stand side by side in the grid.
     Adds the sizes of the clusters, and with `count_uses` how often each is a runner-up, to `counters`, which
     must hold zeros.
     """
@@ -117,7 +122,7 @@ def assign(
         _partial(x, centroids),
         centroids=centroids,
         centroid_cosines=found.cosines if keep_cosines else None,
-        x_inverse=found.x_inverse if x_inverse is None else x_inverse,
+        x_inverse=x_inverse,
         centroid_inverse=found.centroid_inverse,
         nearest=found.nearest,
         runner_up=found.runner_up,
@@ -126,7 +131,6 @@ def assign(
         counters=counters,
         temperature=1.0,
         COUNT_USES=count_uses,
-        NORMS_KNOWN=x_inverse is not None,
     )
     return found
 
@@ -139,19 +143,14 @@ def update(
     centroids: Tensor,
     statistic: str,
     momentum: float,
-) -> tuple[Tensor, Tensor]:
-    """Move `centroids` (K, D), in place, towards the "sum" or "mean" of their members; or only sum up.
+) -> Tensor:
+    """Move `centroids` (K, D), in place, towards the "sum" or "mean" of their members.
 
-    best_cosine, best_id: the best within each tile of centroids as `compare` returns them, or for ids that
-    are known (1, 1, B). Returns for "sums" the members' counts (K,) and sums (K, D), else an empty tensor and
-    a copy of the moved centroids in `factor_dtype`.
+    best_cosine, best_id: the best within each tile of centroids as `compare` returns them. Returns a copy of
+    the moved centroids in `factor_dtype`.
     """
     clusters, dim = centroids.shape
-    sums_only = statistic == "sums"
-    counts = new_float32(x, clusters if sums_only else 0)
-    result = torch.empty(
-        clusters, dim, dtype=torch.float32 if sums_only else factor_dtype(x), device=x.device
-    )
+    moved = torch.empty(clusters, dim, dtype=factor_dtype(x), device=x.device)
     launch(
         centroid_update_kernel,
         lambda block: (cdiv(clusters, block["BLOCK_K"]), cdiv(dim, block["BLOCK_D"])),
@@ -161,9 +160,7 @@ def update(
         partial_cosine=best_cosine,
         partial_id=best_id,
         centroids=centroids,
-        updated=None if sums_only else result,
-        counts=counts if sums_only else None,
-        sums=result if sums_only else None,
+        updated=moved,
         momentum=momentum,
         num_rows=x.shape[0],
         num_centroids=clusters,
@@ -171,7 +168,7 @@ def update(
         UPDATE=UPDATES[statistic],
         TILES=best_cosine.shape[1],
     )
-    return counts, result
+    return moved
 
 
 def similarity(x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,24 +176,82 @@ def similarity(x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Tenso
     return compare(x, y, temperature=temperature)[:3]
 
 
-def nearest_centroids(points: Tensor, centroids: Tensor, workspace_bytes: int) -> tuple[Tensor, ...]:
-    """Nearest and runner-up ids (B,), their cosines (B,), and 1/‖point‖ (B,).
+def nearest_centroids(points: Tensor, centroids: Tensor) -> tuple[Tensor, ...]:
+    """Nearest and runner-up ids (B,) int64, their cosines (B,), and 1/‖point‖ (B,); `assignment.py`.
 
-    In row chunks, so that the best of each tile of centroids stays within the workspace.
+    Memory: these 28 bytes a point, and the unit centroids.
     """
-    clusters = centroids.shape[0]
-    row_bytes = 2 * cdiv(clusters, _CENTROID_TILE) * 8  # `_partial`
-    found = []
-    for chunk in points.split(max(1, workspace_bytes // row_bytes)):
-        each = assign(chunk, centroids, new_counters(chunk, clusters).zero_())
-        found.append((*each[:4], each.x_inverse))
-    return found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
+    rows, clusters = points.shape[0], centroids.shape[0]
+    ids = [torch.empty(rows, dtype=torch.int64, device=points.device) for _ in range(2)]
+    cosines = [new_float32(points, rows) for _ in range(2)]
+    x_inverse = new_float32(points, rows)
+    high, low = _unit_terms(centroids, points.dtype)
+    launch(
+        assignment_kernel,
+        lambda block: (cdiv(rows, block["BLOCK_M"]),),
+        _assignment_tiles(points),
+        x=points,
+        high=high,
+        low=low,
+        nearest=ids[0],
+        runner_up=ids[1],
+        nearest_cosine=cosines[0],
+        runner_up_cosine=cosines[1],
+        x_inverse=x_inverse,
+        num_rows=rows,
+        num_centroids=clusters,
+        dim=points.shape[1],
+    )
+    return (*ids, *cosines, x_inverse)
 
 
-def cluster_sums(points: Tensor, centroids: Tensor, workspace_bytes: int) -> tuple[Tensor, Tensor]:
-    """Members (K,) of each cluster of points around centroids, and their sum (K, D), both float32."""
-    nearest, _, cosine, _, inverse = nearest_centroids(points, centroids, workspace_bytes)
-    return update(points, inverse, cosine[None, None], nearest[None, None], centroids, "sums", 0.0)
+def cluster_sums(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Members (K,) of each cluster of points around centroids, and their sum (K, D), both float32.
+
+    After the assignment the ids are sorted and each point is read once more, `cluster_sums.py`. Memory: some
+    80 bytes a point, and (K + B/256)·D floats for parts of the sums.
+    """
+    clusters, dim = centroids.shape
+    nearest, *_, inverse = nearest_centroids(points, centroids)
+    # Points without a direction come behind all clusters. 32 bits: half the work for the sort.
+    ids, order = torch.where(inverse > 0, nearest, clusters).int().sort(stable=True)
+    borders = torch.searchsorted(ids, torch.arange(clusters + 1, dtype=ids.dtype, device=ids.device))
+    tiles = Tiles({"BLOCK_CHUNK": 256, "BLOCK_B": 16, "BLOCK_D": 256})
+    chunks = cdiv(points.shape[0], tiles.blocks["BLOCK_CHUNK"])
+    parts, sums = new_float32(points, chunks + clusters, dim), new_float32(points, clusters, dim)
+    launch(
+        member_sums_kernel,
+        lambda block: (chunks, cdiv(dim, block["BLOCK_D"])),
+        tiles,
+        x=points,
+        order=order,
+        ids=ids,
+        borders=borders,
+        parts=parts,
+        num_centroids=clusters,
+        dim=dim,
+    )
+    launch(
+        part_sums_kernel,
+        lambda block: (clusters, cdiv(dim, block["BLOCK_D"])),
+        tiles,
+        parts=parts,
+        borders=borders,
+        sums=sums,
+        dim=dim,
+    )
+    return borders.diff().float(), sums
+
+
+def _unit_terms(centroids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Unit rows of centroids (K, D) float32, rounded to `dtype`, and for half precision what that lost.
+
+    Two terms keep 16 bits in bfloat16 and 22 in float16, at the speed of half precision.
+    """
+    norm = torch.linalg.vector_norm(centroids, dim=1, keepdim=True)
+    unit = centroids * torch.threshold_(norm, SHORTEST_NORM.value, torch.inf).reciprocal_()
+    high = unit.to(dtype)
+    return high, unit.sub_(high).to(dtype) if dtype.itemsize == 2 else None
 
 
 def _launch_cosines(x: Tensor, partial: tuple[Tensor, Tensor], **given: Any) -> None:
@@ -240,6 +295,20 @@ def _cosine_tiles(x: Tensor) -> Tiles:
     blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d}
     blocks |= {"BLOCK_K": _CENTROID_TILE, "BLOCK_K_M": 64, "BLOCK_K_D": d}
     return Tiles(blocks, num_warps=warps)
+
+
+def _assignment_tiles(x: Tensor) -> Tiles:
+    """Wide in the centroids, for the points are read again with each tile of them.
+
+    Half precision on sm_90 has accumulators of 128 by 128 in one warpgroup: while one of two programs on a
+    multiprocessor looks for its two best, the other multiplies. Elsewhere that many registers spill.
+    """
+    if x.dtype.itemsize == 4:
+        return Tiles({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32})
+    target, many = target_of(x.device), x.shape[0] >= _MANY_POINTS
+    on_hopper = (target.backend, target.arch) == ("cuda", 90)
+    blocks = {"BLOCK_M": 128 if many else 64, "BLOCK_N": 128, "BLOCK_D": 32}
+    return Tiles(blocks, num_warps=8 if many and not on_hopper else 4, num_stages=4 if on_hopper else 3)
 
 
 def _update_tiles(x: Tensor) -> Tiles:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .target import Target, target_of
 
@@ -167,6 +168,8 @@ def _parameter(name: str) -> tuple[str, str, str]:
     for kind, ending in (("tensor", "_ptr"), ("stride", "_stride")):
         if name.endswith(ending):
             return name, kind, name.removesuffix(ending)
+    if name.endswith("_descriptor"):
+        return name, "tensor", name
     if name.startswith("HAS_"):
         return name, "has", name.removeprefix("HAS_").lower()
     return name, "number", name
@@ -199,6 +202,8 @@ def _specialization(kernel: Any, arguments: dict[str, Any]) -> list[Any]:
             found.append(wide if name in unspecialized else (wide, -1 if value == 1 else value & 15 == 0))
         elif value is None or kind is float:
             found.append(kind)
+        elif isinstance(value, TensorDescriptor):
+            found.append((value.base.dtype, *value.block_shape))
         else:
             found.append(value.dtype)
             found.append(value.data_ptr() & 15 == 0)

@@ -1,11 +1,7 @@
-"""The two-sided margin loss on cluster-mates alone: diagonal blocks of the cosines, sorted by cluster.
+"""Gradient of the margin loss from its slopes: grouped products, one group for each cluster.
 
-One program owns M rows and a block of the embedding dimension, and goes over the columns that hold mates of
-its rows. The cosines are made again for each block of the dimension: for K clusters that is about 1/K of a
-product, and no B×B slope matrix, nor a gradient as wide as the embedding, is held.
-
-Per pair of mates: Δ = cos(a_i, p_j) − s_i, margin relu(Δ+α) + relu(−Δ−β), slope −1, 0 or 1. TRANSPOSED: the
-rows are positives and the columns anchors, so s belongs to the column.
+Rows and columns are sorted by cluster, so the mates of a tile of rows, or of columns, stand side by side and
+a program goes over those alone. Rows with more than `most_mates` are left out, with slopes in the weights.
 """
 
 from __future__ import annotations
@@ -13,96 +9,109 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .objective import margin_slope
-from .tiles import multiply_add, product_tile, read_scalar, row_starts
+from .tiles import multiply_add, read_scalar, row_starts
 
-BATCH_SIZES = ["num_rows", "num_columns"]
+BATCH_SIZES = ["num_rows", "num_columns", "first_row", "most_mates"]
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def margins_kernel(
-    x_ptr,  # (·, D); sorted row r is row x_order[r], or r itself
-    y_ptr,  # (·, D)
-    x_inverse_ptr,  # 1/‖x‖, in the order of x
-    y_inverse_ptr,
-    x_order_ptr,  # (R,) int64
-    y_order_ptr,  # (n,) int64
-    low_ptr,  # (R,) int64: the mates of sorted row r are the sorted columns low ≤ c < high
+    slopes_ptr,  # (R, most_mates) int8, see `weights_kernel`
+    x_ptr,  # (R, D) rows of the chunk
+    y_ptr,  # (n, D) positives
+    x_inverse_ptr,  # (R,)
+    y_inverse_ptr,  # (n,)
+    low_ptr,  # (R,) int64: the mates of row i are the columns low ≤ j < high
     high_ptr,  # (R,) int64
-    own_ptr,  # (R,) int64: the sorted column that is the row's other view, −1 where it is not here
-    positive_ptr,  # s by sorted row, by sorted column if TRANSPOSED
-    out_ptr,  # (·, D) float32, in the order of x: slopes · unit columns · out_scale is added,
-    # over ‖x‖ if TRANSPOSED
-    slope_sum_ptr,  # out (R,) row sums of the slopes
-    margin_ptr,  # out (R,) row sums of the margins beyond what Δ = 0 adds
-    alpha,
-    beta,
-    out_scale,
+    column_low_ptr,  # (n,) int64: the mates of column j are the rows low ≤ i < high of the process
+    column_high_ptr,  # (n,) int64
+    own_ptr,  # (R,) int64: the column of row i's own positive, no mate
+    row_scale_ptr,  # (R,): x_gradient is multiplied by it later
+    x_gradient_ptr,  # in and out (R, D) float32
+    y_gradient_ptr,  # in and out (n, D) float32, over ‖y‖
+    slope_scale,  # λ/B²
     num_rows,
     num_columns,
+    first_row,  # of the chunk
+    most_mates,
     dim,
-    x_stride,
     y_stride,
-    HAS_X_ORDER: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    HAS_MARGIN: tl.constexpr,
-    HAS_OUT: tl.constexpr,
+    HAS_OWN: tl.constexpr,
+    HAS_X_GRADIENT: tl.constexpr,
+    HAS_Y_GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
 ):
-    """Grid: (row tiles, blocks of D), one block of D without HAS_OUT."""
-    places = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = places < num_rows
-    safe_places = tl.minimum(places, num_rows - 1)
-    rows = safe_places.to(tl.int64)
-    if HAS_X_ORDER:
-        rows = tl.load(x_order_ptr + safe_places)
-    low = tl.load(low_ptr + safe_places)  # (M,)
-    high = tl.load(high_ptr + safe_places)
-    own = tl.load(own_ptr + safe_places)
-    x_rows, x_inverse = row_starts(x_ptr, rows, x_stride), tl.load(x_inverse_ptr + rows)
-    alpha, beta = read_scalar(alpha, False), read_scalar(beta, False)
-    at_zero = tl.maximum(alpha, 0.0) + tl.maximum(-beta, 0.0)
-    d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    accumulator = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
-    slope_sum = tl.zeros((BLOCK_M,), tl.float32)
-    margin_sum = tl.zeros((BLOCK_M,), tl.float32)
-    first = tl.min(low, axis=0) // BLOCK_N * BLOCK_N
-    last = tl.max(high, axis=0)
-    for start in range(first, last, BLOCK_N):
-        at = start + tl.arange(0, BLOCK_N)  # (N,) sorted columns
-        safe_at = tl.minimum(at, num_columns - 1)
-        columns = tl.load(y_order_ptr + safe_at)
-        y_rows = row_starts(y_ptr, columns, y_stride)
-        products, _, _ = product_tile(x_rows, y_rows, dim, False, False, PRECISION, UPCAST, BLOCK_D)
-        y_inverse = tl.load(y_inverse_ptr + columns)
-        if TRANSPOSED:
-            positive = tl.load(positive_ptr + safe_at)[None, :]
-        else:
-            positive = tl.load(positive_ptr + safe_places)[:, None]
-        delta = products * x_inverse[:, None] * y_inverse[None, :] - positive  # (M, N)
-        mates = (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None]) & (at[None, :] != own[:, None])
-        slope = tl.where(mates, margin_slope(delta, alpha, beta), 0.0)
-        if HAS_MARGIN:
-            margin = tl.maximum(delta + alpha, 0.0) + tl.maximum(-delta - beta, 0.0) - at_zero
-            margin_sum += tl.sum(tl.where(mates, margin, 0.0), axis=1)
-            slope_sum += tl.sum(slope, axis=1)
-        if HAS_OUT:
-            y = tl.load(y_rows + d[None, :], mask=(d < dim)[None, :], other=0.0)  # (N, D)
+    """Grid: (row tiles if they have a gradient + column tiles if they have, blocks of D)."""
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d_mask = (d < dim)[None, :]
+    slope_scale = read_scalar(slope_scale, False)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    tile, row_tiles = tl.program_id(0), 0
+    if HAS_X_GRADIENT:
+        row_tiles = tl.cdiv(num_rows, BLOCK_M)
+    if tile < row_tiles:
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_mask = rows < num_rows
+        low = tl.load(low_ptr + rows, mask=row_mask, other=0).to(tl.int32)
+        high = tl.load(high_ptr + rows, mask=row_mask, other=0).to(tl.int32)
+        high = tl.where(high - low <= most_mates, high, low)
+        first = tl.min(tl.where(high > low, low, num_columns), axis=0) // BLOCK_N * BLOCK_N
+        low, high = low[:, None], high[:, None]
+        own = low - 1
+        if HAS_OWN:
+            own = tl.load(own_ptr + rows, mask=row_mask, other=-1).to(tl.int32)[:, None]
+        slope_rows = row_starts(slopes_ptr, rows, most_mates) - low
+        for start in range(first, tl.max(high), BLOCK_N):
+            columns = start + tl.arange(0, BLOCK_N)
+            at, column_mask = columns[None, :], columns < num_columns
+            mask = (at >= low) & (at < high) & (at != own)
+            slope = tl.load(slope_rows + at, mask=mask, other=0).to(tl.float32)
+            y_inverse = tl.load(y_inverse_ptr + columns, mask=column_mask, other=0.0)
+            y_rows = row_starts(y_ptr, columns, y_stride)
+            y = tl.load(y_rows + d[None, :], mask=column_mask[:, None] & d_mask, other=0.0)
             pull = (slope * y_inverse[None, :]).to(y.dtype)
             accumulator = multiply_add(pull, y, accumulator, PRECISION, UPCAST)
-    if HAS_MARGIN:
-        if tl.program_id(1) == 0:
-            tl.store(slope_sum_ptr + places, slope_sum, mask=row_mask)
-            tl.store(margin_ptr + places, margin_sum, mask=row_mask)
-    if HAS_OUT:
-        both = row_mask[:, None] & (d < dim)[None, :]
-        out = out_ptr + rows[:, None] * dim + d[None, :]
-        if TRANSPOSED:
-            accumulator = accumulator * x_inverse[:, None]
-        before = tl.load(out, mask=both, other=0.0)
-        tl.store(out, before + accumulator * read_scalar(out_scale, False), mask=both)
+        row_scale = tl.load(row_scale_ptr + rows, mask=row_mask, other=1.0)
+        at = row_starts(x_gradient_ptr, rows, dim) + d[None, :]
+        mask = row_mask[:, None] & d_mask
+        before = tl.load(at, mask=mask, other=0.0)
+        tl.store(at, before + accumulator * (slope_scale / row_scale)[:, None], mask=mask)
+    elif HAS_Y_GRADIENT:
+        mine = (tile - row_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mine_mask = mine < num_columns
+        start_mate = tl.load(column_low_ptr + mine, mask=mine_mask, other=first_row) - first_row
+        end_mate = tl.load(column_high_ptr + mine, mask=mine_mask, other=first_row) - first_row
+        start_mate = tl.maximum(start_mate, 0).to(tl.int32)
+        end_mate = tl.minimum(end_mate, num_rows).to(tl.int32)
+        some = end_mate > start_mate
+        mates = tl.load(high_ptr + start_mate, mask=some, other=0)
+        mates -= tl.load(low_ptr + start_mate, mask=some, other=0)
+        some = some & (mates <= most_mates)
+        start_mate, end_mate = tl.where(some, start_mate, num_rows), tl.where(some, end_mate, 0)
+        from_row, to_row = tl.min(start_mate, axis=0) // BLOCK_N * BLOCK_N, tl.max(end_mate, axis=0)
+        start_mate, end_mate = start_mate[None, :], end_mate[None, :]
+        for start in range(from_row, to_row, BLOCK_N):
+            others = start + tl.arange(0, BLOCK_N)
+            others_mask = others < num_rows
+            cells = (others[:, None] >= start_mate) & (others[:, None] < end_mate)  # (N, M)
+            if HAS_OWN:
+                positives = tl.load(own_ptr + others, mask=others_mask, other=-1).to(tl.int32)
+                cells = cells & (mine[None, :] != positives[:, None])
+            firsts = tl.load(low_ptr + others, mask=others_mask, other=0)[:, None]
+            slopes = row_starts(slopes_ptr, others, most_mates) - firsts + mine[None, :]
+            slopes = tl.load(slopes, mask=cells, other=0).to(tl.float32)
+            x_inverse = tl.load(x_inverse_ptr + others, mask=others_mask, other=0.0)
+            x_rows = row_starts(x_ptr, others, dim)
+            x = tl.load(x_rows + d[None, :], mask=others_mask[:, None] & d_mask, other=0.0)
+            pulls = tl.trans((slopes * x_inverse[:, None]).to(x.dtype))
+            accumulator = multiply_add(pulls, x, accumulator, PRECISION, UPCAST)
+        if to_row > from_row:
+            scale = tl.load(y_inverse_ptr + mine, mask=mine_mask, other=0.0) * slope_scale
+            out_rows = row_starts(y_gradient_ptr, mine, dim) + d[None, :]
+            inside = mine_mask[:, None] & d_mask
+            so_far = tl.load(out_rows, mask=inside, other=0.0)
+            tl.store(out_rows, so_far + accumulator * scale[:, None], mask=inside)

@@ -71,7 +71,7 @@ def forward_steps(
     kept = new_float32(x, 0, 0)
     if centroids is not None and statistic:
         near = (best_cosine, best_id)
-        _, moved = cosine_launchers.update(x, x_inverse, *near, centroids, statistic, numbers.momentum)
+        moved = cosine_launchers.update(x, x_inverse, *near, centroids, statistic, numbers.momentum)
         kept = moved if has_hard else kept
     elif centroids is not None and has_hard and for_gradients:  # the state may move on before the backward
         kept = torch.empty_like(centroids, dtype=factor_dtype(x), memory_format=torch.contiguous_format)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    better_two,
     counters,
     is_last_to_arrive,
     padded,
@@ -48,18 +49,9 @@ def _merge_two_best(partial_cosine_ptr, partial_id_ptr, rows, num_rows, num_tile
         at += step * num_tiles
         cosine_2 = tl.load(partial_cosine_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
         id_2 = tl.load(partial_id_ptr + at, mask=mask, other=0, cache_modifier=".cg")
-        wins = cosine_1 > first_cosine
-        # The runner-up is the loser of the two firsts, or the winner's own second. On a tie the lower id,
-        # that of the earlier tile, stands.
-        loser_cosine = tl.where(wins, first_cosine, cosine_1)
-        loser = tl.where(wins, first, id_1)
-        own_cosine = tl.where(wins, cosine_2, second_cosine)
-        own = tl.where(wins, id_2, second)
-        takes_loser = (loser_cosine > own_cosine) | (wins & (loser_cosine == own_cosine))
-        first_cosine = tl.where(wins, cosine_1, first_cosine)
-        first = tl.where(wins, id_1, first)
-        second_cosine = tl.where(takes_loser, loser_cosine, own_cosine)
-        second = tl.where(takes_loser, loser, own)
+        first_cosine, first, second_cosine, second = better_two(
+            first_cosine, first, second_cosine, second, cosine_1, id_1, cosine_2, id_2
+        )
     return first_cosine, first, second_cosine, second
 
 
@@ -71,7 +63,7 @@ def cosine_kernel(
     centroids_ptr,  # (K, D) float32
     cosines_ptr,  # out (B, padded(C) + N) float32, over τ; rows of a multiple of 16 numbers
     centroid_cosines_ptr,  # out (B, K) float32, likewise
-    x_inverse_ptr,  # out (B,) 1/‖x_i‖, with NORMS_KNOWN in
+    x_inverse_ptr,  # (B,) 1/‖x_i‖: out beside y, else in
     y_inverse_ptr,  # out, as a row of cosines
     centroid_inverse_ptr,  # out (K,)
     partial_cosine_ptr,  # scratch (2, centroid tiles, B): best and second best of each tile
@@ -99,7 +91,6 @@ def cosine_kernel(
     HAS_CENTROIDS: tl.constexpr,
     HAS_CENTROID_COSINES: tl.constexpr,
     HAS_NEAREST: tl.constexpr,
-    NORMS_KNOWN: tl.constexpr,
     COUNT_USES: tl.constexpr,
     CLEAR: tl.constexpr,
     TEMPERATURE_POINTER: tl.constexpr,
@@ -136,14 +127,12 @@ def cosine_kernel(
             x_rows = row_starts(x_ptr, tl.minimum(rows, num_rows - 1), x_stride)
             c_rows = row_starts(centroids_ptr, tl.minimum(ids, num_centroids - 1), centroids_stride)
             # Centroids stay float32.
-            cosines, x_inverse, centroid_inverse = product_tile(
-                x_rows, c_rows, dim, not HAS_Y and not NORMS_KNOWN, True, PRECISION, UPCAST, BLOCK_K_D
+            cosines, _, centroid_inverse = product_tile(
+                x_rows, c_rows, dim, False, True, PRECISION, UPCAST, BLOCK_K_D
             )
             cosines = cosines * centroid_inverse[None, :]
-            if NORMS_KNOWN:
-                x_inverse = tl.load(x_inverse_ptr + rows, mask=row_mask, other=0.0)
             if not HAS_Y:  # beside y the best of a row is all that is asked for
-                cosines = cosines * x_inverse[:, None]
+                cosines = cosines * tl.load(x_inverse_ptr + rows, mask=row_mask, other=0.0)[:, None]
             cosine_1, id_1, cosine_2, id_2 = two_best(cosines, ids, num_centroids)
             at = tile.to(tl.int64) * num_rows + rows
             tl.store(partial_cosine_ptr + at, cosine_1, mask=row_mask)
@@ -152,8 +141,6 @@ def cosine_kernel(
                 at += centroid_tiles.to(tl.int64) * num_rows
                 tl.store(partial_cosine_ptr + at, cosine_2, mask=row_mask)
                 tl.store(partial_id_ptr + at, id_2, mask=row_mask)
-            if not HAS_Y and not NORMS_KNOWN:
-                tl.store(x_inverse_ptr + rows, x_inverse, mask=row_mask & (tile == 0))
             if row_tile == 0:
                 tl.store(centroid_inverse_ptr + ids, centroid_inverse, mask=ids < num_centroids)
             if HAS_CENTROID_COSINES:

@@ -98,11 +98,17 @@ class Target:
 
     backend: str  # "cuda", "hip" or "interpreter"
     arch: int | str  # 90 for sm_90, "gfx942"
+    multiprocessors: int = 132
 
     @property
     def waits_for_stores(self) -> bool:
         """Whether a barrier must be told to wait for stores, see `tiles.is_last_to_arrive`."""
         return self.backend == "hip" and str(self.arch).startswith("gfx9")
+
+    @property
+    def loads_tiles(self) -> bool:
+        """Whether tiles are best loaded by descriptors; with them sm_100 spills, on Triton 3.6 and 3.7."""
+        return self.backend == "interpreter" or (self.backend == "cuda" and int(self.arch) == 90)
 
     @property
     def overlaps_launches(self) -> bool:
@@ -134,11 +140,12 @@ _override: Target | None = None
 @lru_cache(maxsize=64)
 def _target_of(device: torch.device) -> Target:
     if interpreting():
-        return Target("interpreter", 0)
+        return Target("interpreter", 0, 3)
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return Target("hip", properties.gcnArchName.split(":")[0])
-    return Target("cuda", properties.major * 10 + properties.minor)
+        return Target("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    arch = properties.major * 10 + properties.minor
+    return Target("cuda", arch, properties.multi_processor_count)
 
 
 def target_of(device: torch.device) -> Target:

@@ -135,17 +135,31 @@ def product_tile(
 def two_best(scores, ids, num_ids):
     """Largest and second-largest score of each row with their ids; the lowest id of equals.
 
-    scores (M, N), ids (N,). Columns with an id ≥ num_ids cannot win, whatever the sign of the others; nor
-    can NaN, so that an id is always valid.
+    scores (M, N), ids (N,) ascending. Columns with an id ≥ num_ids cannot win, whatever the sign of the
+    others; nor can NaN, which a maximum passes over. Where nothing is left to win, the score is −inf or NaN
+    and the id of no use: a comparison with ">" never takes it.
     """
-    usable = (ids < num_ids)[None, :] & (scores == scores)
-    scores = tl.where(usable, scores, float("-inf"))
-    first_cosine, first = tl.max(scores, axis=1, return_indices=True)  # (M,): the leftmost of equals
-    position = tl.arange(0, ids.shape[0])
-    rest = tl.where(position[None, :] == first[:, None], float("-inf"), scores)
-    second_cosine, second = tl.max(rest, axis=1, return_indices=True)
-    lowest = tl.min(ids, axis=0)
-    return first_cosine, lowest + first, second_cosine, lowest + second
+    at = ids[None, :]
+    scores = tl.where(at < num_ids, scores, float("-inf"))
+    score_1 = tl.max(scores, axis=1)  # (M,)
+    # With `return_indices` every step of the reduction would carry both along.
+    id_1 = tl.min(tl.where(scores == score_1[:, None], at, 2147483647), axis=1)
+    scores = tl.where(at == id_1[:, None], float("-inf"), scores)
+    score_2 = tl.max(scores, axis=1)
+    id_2 = tl.min(tl.where(scores == score_2[:, None], at, 2147483647), axis=1)
+    return score_1, id_1, score_2, id_2
+
+
+@triton.jit
+def better_two(score_1, id_1, score_2, id_2, new_1, new_id_1, new_2, new_id_2):
+    """Two best of two pairs, of which the second one's ids are the higher: the lowest id of equals."""
+    wins = new_1 > score_1
+    # The runner-up is the loser of the two firsts, or the winner's own second. On a tie the lower id stands.
+    loser, loser_id = tl.where(wins, score_1, new_1), tl.where(wins, id_1, new_id_1)
+    own, own_id = tl.where(wins, new_2, score_2), tl.where(wins, new_id_2, id_2)
+    takes_loser = (loser > own) | (wins & (loser == own))
+    score_1, id_1 = tl.where(wins, new_1, score_1), tl.where(wins, new_id_1, id_1)
+    return score_1, id_1, tl.where(takes_loser, loser, own), tl.where(takes_loser, loser_id, own_id)
 
 
 @triton.jit

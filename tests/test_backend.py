@@ -35,7 +35,8 @@ def test_words():
 def test_triton_goes_by_size(as_on_a_gpu, word, monkeypatch):
     """It keeps within the workspace: the cosines are held where they fit, and swept where not."""
     assert choose_backend(word, X, X) == "triton"
-    for more in ({"shared": True}, {"options": Options(workspace_bytes=4 * 8 * 8 - 1)}):
+    chunked = Options(workspace_bytes=4 * 8 * 8 - 1), Options(directions="both")
+    for more in ({"shared": True}, *({"options": options} for options in chunked)):
         assert choose_backend(word, X, X, **more) == "triton-chunked"
     monkeypatch.setattr(backend, "why_not", lambda *tensors: "no")
     assert choose_backend("auto", X, X) == "torch"

@@ -44,6 +44,7 @@ SETTINGS = [
     ("backend", "numpy", "one of 'auto', .* got 'numpy'"),
     ("gather", "some", "one of 'all', 'ring', got 'some'"),
     ("bml_weight", -1, "a finite number at least 0, got -1"),
+    ("directions", "two", "one of 'one', 'both', got 'two'"),
     ("workspace_bytes", 0, "at least 1, got 0"),
 ]
 

@@ -73,8 +73,10 @@ def check(step, rounding=0.0, dtype=torch.float64, place="cpu", **settings):
         assert_close_to_truth(results[1][0][name], truth, condition=100, rounding=rounding, what=name)
 
 
-@pytest.mark.parametrize(("mini_batch_size", "mined"), [(1, 7), (3, 0), (3, 7), (64, 7)])
-def test_equals_the_graph_over_the_whole_batch(mini_batch_size, mined):
+@pytest.mark.parametrize(
+    ("mini_batch_size", "mined", "directions"), [(1, 7, "one"), (3, 0, "one"), (3, 7, "both"), (64, 7, "one")]
+)
+def test_equals_the_graph_over_the_whole_batch(mini_batch_size, mined, directions):
     """Real dropout, three steps over the start of clustering, gradients added to those there are."""
 
     def step(loss_of, encoder):
@@ -85,7 +87,7 @@ def test_equals_the_graph_over_the_whole_batch(mini_batch_size, mined):
             (losses[-1] * 3 + 1).backward()
         return torch.stack(losses).detach()
 
-    check(step, mini_batch_size=mini_batch_size)
+    check(step, mini_batch_size=mini_batch_size, directions=directions)
 
 
 @pytest.mark.parametrize(("enabled", "at_backward"), [(True, None), (True, False), (False, True)])

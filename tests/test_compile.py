@@ -58,23 +58,26 @@ def step(function, loss_fn: ClusterNSLoss, views: list[torch.Tensor]) -> dict[st
 
 
 @pytest.mark.parametrize(
-    ("backend", "fullgraph", "state", "false_negatives", "batches", "more"),
+    ("backend", "fullgraph", "state", "false_negatives", "batches", "more", "directions"),
     [
-        ("aot_eager", True, "active", "bml", (8, 8, 5), True),
-        ("eager", True, "active", "keep", (8, 5), True),
-        ("aot_eager", True, "eval", "exclude", (8, 5), True),
-        ("eager", True, "none", "keep", (8, 5), False),
-        ("eager", False, "before", "bml", (8, 5), True),
-        ("eager", False, "start", "exclude", (8, 8, 5), True),
-        pytest.param("inductor", False, "start", "exclude", (8, 8, 5), False, marks=inductor),
-        pytest.param("inductor", True, "active", "exclude", (8,), False, marks=inductor),  # from its cache
-        pytest.param("inductor", True, "none", "keep", (8,), True, marks=inductor),
+        ("aot_eager", True, "active", "bml", (8, 8, 5), True, "one"),
+        ("eager", True, "active", "keep", (8, 5), True, "one"),
+        ("aot_eager", True, "eval", "exclude", (8, 5), True, "both"),
+        ("eager", True, "none", "keep", (8, 5), False, "both"),
+        ("eager", False, "before", "bml", (8, 5), True, "one"),
+        ("eager", False, "start", "exclude", (8, 8, 5), True, "both"),
+        pytest.param("inductor", False, "start", "exclude", (8, 8, 5), False, "one", marks=inductor),
+        # From its cache.
+        pytest.param("inductor", True, "active", "exclude", (8,), False, "one", marks=inductor),
+        pytest.param("inductor", True, "none", "keep", (8,), True, "one", marks=inductor),
     ],
 )
-def test_compiled_loss_is_the_eager_loss(backend, fullgraph, state, false_negatives, batches, more):
+def test_compiled_loss_is_the_eager_loss(
+    backend, fullgraph, state, false_negatives, batches, more, directions
+):
     """Compiled in float32 against eager in float64; `more`: with negatives and a learned temperature."""
     plain, loss_fn = (
-        loss_in(state, dtype, more, false_negatives=false_negatives)
+        loss_in(state, dtype, more, false_negatives=false_negatives, directions=directions)
         for dtype in (torch.float64, torch.float32)
     )
     compiled = torch.compile(loss_fn, backend=backend, fullgraph=fullgraph)
@@ -159,10 +162,10 @@ def test_operator_is_well_defined(dtypes, transposed, learned):
     ids, hard = torch.tensor([0, 0, 1, 1, 2, 0]), torch.tensor([1, 2, 0, 2, 1, 1])
     centroids = embeddings(3, DIM, seed=5)[0].detach().float()
     tau = torch.tensor(0.1) if learned else None
+    options = (0.2, "bml", 0.3, 0.1, 0.3, 3000, "both" if learned else "one")
     needs = [True, True, n is not None, learned]
     torch.library.opcheck(
-        torch.ops.clusterns.sweep.default,
-        (a, p, n, 0.1, tau, ids, centroids, hard, 0.2, "bml", 0.3, 0.1, 0.3, 3000, needs, "torch"),
+        torch.ops.clusterns.sweep.default, (a, p, n, 0.1, tau, ids, centroids, hard, *options, needs, "torch")
     )
 
 

@@ -13,9 +13,10 @@ from compare import assert_close_to_truth
 from conftest import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objective_problems import OPTIONS, assert_exact, exact, fix_clusters, gradients, problem, terms_of
+from objective_problems import OPTIONS, assert_exact, exact, fix_clusters, gradients, problem, terms_of, widen
 
-from clusterns import ClusterNSLoss, info_nce
+from clusterns import ClusterNSLoss, info_nce, reference
+from clusterns.functional import ObjectiveTerms
 from clusterns.objective import torch_products
 from clusterns.objective.problem import Batch, Clusters, Options
 from clusterns.objective.sweep import sweep
@@ -45,7 +46,7 @@ def how(request, monkeypatch):
         monkeypatch.setattr(torch_products, "_SORTED_BATCH", 1)
         # And as on a GPU, where to count the pairs that are held would be to wait.
         monkeypatch.setattr(torch_products, "_FEW", 10**9)
-    return WAYS[request.param]
+    return WAYS.get(request.param, {"backend": request.param})
 
 
 BML = {"false_negatives": "bml"}
@@ -329,6 +330,7 @@ DOUBLE = {"dtype": torch.float64}
 def test_torch_in_float64(data, shape, false_negatives, sizes):
     anchors, positives, arguments = problem(*shape, seed=data.draw(st.integers(0, 1000)), **DOUBLE)
     fix_clusters(anchors, arguments)
+    arguments["directions"] = data.draw(st.sampled_from(["one", "both"]))
     temperature = data.draw(st.sampled_from([0.01, 0.024, 0.025, 0.05, 0.5, 3.0]))
     margins = data.draw(st.sampled_from([(0.1, 0.3), (0.0, 0.2), (-0.2, 0.1), (0.25, -0.1)]))
     arguments.update(bml_alpha=margins[0], bml_beta=margins[1], temperature=temperature)
@@ -358,7 +360,8 @@ def test_gradcheck(false_negatives):
     assert torch.autograd.gradcheck(loss, (anchors, positives, negatives, temperature))
 
 
-def test_never_builds_a_square_matrix():
+@pytest.mark.parametrize("directions", ["one", "both"])
+def test_never_builds_a_square_matrix(directions):
     """No tensor of the sweep is larger than the workspace allows, whatever the clusters look like."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -375,6 +378,7 @@ def test_never_builds_a_square_matrix():
     anchors, positives, arguments = problem(batch, dim, 3)
     ids = torch.zeros(batch, dtype=torch.int64, device=DEVICE)  # the worst case: all mates
     arguments.update(cluster_ids=ids, false_negatives="bml", backend="torch", workspace_bytes=workspace)
+    arguments["directions"] = directions
     with Largest() as largest:
         info_nce(anchors, positives, **arguments).backward()
     assert largest.numbers <= max(workspace // 4, 2 * batch * dim)
@@ -483,14 +487,17 @@ def by_hand(pairs):
 
 
 @pytest.mark.parametrize(
-    "rule",
-    [CloseMates(), CloseMates("exclude"), GuidedMargin(0.1), by_hand],
+    ("rule", "directions"),
+    [
+        *((each, "one") for each in (CloseMates(), CloseMates("exclude"), GuidedMargin(0.1), by_hand)),
+        *((each, "both") for each in (CloseMates("exclude"), GuidedMargin(0.1))),
+    ],
     ids=lambda rule: getattr(rule, "__name__", str(rule)),
 )
-def test_rules(how, rule, recwarn):
+def test_rules(how, rule, directions, recwarn):
     anchors, positives, arguments = problem(66, 20, 6, 3, **DOUBLE)
     fix_clusters(anchors, arguments)
-    arguments.update(false_negatives=rule, bml_weight=5.0)
+    arguments.update(false_negatives=rule, bml_weight=5.0, directions=directions)
     if how["backend"] == "triton":  # float64 is refused there; the torch path serves, which is said
         anchors, positives = (z.detach().float().requires_grad_() for z in (anchors, positives))
         arguments.update({name: arguments[name].detach().float() for name in ("centroids", "negatives")})
@@ -500,6 +507,102 @@ def test_rules(how, rule, recwarn):
     for word in ("bml", "exclude", "keep"):  # and it is none of the three
         other = exact(anchors, positives, {**arguments, "false_negatives": word})
         assert (truth[1][0] - other[1][0]).norm() > 1e-4 * truth[1][0].norm()
+
+
+# --- both directions ---------------------------------------------------------------------------------------
+
+BOTH_DIRECTIONS = pytest.mark.parametrize(
+    "how", ["torch", "torch in cluster order", "reference", "triton in chunks"], indirect=True
+)
+
+
+def in_both_directions(anchors, positives, arguments, out=None, held=None):
+    """Terms and gradients in float64 by cross-entropies; `out` and `held`: (B, B) bool."""
+    cross_entropy, unit = torch.nn.functional.cross_entropy, reference.unit
+    wide = widen({"anchors": anchors, "positives": positives, **arguments})
+    a, p = unit(wide["anchors"]), unit(wide["positives"])
+    S, tau, labels = a @ p.T, wide["temperature"], torch.arange(len(a), device=DEVICE)
+    logits = S / tau if out is None else (S / tau).masked_fill(out, -torch.inf)
+    columns = [logits]
+    if "negatives" in wide:
+        columns.append(a @ unit(wide["negatives"]).T / tau)
+    if "hard_negative_ids" in wide:
+        hard = a @ unit(wide["centroids"])[wide["hard_negative_ids"]].T / tau
+        own = torch.eye(len(a), dtype=S.dtype, device=DEVICE)
+        columns.append(hard + wide.get("hard_negative_weight", 0.0) * own)
+    info_nce = (cross_entropy(torch.cat(columns, dim=1), labels) + cross_entropy(logits.T, labels)) / 2
+    bml = S.new_zeros(())
+    if held is not None:
+        delta = (S - S.diagonal()[:, None]) * held
+        bml = ((delta + OPTIONS["bml_alpha"]).relu() + (-delta - OPTIONS["bml_beta"]).relu()).mean()
+    loss = info_nce + arguments["bml_weight"] * bml
+    leaves = [each for each in wide.values() if torch.is_tensor(each) and each.requires_grad]
+    terms = ObjectiveTerms(loss, info_nce, bml, S.mean(), S.diagonal().mean())
+    return terms, torch.autograd.grad(loss, leaves)
+
+
+@BOTH_DIRECTIONS
+@pytest.mark.parametrize("false_negatives", ["keep", "exclude", "bml", by_hand])
+@pytest.mark.parametrize(
+    ("shape", "tau", "weight", "learned"),
+    [
+        ((1, 3, 0, 0), 0.05, 0.0, False),
+        ((1, 3, 2, 2), 0.5, 0.7, True),
+        ((33, 17, 5, 3), 0.05, 0.7, False),
+        ((66, 20, 6, 0), 0.05, -0.7, True),
+        ((70, 33, 3, 40), 0.005, 0.0, False),
+        ((40, 8, 4, 5), 0.005, 0.7, True),
+    ],
+)
+def test_both_directions(how, shape, tau, weight, learned, false_negatives):
+    """The mean of both cross-entropies, with every kind of column and pair."""
+    dtype = torch.float32 if how["backend"] == "triton" else torch.float64
+    anchors, positives, arguments = problem(*shape, dtype=dtype)
+    fix_clusters(anchors, arguments)
+    cosines = reference.cosine_similarity_matrix(anchors.detach().double(), positives.detach().double())
+    out = held = None
+    if "cluster_ids" in arguments and false_negatives != "keep":
+        arguments["false_negatives"] = false_negatives
+        ids = arguments["cluster_ids"]
+        mates = (ids[:, None] == ids) & ~torch.eye(len(ids), dtype=torch.bool, device=DEVICE)
+        out, held = (mates if false_negatives == word else None for word in ("exclude", "bml"))
+        if false_negatives is by_hand:
+            out, held = mates & (cosines <= 0.6), mates & (cosines > 0.6)
+            out[3:4, 7:8] = True
+    arguments.update(temperature=tau, hard_negative_weight=weight)
+    if learned:
+        arguments["temperature"] = torch.tensor(tau, dtype=dtype, device=DEVICE, requires_grad=True)
+    truth = in_both_directions(anchors, positives, arguments, out, held)
+    assert_exact(gradients(anchors, positives, arguments, directions="both", **how), truth, tau)
+    with torch.no_grad():
+        quiet = terms_of(anchors, positives, **arguments, directions="both", **how).loss
+    assert_close_to_truth(quiet, truth[0].loss, condition=4 + 1 / tau, least=1.0)
+
+
+@BOTH_DIRECTIONS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_directions_in_lower_precision(how, dtype):
+    """Also each gradient alone, with rows that are zero, and with one that is no numbers."""
+    anchors, positives, arguments = problem(66, 20, 4, 2, dtype=dtype)
+    arguments.update(BML, centroids=arguments["centroids"].float(), temperature=0.02)
+    with torch.no_grad():
+        anchors[2], positives[5] = 0, 0
+    fix_clusters(anchors, arguments)
+    ids = arguments["cluster_ids"]
+    mates = (ids[:, None] == ids) & ~torch.eye(len(ids), dtype=torch.bool, device=DEVICE)
+    truth = in_both_directions(anchors, positives, arguments, held=mates)
+    views = (anchors, positives, arguments["negatives"])
+    run = gradients(anchors, positives, arguments, directions="both", **how)
+    assert_exact(run, truth, 0.02, rounding=rounding_of(how, dtype))
+    for wanted, true in enumerate(truth[1]):
+        leaves = [z.detach().requires_grad_(place == wanted) for place, z in enumerate(views)]
+        info_nce(*leaves[:2], **{**arguments, "negatives": leaves[2]}, directions="both", **how).backward()
+        assert [leaf.grad is not None for leaf in leaves] == [place == wanted for place in range(3)]
+        more = {"rounding": rounding_of(how, dtype), "dtype": torch.float32}
+        assert_close_to_truth(leaves[wanted].grad, true, condition=54, **more)
+    with torch.no_grad():
+        anchors[3, 1] = torch.inf
+    assert not info_nce(anchors, positives, directions="both", **how).isfinite()
 
 
 def test_rules_decide_as_they_say():

@@ -25,6 +25,12 @@ def test_ranks_equal_one_process(tmp_path):
     assert checked == ["2 ranks", "3 ranks", "4 ranks"]
 
 
+def test_cost_of_a_rank(tmp_path):
+    """Of eight, in operations and bytes, and what it sends while it computes."""
+    found = ranks.start(8, tmp_path / "store", distributed_worker.check_cost, 2048, 64)
+    assert ranks.exit_codes(found) == [0] * 8
+
+
 def die_amid_a_step(gather, folder):
     """Three steps of a rank; on rank 1 the second ends after its first sweep, with blocks on their way."""
     note, close = Path(folder, str(dist.get_rank())), TorchProducts.close

@@ -139,8 +139,8 @@ def operator_samples():
         ),
         "backward": (loss, *views, None, 0.05, len(centroids), [True, False, True], workspace),
         "similarity": (*alone[:2], 0.3, None),
-        "nearest_centroids": (anchors.detach(), centroids, 2**20),
-        "cluster_sums": (anchors.detach(), centroids, 2**20),
+        "nearest_centroids": (anchors.detach(), centroids),
+        "cluster_sums": (anchors.detach(), centroids),
         "sweep": (
             *views, 0.05, None, nearest, centroids, runner_up, *numbers, 2**20, [True, False, True, False],
             "triton-chunked",

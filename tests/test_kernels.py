@@ -41,12 +41,19 @@ def counters(rows, clusters):
     return cosine_launchers.new_counters(torch.empty(rows, 0, device=DEVICE), clusters).zero_()
 
 
-def assert_assigned(x, c, ids, found):
-    """The ids (2, rows) are of the two best but for rounding, and their cosines are `found` (2, rows)."""
+def inverse(x):
+    return 1 / x.float().norm(dim=1)
+
+
+def assert_assigned(x, c, ids, found, error=1e-6):
+    """The ids (2, rows) are of the two best within `error`, and their cosines `found` (2, rows) nearly so.
+
+    Matrix units round sums towards zero, all cosines of a row alike.
+    """
     cosines = reference.cosine_similarity_matrix(x.double(), c.double())
     for each, cosine in zip(ids[: len(c)], found, strict=False):
-        assert_ids_within_rounding(each, cosines)
-        assert_close_to_truth(cosine, cosines.gather(1, each[:, None])[:, 0])
+        assert_ids_within_rounding(each, cosines, error)
+        assert (cosine - cosines.gather(1, each[:, None])[:, 0]).abs().max() <= 4 * error
         cosines = cosines.scatter(1, each[:, None], -torch.inf)
     if len(c) == 1:
         assert (ids[1] == -1).all()
@@ -73,7 +80,7 @@ def test_cosines(rows, columns, dim, dtype, explicit):
 def test_assignment(rows, columns, dim, dtype):
     x, c = points(rows, dim, dtype), points(columns, dim, seed=1)
     counted = counters(rows, columns)
-    found = cosine_launchers.assign(x, c, counted, keep_cosines=True)
+    found = cosine_launchers.assign(x, c, counted, inverse(x), keep_cosines=True)
     assert_close_to_truth(
         found.cosines[:, :columns], reference.cosine_similarity_matrix(x.double(), c.double())
     )
@@ -98,18 +105,82 @@ def test_the_lowest_id_wins_a_tie_within_and_across_tiles():
         nearest, runner_up, *_ = operators.nearest_centroids(x, c)
         assert nearest.tolist() == [0, 0]
         assert runner_up.tolist() == [1, 1]
+        # The second best of one tile ties with the best of the one before.
+        c[[2, -1]], c[-2] = torch.tensor([1.0, 1.0], device=DEVICE), torch.tensor([2.0, 0.0], device=DEVICE)
+        nearest, runner_up, *_ = operators.nearest_centroids(x, c)
+        assert (nearest[0], runner_up[0]) == (clusters - 2, 2)
 
 
-def test_assignment_in_row_chunks(monkeypatch):
-    monkeypatch.setattr(operators, "WORKSPACE_BYTES", 33 * 32)
-    x, c = points(100, 8), points(40, 8, seed=1)
-    found = operators.nearest_centroids(x, c)
-    assert_assigned(x, c, found[:2], found[2:])
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("clusters", [1, 2, 130])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_assignment_of_many_points(dtype, clusters, many, monkeypatch):
+    """With either tiles, on both sides of their borders; rows and columns that are not neighbours."""
+    if many:
+        monkeypatch.setattr(cosine_launchers, "_MANY_POINTS", 1)
+    for rows, dim in ((1, 33), (64, 32), (129, 65)):
+        x, c = points(2 * rows, dim, dtype), points(clusters, dim + 1, seed=1)
+        for z in (x[::2], x[:rows].T.contiguous().T, x[:rows, : dim - 1]):
+            near, runner_up, *found = operators.nearest_centroids(z, c[:, : z.shape[1]])
+            error = 2**-18 if dtype == torch.bfloat16 else 1e-6  # of 16 bits of a centroid, few dimensions
+            assert_assigned(z, c[:, : z.shape[1]], (near, runner_up), found, error)
+            assert near.dtype == runner_up.dtype == torch.int64
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-5])
+@pytest.mark.parametrize(("dtype", "error"), zip(DTYPES, (1e-6, 2e-6, 1e-6), strict=True))
+def test_the_choice_between_close_centroids(dtype, error, spread):
+    """Two terms of a centroid lose next to nothing, however close the cosines are."""
+    dim, center = 768, points(1, 768, seed=2)
+    c = center + spread * points(140, dim, seed=1)
+    x = torch.cat([points(60, dim), center + 0.1 * points(70, dim)]).to(dtype)
+    near, runner_up, *found = operators.nearest_centroids(x, c)
+    assert_assigned(x, c, (near, runner_up), found, error)
+
+
+def sums_of(x, ids, clusters):
+    total = torch.zeros(clusters, x.shape[1], dtype=torch.float64, device=DEVICE)
+    return total.index_add_(0, ids, x.double())
+
+
+@each_size
+def test_cluster_sums(rows, columns, dim, dtype):
+    x, c = points(rows, dim, dtype), points(columns, dim, seed=1)
+    near = operators.nearest_centroids(x, c)[0]
     counts, sums = operators.cluster_sums(x, c)
-    assert torch.equal(counts.long(), found[0].bincount(minlength=40))
-    assert_close_to_truth(
-        sums, torch.zeros(40, 8, dtype=torch.float64).to(DEVICE).index_add_(0, found[0], x.double())
-    )
+    assert counts.dtype == sums.dtype == torch.float32
+    assert torch.equal(counts.long(), near.bincount(minlength=columns))
+    assert_close_to_truth(sums, sums_of(x, near, columns))
+
+
+@pytest.mark.parametrize("dim", [11, 257])
+@pytest.mark.parametrize("rows", [255, 256, 257, 1000])
+def test_sums_of_clusters_of_any_size(rows, dim):
+    """Over the borders of chunks: one with most of the points, some with one, some with none."""
+    home = torch.full((rows,), 4, device=DEVICE)
+    home[[0, 7, 90, 130, 250]] = torch.tensor([0, 5, 5, 2, 9], device=DEVICE)
+    c = torch.eye(11, dim, device=DEVICE)
+    for own in (home, home.flip(0), torch.full_like(home, 4), torch.arange(rows, device=DEVICE) % 11):
+        x = c[own] + 0.01 * points(rows, dim)
+        counts, sums = operators.cluster_sums(x, c)
+        assert torch.equal(counts.long(), own.bincount(minlength=11))
+        assert_close_to_truth(sums, sums_of(x, own, 11))
+        again = operators.cluster_sums(x, c)
+        assert torch.equal(again[1], sums)
+
+
+def test_sums_leave_out_rows_without_a_direction():
+    x, c = points(300, 8), points(5, 8, seed=1)
+    bad = [0, 11, 12, 299]
+    x[bad[0]], x[bad[1], 3], x[bad[2], 0], x[bad[3]] = 0, float("nan"), -float("inf"), 1e-10
+    keep = torch.tensor([row for row in range(300) if row not in bad], device=DEVICE)
+    near = operators.nearest_centroids(x, c)[0]
+    counts, sums = operators.cluster_sums(x, c)
+    assert torch.equal(counts.long(), near[keep].bincount(minlength=5))
+    assert_close_to_truth(sums, sums_of(x[keep], near[keep], 5))
+    counts, sums = operators.cluster_sums(x[bad], c)
+    assert not counts.any()
+    assert not sums.any()
 
 
 @pytest.mark.parametrize("clusters", [3, 33, 40])
@@ -136,33 +207,43 @@ def test_what_stands_twice_agrees():
 def test_rows_without_a_direction_get_valid_ids():
     x = points(20, 6)
     x[3], x[5, 2], x[7, 1] = 0, float("nan"), float("inf")
-    nearest, runner_up, cosine, _ = operators.nearest_centroids(x, points(40, 6, seed=1))
-    for ids in (nearest, runner_up):
-        assert ids.min() >= 0
-        assert ids.max() < 40
-    assert cosine[3] == 0
-    assert nearest[3] == 0
+    for clusters in (1, 2, 40):
+        c = points(clusters, 6, seed=1)
+        x[4] = 1e-10 * c[-1]
+        nearest, runner_up, cosine, second = operators.nearest_centroids(x, c)
+        assert nearest.min() >= 0
+        assert nearest.max() < clusters
+        if clusters == 1:
+            assert (runner_up == -1).all()
+            continue
+        assert runner_up.min() >= 0
+        assert runner_up.max() < clusters
+        for row in (3, 4):
+            assert (nearest[row], runner_up[row], cosine[row], second[row]) == (0, 1, 0, 0)
 
 
-@pytest.mark.parametrize(
-    ("statistic", "momentum"), [("sum", 0.3), ("mean", 1e-4), ("mean", 1.0), ("sums", 0.0)]
-)
+def test_a_centroid_without_a_direction():
+    """Zero has cosine 0 with everything; what is not finite is nobody's nearest."""
+    x, c = points(70, 6).abs(), -points(40, 6, seed=1).abs()
+    c[2], c[5], c[6, 1], c[39, 3] = 0, 1e-10, float("nan"), float("inf")
+    nearest, runner_up, cosine, second = operators.nearest_centroids(x, c)
+    assert (nearest == 2).all()
+    assert (runner_up == 5).all()
+    assert not cosine.any()
+    assert not second.any()
+
+
+@pytest.mark.parametrize(("statistic", "momentum"), [("sum", 0.3), ("mean", 1e-4), ("mean", 1.0)])
 @each_size
 def test_update(rows, columns, dim, dtype, statistic, momentum):
     x, c = points(rows, dim, dtype), points(columns, dim, seed=1)
-    near = cosine_launchers.assign(x, c, counters(rows, columns)).nearest
+    near = cosine_launchers.assign(x, c, counters(rows, columns), inverse(x)).nearest
     _, x_inverse, _, cosine, ids = cosine_launchers.compare(x, x, None, c)
     moved = c.clone()
-    counts, result = cosine_launchers.update(x, x_inverse, cosine, ids, moved, statistic, momentum)
-    if statistic == "sums":
-        assert torch.equal(moved, c)
-        assert torch.equal(counts.long(), near.bincount(minlength=columns))
-        expected = torch.zeros(columns, dim, dtype=torch.float64, device=DEVICE)
-        expected.index_add_(0, near, x.double())
-    else:
-        expected = reference.update_centroids(c.double(), x.double(), near, momentum, statistic)
-        assert_close_to_truth(result, moved, rounding=2**-8)
-    assert_close_to_truth(result, expected)
+    copy = cosine_launchers.update(x, x_inverse, cosine, ids, moved, statistic, momentum)
+    expected = reference.update_centroids(c.double(), x.double(), near, momentum, statistic)
+    assert_close_to_truth(moved, expected)
+    assert_close_to_truth(copy, moved, rounding=2**-8)
 
 
 def test_update_leaves_out_rows_without_a_direction():

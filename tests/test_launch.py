@@ -17,7 +17,9 @@ from conftest import DEVICE
 
 pytest.importorskip("triton")
 from clusterns.kernels import (
+    assignment,
     centroid_update,
+    cluster_sums,
     cosine_launchers,
     gradient,
     launch,
@@ -29,6 +31,8 @@ from clusterns.kernels import (
 from clusterns.kernels.target import Target, assume
 
 KERNELS = {
+    assignment: assignment.assignment_kernel,
+    cluster_sums: cluster_sums.member_sums_kernel,
     centroid_update: centroid_update.centroid_update_kernel,
     gradient: gradient.gradient_kernel,
     objective: objective.objective_kernel,

@@ -116,12 +116,16 @@ COLUMNS = [
 
 
 @pytest.mark.parametrize("columns", COLUMNS, ids=len)
+@pytest.mark.parametrize("directions", ["one", "both"])
 @BOTH_WAYS
-def test_without_clusters_it_is_their_loss(still, columns, mini_batch_size):
+def test_without_clusters_it_is_their_loss(still, columns, directions, mini_batch_size):
     columns = features(still, *columns)
-    settings = {"hard_negatives": False, "mini_batch_size": mini_batch_size}
+    settings = {"hard_negatives": False, "mini_batch_size": mini_batch_size, "directions": directions}
+    their = losses.MultipleNegativesRankingLoss
+    if directions == "both":
+        their = losses.MultipleNegativesSymmetricRankingLoss
     ours, of_ours = loss_and_gradients(ClusterNSLoss(still, 0, **settings), still, columns)
-    theirs, of_theirs = loss_and_gradients(losses.MultipleNegativesRankingLoss(still), still, columns)
+    theirs, of_theirs = loss_and_gradients(their(still), still, columns)
     assert ours == pytest.approx(theirs, rel=1e-4)
     assert list(of_ours) == list(of_theirs)
     assert any(gradient.abs().max() > 1e-3 for gradient in of_theirs.values())

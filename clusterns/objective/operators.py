@@ -26,7 +26,7 @@ from .norms import (
     without_autocast,
     without_autograd,
 )
-from .problem import WORKSPACE_BYTES, Batch, Clusters, Options
+from .problem import Batch, Clusters, Options
 from .sweep import sweep
 
 if TYPE_CHECKING:
@@ -136,8 +136,8 @@ def _sweep(anchors, positives, negatives, temperature, tensor, ids, centroids, h
 
 _sweep_operator = _operator(
     f"sweep(Tensor anchors, Tensor positives, Tensor? negatives, {_TAU}, Tensor? ids, Tensor? centroids, "
-    f"Tensor? hard_ids, {_NUMBERS}, int workspace_bytes, bool[] needs, str backend) -> (Tensor loss, "
-    "Tensor terms, Tensor anchors, Tensor positives, Tensor negatives, Tensor temperature)",
+    f"Tensor? hard_ids, {_NUMBERS}, int? workspace_bytes, str directions, bool[] needs, str backend) -> "
+    "(Tensor loss, Tensor terms, Tensor anchors, Tensor positives, Tensor negatives, Tensor temperature)",
     _sweep,
     _fake_sweep,
 )
@@ -331,12 +331,12 @@ _similarity = _launcher(
 )
 _nearest_centroids = _launcher(
     "cosine_launchers",
-    "nearest_centroids(Tensor points, Tensor centroids, int workspace_bytes) -> (Tensor nearest, "
+    "nearest_centroids(Tensor points, Tensor centroids) -> (Tensor nearest, "
     "Tensor runner_up, Tensor nearest_cosine, Tensor runner_up_cosine, Tensor inverse)",
 )
 _cluster_sums = _launcher(
     "cosine_launchers",
-    "cluster_sums(Tensor points, Tensor centroids, int workspace_bytes) -> (Tensor counts, Tensor sums)",
+    "cluster_sums(Tensor points, Tensor centroids) -> (Tensor counts, Tensor sums)",
 )
 
 
@@ -387,11 +387,11 @@ def cosine_similarity_matrix(a: Tensor, b: Tensor, temperature: float | Tensor) 
 def nearest_centroids(points: Tensor, centroids: Tensor) -> tuple[Tensor, ...]:
     """Nearest and runner-up ids (B,) int64 and their cosines (B,) float32, on Triton."""
     views = unit_stride(points.detach()), unit_stride(centroids.detach().float())
-    return _nearest_centroids(*views, WORKSPACE_BYTES)[:4]
+    return _nearest_centroids(*views)[:4]
 
 
 @torch.no_grad()
 def cluster_sums(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Members (K,) of each cluster of points around centroids, and their sum (K, D), float32, on Triton."""
     views = unit_stride(points.detach()), unit_stride(centroids.detach().float())
-    return _cluster_sums(*views, WORKSPACE_BYTES)
+    return _cluster_sums(*views)

@@ -14,28 +14,52 @@ from torch import Tensor
 
 from ..rules import Rule
 
-# For a chunk of logits and its temporaries, or for the cosines of a whole batch on the Triton path.
+# For a chunk of logits and its temporaries, or for the cosines of a whole batch on the Triton path: on a CPU,
+# and at most on a GPU. There it is what a chunk of 5,632 rows takes at B = 65,536, which fills an H200 (132
+# multiprocessors) with tiles of a product at D = 768.
 WORKSPACE_BYTES = 256 * 2**20
+GPU_WORKSPACE_BYTES = 896 * 2**20
 
 SAFE_WEIGHT = 20.0  # largest |w| that needs no row maximum
+
+DIRECTIONS = ("one", "both")
 
 Needs = tuple[bool, bool, bool, bool]  # gradients wanted: anchors, positives, negatives, temperature
 
 
 class Options(NamedTuple):
-    """w, what happens to false negatives, λ, α, β, and the memory for logits."""
+    """w, what happens to false negatives, λ, α, β, the memory for logits, and who looks for whom."""
 
     hard_negative_weight: float = 0.0
     false_negatives: str | Rule = "keep"
     bml_weight: float = 1e-4
     bml_alpha: float = 0.2
     bml_beta: float = 0.5
-    workspace_bytes: int = WORKSPACE_BYTES
+    workspace_bytes: int | None = None
+    directions: str = "one"  # anchors look for positives; in "both", also positives for anchors
 
     @property
     def margin_at_zero(self) -> float:
         """What each cell with Δ = 0 adds to the margin loss, relu(α) + relu(−β): all but a few cells."""
         return max(0.0, self.bml_alpha) + max(0.0, -self.bml_beta)
+
+    def workspace(self, device: torch.device, columns: int = 0) -> int:
+        """Bytes for a chunk; on a GPU by default no more than a quarter of what is free, by halves.
+
+        columns: bytes that these and their gradient take, read and written by every chunk. A larger workspace
+        than they are would save little of the memory that a batch takes, a smaller one much time.
+        """
+        if self.workspace_bytes is not None:
+            return self.workspace_bytes
+        if device.type != "cuda":
+            return WORKSPACE_BYTES
+        most = max(GPU_WORKSPACE_BYTES, columns)
+        if not torch.cuda.is_current_stream_capturing():
+            kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + kept
+            while most > WORKSPACE_BYTES // 4 and most > free // 4:
+                most //= 2
+        return most
 
     def is_safe(self, temperature: float | Tensor, largest_logit: float) -> bool:
         """Whether exp(cos/τ), and sums of 2^40 of them, fit the dtype without a row maximum (identity 3)."""

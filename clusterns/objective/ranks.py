@@ -5,10 +5,11 @@ of the gradient of every positive, which goes back to the rank that owns that.
 
     Alone    one process, one block of columns
     All      gather="all": every rank receives all positives and explicit negatives once: one block,
-             6·B²·D/W operations a rank, (B+N)·D memory
+             6·B²·D/W operations a rank (8·B²·D/W with directions="both"), (B+N)·D memory
     Ring     gather="ring": blocks of positives travel from rank to rank, the next one while the present one
-             is computed on; the gradients travel with them. No rank ever holds more than two blocks of
-             positives and two of gradients, at 8·B²·D/W operations: Z must be known first
+             is computed on; the gradients travel one block behind them, and home when all is computed. While
+             it computes a rank holds two blocks of positives and three of gradients: leaving, coming, present;
+             8·B²·D/W operations, as Z must be known first
 
 Z just adds up over blocks of columns, and so do both gradients once Z is known; the way through the
 normalisation is linear, so it is taken before what is added up travels. Sums over ranks are taken in the
@@ -165,12 +166,16 @@ class Ranks(Alone):
 class All(Ranks):
     """Every rank sees all columns at once."""
 
+    _everything: Block | None = None
+
     def blocks(self, home: Block) -> Iterator[Block]:
-        """Everything."""
-        positives, negatives = self.concatenate(home.positives, self.rows), home.negatives
-        if negatives is not None:
-            negatives = self.concatenate(negatives, self.negative_rows)
-        yield Block(positives, negatives, self._all_ids(home), 0, self.first)
+        """Everything, which is kept for a second round."""
+        if self._everything is None:
+            positives, negatives = self.concatenate(home.positives, self.rows), home.negatives
+            if negatives is not None:
+                negatives = self.concatenate(negatives, self.negative_rows)
+            self._everything = Block(positives, negatives, self._all_ids(home), 0, self.first)
+        yield self._everything
 
     def give(self, of_positives: Tensor | None, of_negatives: Tensor | None) -> None:
         """Add the gradients up at the owners of the columns."""
@@ -212,7 +217,7 @@ class Ring(Ranks):
         self._wanted = [of_positives is not None, of_negatives is not None]
         mine = [part for part in (of_positives, of_negatives) if part is not None]
         if self._on_the_way is not None:
-            mine = [before + part for before, part in zip(self._on_the_way.wait(), mine, strict=True)]
+            self._on_the_way.add_to(mine)
         self._on_the_way = self._pass_on(mine, self._wanted)
 
     def take(self) -> Gradients:
@@ -249,10 +254,17 @@ class _Exchange:
         self.operations, self.works, self.coming = operations, works, coming
 
     def wait(self) -> list[Tensor]:
+        """What has come; once, as nothing is kept."""
+        coming = self.coming
         for work in self.works:
             work.wait()
-        self.operations = []
-        return self.coming
+        self.operations, self.works, self.coming = [], [], []
+        return coming
+
+    def add_to(self, parts: list[Tensor]) -> None:
+        """Add what has come, in place."""
+        for part, came in zip(parts, self.wait(), strict=True):
+            part.add_(came)
 
 
 def meet(group: dist.ProcessGroup, gather: str, *arguments: Any) -> Ranks:

@@ -12,6 +12,10 @@ which stands in `reference.py` in its plain form:
 6. dz = (da − a (a·da)) / ‖z‖ for a = z/‖z‖.
 7. Cluster ids replace every B×B mask.
 
+Operations, of the products: 6·B²·D on one process. 8·B²·D where every row's Z must be known before the first
+gradient: on a ring of ranks, and with directions="both", as the weight of pair (i, j) then holds the total of
+column j too, which is known after the last row. Less would be to keep S.
+
 Memory above inputs and gradients: O((B+N+K)·D) and one chunk of the workspace.
 """
 
@@ -33,6 +37,14 @@ class Products(Protocol):
     """The three products of a batch, and what its rows have found so far; `Any` is a backend's own."""
 
     has_margins: bool  # some pair is in the margin loss
+    # With directions="both", (2, B) by place in the whole batch (of a column: `block.place` and its number in
+    # the block as the caller gave it), natural logarithms, in the dtype of the computation; else None.
+    # [0, j]: log Σ_i exp(S_ij/τ) over the rows i of this process other than j's own, pairs that are out left
+    #         out; −inf where there is none.
+    # [1, j]: S_jj/τ where row j is of this process, else −inf.
+    # After the round of totals `sweep` puts log Σ exp over the ranks in its place, the same bits on each: [0]
+    # is then over all rows but the own, [1] every column's own logit, logaddexp of both log Z of the columns.
+    log_columns: Tensor | None
 
     def __init__(self, batch: Batch, ranks: Alone, hard_counts: Tensor | None):
         """hard_counts (K,): for how many sentences of the whole batch k is the hard negative, n_k."""
@@ -58,7 +70,8 @@ class Products(Protocol):
     def sums(self) -> Tensor:
         """Sums over the rows of this process, (3 + 2·D,).
 
-        Of InfoNCE, of the margins beyond what Δ = 0 adds, of s_i; and of the unit rows a_i and p_i.
+        Of InfoNCE, of the margins beyond what Δ = 0 adds, of s_i; and of the unit rows a_i and p_i. With
+        directions="both" row i adds to the first half of what it costs as a row and as a column.
         """
 
 
@@ -68,9 +81,10 @@ def sweep(batch: Batch, needs: Needs, backend: str, ranks: Alone | None = None) 
     counts = count_hard_negatives(batch.clusters)
     products = make_products(backend)(batch, ranks, ranks.sum(counts) if counts is not None else None)
     home = Block(batch.positives, batch.negatives, batch.clusters.ids, ranks.first, 0)
-    # Z of every row must be known before a gradient.
-    wants = any(ranks.needs)
-    rounds = [(True, wants)] if ranks.one_block else [(True, False), (False, True)][: 1 + wants]
+    # Every Z must be known before a gradient.
+    wants, both = any(ranks.needs), batch.options.directions == "both"
+    one_round = ranks.one_block and not both
+    rounds = [(True, wants)] if one_round else [(True, False), (False, True)][: 1 + wants]
     for totals, gradients in rounds:
         for block in ranks.blocks(home):
             columns = products.open(block, totals, gradients)
@@ -81,6 +95,9 @@ def sweep(batch: Batch, needs: Needs, backend: str, ranks: Alone | None = None) 
             if gradients:
                 ranks.give(*products.close(columns))
             del columns, rows, weights  # before the next block takes its workspace
+        if totals and both:
+            assert products.log_columns is not None
+            products.log_columns = ranks.gather(products.log_columns).logsumexp(dim=0)
     loss, terms = combine(batch.options, ranks.batch, ranks.sum(products.sums()), products.has_margins)
     of_anchors, of_temperature = products.own()
     found = [of_anchors, *ranks.take()]

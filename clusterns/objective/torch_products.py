@@ -10,6 +10,9 @@ centroids):
 
 1/Z scales rows and results, never the matrix (identity 4). Cluster-mates are sorted side by side on a large
 batch, so their rule is asked about some B²/K cells instead of B² (identity 5).
+
+With directions="both" a first round finds Z of the columns too. In the second the weights are E/Z, of a pair
+(i, j) exp(S_ij/τ)/Z_i + exp(S_ij/τ)/Z_j, and 1/(2Bτ) is what is left to scale.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ class Columns(NamedTuple):
     gradient: Tensor | None  # of the unit rows `wanted`
     buffer: Tensor  # (R, n+N+K) for the weights of a chunk
     totals: bool
+    log_totals: Tensor | None  # (n,) log Z of the positives as columns, once known; with directions="both"
 
 
 class Rows(NamedTuple):
@@ -79,8 +83,8 @@ class Rows(NamedTuple):
 class Weights(NamedTuple):
     """A chunk after its first product."""
 
-    values: Tensor  # (R, n+N+K): E, but 0 for the own positive
-    others: Tensor  # (R, 1) their row sums
+    values: Tensor  # (R, n+N+K): E, but 0 for the own positive; E/Z of both directions, where both are wanted
+    others: Tensor  # (R, 1) their row sums, in both directions the row's and that of its own column
     shift: Tensor | None  # (R, 1) what was subtracted from the logits; None where nothing needs to be
     held: list[Held]
 
@@ -98,6 +102,7 @@ class TorchProducts:
 
     def __init__(self, batch: Batch, ranks: Alone, hard_counts: Tensor | None):
         self.batch, self.options, self.ranks = batch, batch.options, ranks
+        self.workspace_bytes = self.options.workspace(batch.anchors.device)
         self.dtype = compute_dtype(batch.anchors, batch.positives, batch.negatives)
         clusters, known = batch.clusters, batch.clusters.known
         if known is not None and known.anchors.dtype != self.dtype:
@@ -138,6 +143,8 @@ class TorchProducts:
         state = (*self.a.new_empty((3, count, 1)).unbind(), *self.a.new_zeros((3, count)).unbind())
         self.rows = Rows(slice(0, count), self.a, None, gradient, centroid_cosines, own_hard, bonus, *state)
         self.positive_sum: Tensor | None = None
+        both = self.options.directions == "both"
+        self.log_columns = self.a.new_full((2, ranks.batch), -torch.inf) if both else None
         places = self.numbers if self.order is None else self.order
         self.side = Side(
             places + ranks.first if ranks.first else places,
@@ -187,10 +194,12 @@ class TorchProducts:
             gradient = units.new_empty((wanted.stop - wanted.start, units.shape[1]))
         if self.centroids is not None and own is not None:  # every row meets them once
             width += self.centroids.shape[0]
-        step = max(1, self.options.workspace_bytes // (3 * width * self.dtype.itemsize))
+        step = max(1, self.workspace_bytes // (3 * width * self.dtype.itemsize))
         buffer = units.new_empty((min(self.a.shape[0], step), width))
-        side = Side(places, ids)
-        return Columns(units, scale, order, side, borders, own, wanted, gradient, buffer, totals)
+        side, log_totals = Side(places, ids), None
+        if self.log_columns is not None and not totals:
+            log_totals = torch.logaddexp(*self.log_columns)[places]
+        return Columns(units, scale, order, side, borders, own, wanted, gradient, buffer, totals, log_totals)
 
     def chunks(self, columns: Columns) -> Iterator[Rows]:
         """Rows whose weights fit the workspace."""
@@ -210,11 +219,16 @@ class TorchProducts:
         if own is not None and columns.totals:
             torch.gather(values, 1, own, out=positive)
         held = self._ask_rule(columns, values, rows) if self.rule is not None else []
-        if not self.safe:
-            largest = torch.maximum(values.amax(dim=1, keepdim=True), positive)
-            shift = largest if columns.totals else torch.logaddexp(known, positive)
+        by_column = None if self.log_columns is None else self._by_column(columns, own, values)
+        if not self.safe or columns.log_totals is not None:
+            if columns.totals:
+                shift = torch.maximum(values.amax(dim=1, keepdim=True), positive)
+            else:
+                shift = torch.logaddexp(known, positive)
             values.sub_(shift)
         values.exp_()
+        if columns.log_totals is not None and by_column is not None:
+            values[:, : by_column.shape[1]].add_(by_column)
         if own is not None:  # kept apart: then neither loss nor gradient is a difference of near-equals
             values.scatter_(1, own, 0.0)
         if columns.totals:
@@ -224,6 +238,10 @@ class TorchProducts:
                 log_others.add_(shift)
             if own is None:
                 torch.logaddexp(known, log_others, out=known)
+            if self.log_columns is not None:
+                self._add_to_columns(columns, rows, values, by_column)
+        elif columns.log_totals is not None:
+            others = (known - positive).sigmoid_() + (self._own_columns()[rows.where] - positive).sigmoid_()
         else:
             others = known.exp() if shift is None else (known - shift).exp()
         return Weights(values, others, shift, held)
@@ -234,7 +252,10 @@ class TorchProducts:
         ∂loss/∂S = 1/(Bτ) · (E/Z − I + W − diag(row sums of W)); W: slopes of the margin loss times λτ/B.
         """
         values, others, shift, held = weights
-        total = others + (rows.positive if shift is None else rows.positive - shift).exp()  # Z
+        if columns.log_totals is None:
+            total = others + (rows.positive if shift is None else rows.positive - shift).exp()  # Z
+        else:
+            total = torch.full_like(others, 2.0)  # the weights are E/Z, the loss is half of their sum
         unit = total
         if self.has_margins:
             unit = total * (self.options.bml_weight * self.temperature / self.ranks.batch)
@@ -275,6 +296,9 @@ class TorchProducts:
         rows = self.rows
         # log(1 + Σ_others / E_ii)
         info_nce = softplus((rows.log_others - rows.positive)[:, 0], threshold=_LINEAR)
+        if self.log_columns is not None:
+            of_columns = softplus((self._own_columns() - rows.positive)[:, 0], threshold=_LINEAR)
+            info_nce.add_(of_columns).div_(2)
         sums = torch.stack([info_nce, rows.margin_sum, rows.positive[:, 0]]).sum(dim=1)
         sums[1:].mul_(self.temperature)
         return torch.cat([sums, self.a.sum(dim=0), self.positive_sum])
@@ -319,6 +343,35 @@ class TorchProducts:
                 hard.scatter_add_(1, rows.own_hard, rows.own_bonus)
         return out
 
+    def _by_column(self, columns: Columns, own: Tensor | None, values: Tensor) -> Tensor | None:
+        """What is to be taken of the logits: with `totals` log Σ E by column, (n,), unless E itself is safe.
+
+        Then, what each column adds to E/Z, (R, n).
+        """
+        logits = values[:, : columns.side.places.shape[0]]
+        if columns.log_totals is not None:
+            return (logits - columns.log_totals).exp_()
+        if self.safe:
+            return None
+        if own is not None:
+            values.scatter_(1, own, -torch.inf)
+        return logits.logsumexp(dim=0)
+
+    def _add_to_columns(self, columns: Columns, rows: Rows, values: Tensor, met: Tensor | None) -> None:
+        """Add a chunk of rows to the totals of the columns: E, or log Σ E by column where that was `met`."""
+        assert self.log_columns is not None
+        places, (others, positives) = columns.side.places, self.log_columns
+        if met is None:
+            met = values[:, : places.shape[0]].sum(dim=0).log_()
+        others[places] = torch.logaddexp(others[places], met)
+        if rows.own is not None:
+            positives[self.side.places[rows.where]] = rows.positive[:, 0]
+
+    def _own_columns(self) -> Tensor:
+        """Log Σ E of the others in the column of the rows' own positives, (M, 1)."""
+        assert self.log_columns is not None
+        return self.log_columns[0, self.side.places, None]
+
     def _ask_rule(self, columns: Columns, values: Tensor, rows: Rows) -> list[Held]:
         """Put the rule's decisions into the logits of a chunk, and return what the margin loss holds.
 
@@ -326,7 +379,7 @@ class TorchProducts:
         """
         assert self.rule is not None
         width, start = columns.side.places.shape[0], rows.where.start
-        step = max(1, self.options.workspace_bytes // (12 * width * self.dtype.itemsize))
+        step = max(1, self.workspace_bytes // (12 * width * self.dtype.itemsize))
         if columns.borders is not None:
             step = min(step, _MATE_ROWS)
         held = []

@@ -1,14 +1,27 @@
-"""The three products on Triton, for batches whose cosines do not fit the workspace: 6·B²·D operations.
+"""The three products on Triton, for batches whose cosines are not kept: 6·B²·D operations.
 
-Per chunk of rows the first product is a Triton kernel whose epilogue leaves softmax weights, in bfloat16 for
+Per chunk of rows the first product is a Triton kernel that leaves softmax weights, in bfloat16 for
 half-precision embeddings, and their row sums in float32; the two products that follow are the vendor
 library's, added up over chunks in float32. 1/Z scales anchors and results, never the matrix. Raw rows are
-multiplied and the norms divided out, so half precision is exact in the cosines.
+multiplied and the norms divided out, so half precision is exact in the cosines. Eight launches a chunk:
+
+    gather                       rows in cluster order, norms, s_i
+    weigh, and weigh centroids   product 1
+    settle                       log Z and what follows from it
+    product 2, product 3         the vendor library's
+    add_margins                  slopes of the margin loss, −1, 0 or 1, times rows: groups of cluster-mates
+    finish                       gradient of the anchors
+
+(Two more before them where a row maximum is needed: a look for Z alone.) The margin loss is apart, since its
+slopes, λ/B² each, would vanish beside the weights in half precision. Only where a cluster holds more than an
+eighth of the columns do they ride on the weights, rounded up or down by chance, or it would cost as much as
+the sweep.
 
 float16 embeddings too have bfloat16 weights: exp(cos/τ) leaves the range of float16. The gradient of explicit
 negatives, which weights alone make up, then takes the other factor of its product in two parts; with one it
-would be further from the truth than plain torch in float16. The margin loss is a kernel of its own over the
-diagonal blocks of cluster-mates: its slopes, λ/B² each, would vanish beside the weights in half precision.
+would be further from the truth than plain torch in float16.
+
+With directions="both" a first round finds Z of rows and columns. In the second the weights are E/Z_i + E/Z_j.
 
 `TritonProducts` has the interface of `torch_products.TorchProducts`. No function waits for the device.
 """
@@ -17,14 +30,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from ..kernels import chunk_launchers as launchers
-from ..kernels.launch import padded
+from ..kernels.launch import cdiv, padded
 from ..kernels.weights import SAFE_TEMPERATURE
 from .norms import common_dtype, inverse_norms, kept_dtype, unit_stride
 from .problem import SAFE_WEIGHT, Batch, Block
@@ -32,58 +45,59 @@ from .ranks import Alone
 
 _LOG2_E = math.log2(math.e)
 
-
-class Source(NamedTuple):
-    """Columns of one kind."""
-
-    raw: Tensor  # (n, D)
-    inverse: Tensor  # (n,) 1/‖row‖
-    operand: Tensor  # (n, D) what the second and third product take
-    tiles: int
-    is_centroids: bool
-    wanted: bool = False  # whether they want a gradient
-    gradient: Tensor | None = None  # (n, D) float32, over ‖row‖ and without the projection
-    weights: Tensor | None = None  # (R, padded(n)) of a chunk
+# A cluster of more than one column in so many has its slopes on the weights.
+_FEW_MATES = 8
 
 
 class Mates(NamedTuple):
-    """Where cluster-mates stand once rows and columns are sorted by cluster."""
+    """Where cluster-mates stand once rows and columns are sorted by cluster: first, past the last."""
 
-    order: Tensor  # (n,) columns
-    of_rows: tuple[Tensor, Tensor]  # (M,) each: first and past the last sorted column of each sorted row
-    of_columns: tuple[Tensor, Tensor]  # (n,) each: and the sorted rows of each sorted column
-    own: Tensor  # (M,) the sorted column of each sorted row's own positive; −1 where it is not here
-    owner: Tensor  # (n,) the sorted row of each sorted column
+    of_rows: tuple[Tensor, Tensor]  # (M,) each, columns
+    of_columns: tuple[Tensor, Tensor]  # (n,) each, rows
+
+
+class Buffers(NamedTuple):
+    """What a chunk of R rows is worked out in, None where there is none."""
+
+    partial: Tensor  # row sums by parts of the columns
+    margin_partial: Tensor | None
+    column_partial: Tensor | None
+    rows: Tensor | None  # (R, D) raw rows in cluster order
+    weights: Tensor | None  # (R, padded(n+N) + padded(K))
+    slopes: Tensor | None  # (R, most mates) int8
+    reference: Tensor | None  # (R,)
+    row_scale: Tensor | None  # (R,) 1/(BτZ)
+    share: Tensor | None  # (R, D) unit rows times that
+    rest: Tensor | None  # (R, D) and what share has lost
+    pull: Tensor | None  # (R, D) float32 product 2
 
 
 class Columns(NamedTuple):
-    """A block's columns: positives, explicit negatives and, beside the own positives, centroids."""
+    """A block's columns: positives, then explicit negatives."""
 
-    sources: list[Source]
+    raw: Tensor  # (n+N, D)
+    inverse: Tensor  # (n+N,) 1/‖row‖
+    positives: int  # n
+    order: Tensor | None  # (n,) which of the block as it came
+    places: Tensor  # (n,) in the batch
+    ids: Tensor | None  # (n,)
     own: Tensor | None  # (M,) by sorted row: the column of its own positive, where it is here
-    ids: Tensor | None
     mates: Mates | None
+    centroids: Tensor | None  # (K, D) raw, which the rows meet beside their own positives
+    operand: Tensor | None  # raw and, from padded(n+N) on, centroids, as products 2 and 3 take them
+    wanted: slice  # the columns that want a gradient
+    gradient: Tensor | None  # of those, float32, over ‖row‖ and without the projection
+    log_totals: Tensor | None  # (n,) log2 Z of the positives as columns, once known
     chunk: int  # R
+    buffers: Buffers
     totals: bool
-    differentiate: bool
-
-
-class Weights(NamedTuple):
-    """A chunk after its first product."""
-
-    x: Tensor  # (R, D) raw rows
-    x_inverse: Tensor  # (R,)
-    a: Tensor  # (R, D) unit rows
-    p: Tensor | None  # (R, D) unit rows of their positives, where these are here
-    positive: Tensor  # (R,) E of the own positive
-    others: Tensor  # (R,) row sums of the others
 
 
 class TritonProducts:
     """Rows that meet blocks of columns; keeps what the rows have found so far.
 
-    Rows are sorted by cluster where the margin loss wants mates side by side; the arrays kept here are in
-    that order, the results in the caller's.
+    Rows and columns are sorted by cluster where the margin loss wants mates side by side; the arrays kept
+    here are in that order, the results in the caller's.
     """
 
     def __init__(self, batch: Batch, ranks: Alone, hard_counts: Tensor | None):
@@ -91,265 +105,378 @@ class TritonProducts:
         self.dtype = common_dtype(batch.anchors, batch.positives, batch.negatives)
         self.weight_dtype = torch.bfloat16 if self.dtype.itemsize == 2 else torch.float32
         self.anchors = unit_stride(batch.anchors.detach().to(self.dtype))
-        device, count = self.anchors.device, len(self.anchors)
+        self.device, count = self.anchors.device, len(self.anchors)
+        columns = ranks.batch if ranks.one_block else count
+        columns_bytes = columns * self.anchors.shape[1] * (4 + self.weight_dtype.itemsize)
+        self.workspace_bytes = self.options.workspace(self.device, columns_bytes)
         clusters = batch.clusters
         word = self.options.false_negatives if clusters.ids is not None else "keep"
         self.excludes, self.has_margins = word == "exclude", word == "bml"
         self.order: Tensor | None = None
-        self.row_numbers = torch.arange(count, device=device)
+        self.row_numbers = torch.arange(count, device=self.device)
         if self.has_margins and clusters.ids is not None:
             self.order = self.row_numbers = clusters.ids.argsort(stable=True)
         self.cluster_ids = None if clusters.ids is None else self._sorted(clusters.ids)
-        self.anchor_inverse = inverse_norms(self.anchors, torch.float32)
-        self.centroids: Source | None = None
+        self.centroids: Tensor | None = None
         if hard_counts is not None:
             assert clusters.centroids is not None
             assert clusters.hard_ids is not None
-            self.centroids = self._source(clusters.centroids.float().contiguous(), is_centroids=True)
+            self.centroids = clusters.centroids.detach().float().contiguous()
+            self.centroid_inverse = inverse_norms(self.centroids)
             self.hard_ids, self.uses = self._sorted(clusters.hard_ids), hard_counts.float()
         tau = batch.temperature
         self.temperature = tau.detach().float() if isinstance(tau, Tensor) else tau
         self.needs_maximum = not self.options.is_safe(tau, 1 / SAFE_TEMPERATURE.value)
-        self.slope_scale = self.options.bml_weight / ranks.batch**2
-        self.margins = {
-            "alpha": float(self.options.bml_alpha),
-            "beta": float(self.options.bml_beta),
-            "out_scale": float(self.slope_scale),
-        }
+        # A learned τ is known to the device alone, and so is whether it needs a reference.
+        self.skips = isinstance(tau, Tensor) and abs(self.options.hard_negative_weight) <= SAFE_WEIGHT
+        self.slope_scale = float(self.options.bml_weight / ranks.batch**2)
+        both = self.options.directions == "both"
+        self.size = float((1 + both) * ranks.batch)
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float32, device=device)
+            return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
-        self.positive_cosine = zeros(count)
-        self.log_others = torch.full_like(self.positive_cosine, -torch.inf)  # base 2
-        self.slope_sum, self.margin_sum = zeros(count), zeros(count)
-        self.anchor_sum, self.positive_sum = (zeros(self.anchors.shape[1]) for _ in range(2))
-        self.along = zeros()  # Σ a_i · ∂InfoNCE/∂a_i
-        self.unit_gradient: Tensor | None = None  # (M, D) float32, sorted: over several blocks
-        self.gradient: Tensor | None = None  # (M, D), of the anchors themselves
+        self.inverse, self.positive_cosine = zeros(count), zeros(count)
+        self.log_others = torch.full_like(self.inverse, -torch.inf)  # base 2
+        self.margins = zeros(3, count)  # Σ slope, margins, slope·Δ
+        self.own_weight, self.along = zeros(count), zeros(count)
+        self.unit_sums: list[Tensor] = []  # (·, 2·D) each, of anchors and positives
+        self.gradient: Tensor | None = None  # (M, D) of the anchors
+        self.unit_gradient: Tensor | None = None  # (M, D) float32: over several blocks
+        self.log_columns = torch.full((2, ranks.batch), -torch.inf, device=self.device) if both else None
+        self.log_total: Tensor | None = None  # (M,) base 2, once known
 
     def open(self, block: Block, totals: bool, gradients: bool) -> Columns:
         """Prepare to meet a block: for the totals of the rows, for the gradients, or for both."""
         need_anchors, need_positives, need_negatives, need_temperature = self.ranks.needs
-        sources, own = [self._source(block.positives, need_positives)], None
-        if block.negatives is not None:
-            sources.append(self._source(block.negatives, need_negatives))
+        positives, ids = block.positives.detach(), block.cluster_ids
+        count = len(positives)
+        places = torch.arange(count, device=self.device)
+        order, own, mates, log_totals = None, None, None, None
+        if self.has_margins:
+            assert ids is not None
+            assert self.cluster_ids is not None
+            order = ids.argsort(stable=True)
+            place_of = torch.empty_like(order)
+            place_of[order] = places
+            ids = ids[order]
+            mates = Mates(_borders(ids, self.cluster_ids), _borders(self.cluster_ids, ids))
         if block.own is not None:
             own = block.own + self.row_numbers
-            if self.centroids is not None:
-                sources.append(self.centroids)
-        chunk = min(len(self.anchors), self._chunk(sources, gradients))
+            own = own if order is None else place_of[own]
+        places = block.place + (places if order is None else order)
+        if self.log_columns is not None and not totals:
+            log_totals = torch.logaddexp(*self.log_columns)[places] * _LOG2_E
+        centroids = self.centroids if own is not None else None
+        raw, operand = self._lay_out(block, order, centroids if gradients else None)
+        wanted = slice(0 if need_positives else count, len(raw) if need_negatives else count)
+        gradient = None
         if gradients:
-            sources = [
-                each._replace(
-                    gradient=torch.empty_like(each.raw, dtype=torch.float32) if each.wanted else None,
-                    weights=each.operand.new_empty((chunk, padded(len(each.raw)))),
-                )
-                for each in sources
-            ]
-            if need_anchors or need_temperature:
-                if totals:
+            size = wanted.stop - wanted.start
+            gradient = raw.new_empty((size, raw.shape[1]), dtype=torch.float32) if size else None
+            if not totals and self.log_total is None:
+                self.log_total = torch.logaddexp2(self.log_others, self._positive_logits())
+            if (need_anchors or need_temperature) and self.gradient is None and self.unit_gradient is None:
+                if self.ranks.one_block:
                     self.gradient = torch.empty_like(self.anchors, dtype=kept_dtype(self.dtype))
-                elif self.unit_gradient is None:
+                else:
                     self.unit_gradient = torch.zeros_like(self.anchors, dtype=torch.float32)
-        mates = self._find_mates(block.cluster_ids, own) if self.has_margins else None
-        return Columns(sources, own, block.cluster_ids, mates, chunk, totals, gradients)
-
-    def _chunk(self, sources: list[Source], gradients: bool) -> int:
-        """So many rows that weights and temporaries stay within the workspace; whole tiles if it can be."""
-        row_bytes = 28 * self.anchors.shape[1] + 4 * sum(source.tiles for source in sources)
-        if gradients:
-            row_bytes += sum(padded(len(each.raw)) * each.operand.itemsize for each in sources)
-        chunk = max(1, self.options.workspace_bytes // row_bytes)
-        return chunk - chunk % 128 if chunk > 128 else chunk
+        chunk, buffers = self._buffers(raw, count, centroids, totals, gradients)
+        return Columns(
+            raw, inverse_norms(raw, torch.float32), count, order, places, ids, own, mates, centroids, operand,
+            wanted, gradient, log_totals, chunk, buffers, totals,
+        )  # fmt: skip
 
     def chunks(self, columns: Columns) -> Iterator[slice]:
         """Rows whose weights fit the workspace."""
         for start in range(0, len(self.anchors), columns.chunk):
             yield slice(start, min(start + columns.chunk, len(self.anchors)))
 
-    def weigh(self, columns: Columns, rows: slice) -> Weights:
-        """Take product 1; with `totals` also what adds up over the columns."""
-        numbers, p = self.row_numbers[rows], None
-        x = self.anchors[rows] if self.order is None else self.anchors.index_select(0, numbers)
-        x_inverse = self.anchor_inverse[numbers]
-        a = x.float() * x_inverse[:, None]
+    def weigh(self, columns: Columns, rows: slice) -> Tensor:
+        """Take product 1 and settle what its sums decide; returns the chunk's raw rows (R, D)."""
+        buffers, totals = columns.buffers, columns.totals
+        numbers, x, own = self.row_numbers[rows], self.anchors[rows], None
+        if buffers.rows is not None:
+            x = buffers.rows[: len(numbers)]
         if columns.own is not None:
-            own, positives = columns.own[rows], columns.sources[0]
-            p = positives.raw.index_select(0, own).float() * positives.inverse[own, None]
-            if columns.totals:
-                self.positive_cosine[rows] = (a * p).sum(dim=1)
-                self.anchor_sum += a.sum(dim=0)
-                self.positive_sum += p.sum(dim=0)
-        positive = self.positive_cosine[rows] * (_LOG2_E / self.temperature)  # logit, base 2
-        known, reference = self.log_others[rows], None  # the latter is subtracted from each row's logits
-        if self.needs_maximum:
-            if columns.totals:
-                maxima = self._launch("maxima", columns, x, x_inverse, rows, None)
-                reference = torch.maximum(maxima.amax(dim=0), positive)
-            else:
-                reference = torch.logaddexp2(known, positive)
-            # A learned τ is known to the device alone, and so is whether the kernel has looked for maxima.
-            if isinstance(self.temperature, Tensor) and abs(self.options.hard_negative_weight) <= SAFE_WEIGHT:
-                reference = reference.masked_fill(self.temperature >= SAFE_TEMPERATURE.value, 0.0)
-        mode = "weights" if columns.differentiate else "totals"
-        partial = self._launch(mode, columns, x, x_inverse, rows, reference)
-        if columns.totals:
-            others = partial.sum(dim=0)
-            log_others = others.log2() if reference is None else others.log2() + reference
-            torch.logaddexp2(known, log_others, out=known)
-        else:
-            others = (known if reference is None else known - reference).exp2()
-        positive = (positive if reference is None else positive - reference).exp2()
-        weights = Weights(x, x_inverse, a, p, positive, others)
-        if not columns.differentiate:
-            self._add_margins(columns, rows, weights, None)
-        return weights
-
-    def differentiate(self, columns: Columns, rows: slice, weights: Weights) -> None:
-        """Take products 2 and 3."""
-        x, x_inverse, a, p, positive, others = weights
-        row_scale = 1.0 / (self.ranks.batch * self.temperature * (positive + others))  # 1/(BτZ)
-        need_anchors, _, _, need_temperature = self.ranks.needs
-        parts = [
-            source.weights[: len(x), : len(source.raw)]
-            for source in columns.sources
-            if source.weights is not None
-        ]
-        du: Tensor | None = None
-        if need_anchors or need_temperature:
-            du = torch.empty_like(a)
-            for place, (source, part) in enumerate(zip(columns.sources, parts, strict=True)):
-                _accumulate(du, part, source.operand, first=place == 0)  # product 2
-            du *= row_scale[:, None]
-            if need_temperature:
-                self.along += torch.dot(a.view(-1), du.view(-1))
-        self._add_margins(columns, rows, weights, du)
-        own_weight: Tensor | None = None
-        if p is not None:  # the positive, kept apart from the weights: no difference of near-equals
-            own_weight = others * row_scale
-            if need_temperature:
-                self.along -= torch.dot(own_weight, self.positive_cosine[rows])
-            own_weight = own_weight + self.slope_sum[rows] * self.slope_scale
-            if du is not None:
-                du -= p * own_weight[:, None]
-        scaled = a * row_scale[:, None]
-        share = scaled.to(self.weight_dtype)
-        positives = columns.sources[0]
-        for source, part in zip(columns.sources, parts, strict=True):
-            if source.gradient is not None:
-                _accumulate(source.gradient, part.T, share, first=rows.start == 0)  # product 3
-                if source is not positives and self.dtype == torch.float16:
-                    _accumulate(source.gradient, part.T, (scaled - share).to(share.dtype), first=False)
-        if own_weight is not None and columns.own is not None and positives.gradient is not None:
             own = columns.own[rows]
-            own_weight *= positives.inverse[own]
-            positives.gradient.index_add_(0, own, a * own_weight[:, None], alpha=-1)
-        if du is None:
-            return
-        if self.unit_gradient is not None:
-            self.unit_gradient[rows] += du
-        else:
-            launchers.through_norm(du, x, x_inverse, self.gradient, self.row_numbers[rows])
+        margins: dict[str, Any] = {}
+        if columns.mates is not None:
+            low, high = columns.mates.of_rows
+            margins = {
+                "low": low[rows],
+                "high": high[rows],
+                "margins": self.margins[:, rows] if totals else None,
+            }
+            margins["most_mates"] = self._most_mates(columns.positives)
+        if buffers.rows is not None or (totals and own is not None):
+            self._gather(columns, x, rows, own, margins)
+        more: dict[str, Any] = {} if own is None else {"own": own}
+        if self.excludes and self.cluster_ids is not None:
+            more |= {"row_ids": self.cluster_ids[rows], "column_ids": columns.ids}
+        # A look at Z alone, for what the weights are relative to.
+        reference = None if self.log_total is None else self.log_total[rows]
+        gradients = buffers.weights is not None
+        if gradients and totals and self.needs_maximum:
+            assert buffers.reference is not None
+            reference = buffers.reference[: len(x)]
+            self._look("totals", columns, x, rows, SKIPS=self.skips, **more)
+            self._settle(columns, x, rows, reference=reference, LOGS=True, SKIPS=self.skips)
+        if margins:
+            more |= {name: margins[name] for name in ("low", "high", "most_mates")} | self._margin_numbers()
+            more |= {"positive": self.positive_cosine[rows], "margin_partial": buffers.margin_partial}
+            margins |= {"margin_partial": buffers.margin_partial, "margins": self.margins[:, rows]}
+        if not gradients:
+            self._look("totals", columns, x, rows, column_partial=buffers.column_partial, **more)
+            self._settle(columns, x, rows, log_others=self.log_others[rows], LOGS=True, **margins)
+            if buffers.column_partial is not None:
+                self._add_to_columns(columns, x, rows, own)
+            return x
+        if buffers.slopes is not None:
+            more["slopes"] = buffers.slopes
+            margins["weights"] = buffers.weights
+        self._look(
+            "weights", columns, x, rows, reference=reference, column_reference=columns.log_totals,
+            weights=buffers.weights, **more,
+        )  # fmt: skip
+        log_own_column = None
+        if self.log_columns is not None and own is not None:
+            log_own_column = self.log_columns[0, columns.places[own]] * _LOG2_E
+        self._settle(
+            columns, x, rows, totals, log_others=self.log_others[rows], reference=reference,
+            log_own_column=log_own_column, own_weight=self.own_weight[rows], row_scale=buffers.row_scale,
+            share=buffers.share, rest=buffers.rest, **margins,
+        )  # fmt: skip
+        return x
+
+    def differentiate(self, columns: Columns, rows: slice, weights: Tensor) -> None:
+        """Take products 2 and 3."""
+        x, buffers, out = weights, columns.buffers, columns.gradient
+        assert buffers.weights is not None
+        assert buffers.share is not None
+        assert columns.operand is not None
+        values, share = buffers.weights[: len(x)], buffers.share[: len(x)]
+        pull = None if buffers.pull is None else buffers.pull[: len(x)]
+        if pull is not None:
+            _accumulate(pull, values[:, : len(columns.operand)], columns.operand, first=True)
+        if out is not None:
+            _accumulate(out, values[:, columns.wanted].T, share, first=rows.start == 0)
+            if buffers.rest is not None:
+                negatives = slice(columns.positives, columns.wanted.stop)
+                part = out[columns.positives - columns.wanted.start :]
+                _accumulate(part, values[:, negatives].T, buffers.rest[: len(x)], first=False)
+        if buffers.slopes is not None and columns.mates is not None:
+            (low, high), of_columns = columns.mates.of_rows, columns.mates.of_columns
+            launchers.add_margins(
+                x, columns.raw[: columns.positives], buffers.slopes, x_inverse=self.inverse[rows],
+                y_inverse=columns.inverse, low=low[rows], high=high[rows], column_low=of_columns[0],
+                column_high=of_columns[1], own=None if columns.own is None else columns.own[rows],
+                row_scale=buffers.row_scale, x_gradient=pull, slope_scale=self.slope_scale,
+                y_gradient=out if self.ranks.needs[1] else None, first_row=rows.start,
+            )  # fmt: skip
+        if pull is not None:
+            partner: dict[str, Tensor] = {}
+            if columns.own is not None:
+                partner = {"partner": columns.raw, "partner_index": columns.own[rows]}
+                partner |= {"partner_weight": self.own_weight[rows], "partner_inverse": columns.inverse}
+            launchers.finish(
+                pull, x, self.inverse[rows], scale=buffers.row_scale, out=self.gradient, **partner,
+                unit=self.unit_gradient, index=self.row_numbers[rows], along=self.along[rows],
+            )  # fmt: skip
 
     def close(self, columns: Columns) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the block's positives (n, D) and explicit negatives (N, D), where wanted."""
-        positives, mates = columns.sources[0], columns.mates
-        if mates is not None and self.slope_scale and positives.gradient is not None:
-            launchers.add_margins(
-                positives.raw, self.anchors, mates.of_columns, x_inverse=positives.inverse,
-                y_inverse=self.anchor_inverse, x_order=mates.order, y_order=self.row_numbers, own=mates.owner,
-                positive=self.positive_cosine, out=positives.gradient, TRANSPOSED=True, **self.margins,
-            )  # fmt: skip
+        found: list[Tensor | None] = [None, None]
+        if columns.gradient is None:
+            return None, None
         # Those that ranks add up stay in float32.
         dtype = torch.float32 if self.ranks.size > 1 else kept_dtype(self.dtype)
-        through: list[Tensor | None] = [None, None]
-        for place, source in enumerate(columns.sources):
-            if source.gradient is not None:
-                through[place] = out = torch.empty_like(source.raw, dtype=dtype)
-                launchers.through_norm(source.gradient, source.raw, source.inverse, out, scaled=True)
-        return through[0], through[1]
+        count = columns.positives
+        for which, (start, stop) in enumerate(((0, count), (count, len(columns.raw)))):
+            if start < columns.wanted.start or stop > columns.wanted.stop or (which and start == stop):
+                continue
+            part, partner = slice(start, stop), {}
+            if not which and columns.own is not None:
+                owner = torch.full_like(columns.places, -1)
+                owner[columns.own] = torch.arange(len(columns.own), device=self.device)
+                weight = (self.own_weight * self.inverse)[owner] * columns.inverse[:count]
+                index = self.row_numbers[owner].masked_fill_(owner < 0, -1)
+                partner = {"partner": self.anchors, "partner_index": index, "partner_weight": weight}
+            found[which] = out = torch.empty_like(columns.raw[part], dtype=dtype)
+            launchers.finish(
+                columns.gradient[start - columns.wanted.start :][: stop - start], columns.raw[part],
+                columns.inverse[part], out=out, SCALED=True, **partner,
+                index=None if which else columns.order,
+            )  # fmt: skip
+        return found[0], found[1]
 
     def sums(self) -> Tensor:
         """Sums over the rows of this process, (3 + 2·D,)."""
-        margin = self.log_others / _LOG2_E - self.positive_cosine / self.temperature
-        rows = torch.stack([softplus(margin), self.margin_sum, self.positive_cosine])
-        return torch.cat([rows.sum(dim=1), self.anchor_sum, self.positive_sum])
+        logits = self._positive_logits()
+        info_nce = softplus((self.log_others - logits) / _LOG2_E)
+        if self.log_columns is not None:
+            own = self.ranks.first + self.row_numbers
+            of_columns = softplus(self.log_columns[0, own] - logits / _LOG2_E)
+            info_nce = (info_nce + of_columns) / 2
+        rows = torch.stack([info_nce, self.margins[1], self.positive_cosine])
+        return torch.cat([rows.sum(dim=1), torch.cat(self.unit_sums).sum(dim=0)])
 
     def own(self) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the anchors (M, D), in the caller's order, and of τ, 0-d, where wanted."""
         need_anchors, _, _, need_temperature = self.ranks.needs
-        of_temperature = -self.along / self.temperature if need_temperature else None
-        if not need_anchors:
-            return None, of_temperature
-        if self.gradient is None:
-            assert self.unit_gradient is not None
+        if self.unit_gradient is not None:
             self.gradient = torch.empty_like(self.anchors, dtype=kept_dtype(self.dtype))
-            x, inverse = self._sorted(self.anchors), self._sorted(self.anchor_inverse)
-            launchers.through_norm(self.unit_gradient, x, inverse, self.gradient, self.row_numbers)
-        return self.gradient, of_temperature
+            inverse = torch.empty_like(self.inverse)
+            inverse[self.row_numbers] = self.inverse
+            launchers.finish(self.unit_gradient, self.anchors, inverse, out=self.gradient, along=self.along)
+        of_temperature = None
+        if need_temperature:  # what the margin loss adds to a·du is no share of InfoNCE
+            along = self.along.sum() - self.slope_scale * self.margins[2].sum()
+            of_temperature = -along / self.temperature
+        return self.gradient if need_anchors else None, of_temperature
 
     def _sorted(self, rows: Tensor) -> Tensor:
         return rows if self.order is None else rows[self.order]
 
-    def _source(self, raw: Tensor, wanted: bool = False, is_centroids: bool = False) -> Source:
-        raw = unit_stride(raw.detach() if is_centroids else raw.detach().to(self.dtype))
-        operand = raw if is_centroids else raw.to(self.weight_dtype)
-        tiles = launchers.column_tiles(raw, self.anchors)
-        return Source(raw, inverse_norms(raw, torch.float32), operand, tiles, is_centroids, wanted)
+    def _positive_logits(self) -> Tensor:
+        """s_i/τ (M,), base 2."""
+        return self.positive_cosine * (_LOG2_E / self.temperature)
 
-    def _find_mates(self, ids: Tensor | None, own: Tensor | None) -> Mates:
-        assert ids is not None
-        assert self.cluster_ids is not None
-        order, row_ids = ids.argsort(stable=True), self.cluster_ids
-        ids = ids[order]
-        own_place = torch.full_like(self.row_numbers, -1)
-        owner_place = torch.full_like(order, -1)
-        if own is not None:
-            places = torch.empty_like(order)
-            places[order] = torch.arange(len(order), device=order.device)
-            own_place = places[own]
-            owner_place[own_place] = torch.arange(len(own), device=order.device)
-        return Mates(order, _borders(ids, row_ids), _borders(row_ids, ids), own_place, owner_place)
+    def _lay_out(
+        self, block: Block, order: Tensor | None, centroids: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Columns as product 1 takes them, (n+N, D), and with the centroids as products 2 and 3 do.
 
-    def _launch(
-        self, mode: str, columns: Columns, x: Tensor, x_inverse: Tensor, rows: slice, reference: Tensor | None
-    ) -> Tensor:
-        """Run the first product for every kind of columns; row sums or maxima by tile, (tiles, R)."""
-        tiles = [source.tiles for source in columns.sources]
-        partial = torch.empty((sum(tiles), len(x)), dtype=torch.float32, device=x.device)
-        for source, part in zip(columns.sources, partial.split(tiles), strict=True):
-            more: dict[str, Tensor | None] = {}
-            if source is columns.sources[0]:
-                more["own"] = columns.own[rows] if columns.own is not None else None
-                if self.excludes and self.cluster_ids is not None:
-                    more.update(row_ids=self.cluster_ids[rows], column_ids=columns.ids)
-            if source.is_centroids:
-                more.update(uses=self.uses, hard_ids=self.hard_ids[rows])
-            launchers.weigh(
-                mode, x, source.raw, x_inverse=x_inverse, y_inverse=source.inverse, partial=part,
-                weights=source.weights if mode == "weights" else None, temperature=self.temperature,
-                hard_negative_weight=float(self.options.hard_negative_weight), reference=reference, **more,
-            )  # fmt: skip
-        return partial
+        No copy of positives that may stay as they are.
+        """
+        positives, negatives = block.positives.detach(), block.negatives
+        if order is None and negatives is None and centroids is None:
+            raw = unit_stride(positives.to(self.dtype))
+            return raw, raw.to(self.weight_dtype)
+        count = len(positives)
+        width = count + (0 if negatives is None else len(negatives))
+        first, size = padded(width), 0 if centroids is None else len(centroids)
+        operand = positives.new_zeros((first + size, positives.shape[1]), dtype=self.weight_dtype)
+        raw = operand[:width]
+        if self.dtype != self.weight_dtype:
+            raw = positives.new_empty((width, positives.shape[1]), dtype=self.dtype)
+        raw[:count] = positives if order is None else positives.to(self.dtype).index_select(0, order)
+        if negatives is not None:
+            raw[count:] = negatives.detach()
+        if self.dtype != self.weight_dtype:
+            operand[:width] = raw
+        if centroids is not None:
+            operand[first:] = centroids
+        return raw, operand
 
-    def _add_margins(self, columns: Columns, rows: slice, weights: Weights, du: Tensor | None) -> None:
-        """Margin loss of the chunk's rows: sums on the first visit, and the gradient added to du (R, D)."""
-        mates, positives = columns.mates, columns.sources[0]
-        out = du if self.slope_scale else None
-        if mates is None or (out is None and not columns.totals):
-            return
-        x, x_inverse = weights.x, weights.x_inverse
-        slope_sum, margin = (torch.empty_like(x_inverse) if columns.totals else None for _ in range(2))
-        low, high = mates.of_rows
-        launchers.add_margins(
-            x, positives.raw, (low[rows], high[rows]), x_inverse=x_inverse, y_inverse=positives.inverse,
-            y_order=mates.order, own=mates.own[rows], positive=self.positive_cosine[rows], out=out,
-            slope_sum=slope_sum, margin=margin, **self.margins,
+    def _buffers(
+        self, raw: Tensor, positives: int, centroids: Tensor | None, totals: bool, gradients: bool
+    ) -> tuple[int, Buffers]:
+        """Rows of a chunk, as many as the workspace allows for, and what they are worked out in."""
+        need_anchors, _, need_negatives, need_temperature = self.ranks.needs
+        x, dim, half = self.anchors, self.anchors.shape[1], self.weight_dtype
+        mates, both = self.has_margins, self.log_columns is not None and totals and not gradients
+        parts = of_positives = launchers.parts(x, raw)
+        width = padded(len(raw))
+        if centroids is not None:
+            parts, width = parts + launchers.parts(x, centroids), width + len(centroids)
+        slopes = self._most_mates(positives) if mates and gradients and self.slope_scale else 0
+        pulls = gradients and (need_anchors or need_temperature)
+        rest = gradients and self.dtype == torch.float16 and need_negatives and len(raw) > positives
+        # By name: numbers a row, their dtype. `column_partial` has a row for many.
+        layout: dict[str, tuple[int, torch.dtype]] = {
+            "partial": (parts, torch.float32),
+            "margin_partial": (3 * of_positives * (mates and totals), torch.float32),
+            "column_partial": (cdiv(positives, 64) * both, torch.float32),
+            "rows": (dim * (self.order is not None), self.dtype),
+            "weights": (padded(width) * gradients, half),
+            "slopes": (slopes, torch.int8),
+            "reference": (int(gradients and totals and self.needs_maximum), torch.float32),
+            "row_scale": (int(gradients), torch.float32),
+            "share": (dim * gradients, half),
+            "rest": (dim * rest, half),
+            "pull": (dim * pulls, torch.float32),
+        }
+        row_bytes = sum(count * dtype.itemsize for count, dtype in layout.values())
+        chunk = min(len(x), self._chunk(row_bytes))
+        made = {
+            name: raw.new_empty((chunk, count), dtype=dtype) if count else None
+            for name, (count, dtype) in layout.items()
+        }
+        if both:
+            made["column_partial"] = raw.new_empty(
+                (launchers.row_tiles(x[:chunk], raw), positives), dtype=torch.float32
+            )
+        return chunk, Buffers(**made)  # type: ignore[arg-type]
+
+    def _chunk(self, row_bytes: int) -> int:
+        """Rows that fit the workspace, and a whole number of waves of tiles if that can be."""
+        most = max(1, self.workspace_bytes // row_bytes)
+        return most if most >= len(self.anchors) else launchers.whole_waves(most, self.anchors)
+
+    def _gather(
+        self, columns: Columns, x: Tensor, rows: slice, own: Tensor | None, margins: dict[str, Any]
+    ) -> None:
+        """Rows of a chunk in their order, norms, the margin loss; and s_i and sums of unit rows if totals."""
+        given: dict[str, Any] = {"slopes": columns.buffers.slopes, **margins}
+        if own is not None and columns.totals:
+            given["sums"] = self.inverse.new_empty((cdiv(len(x), launchers.GATHERED), 2 * x.shape[1]))
+            self.unit_sums.append(given["sums"])
+        if columns.buffers.rows is not None:
+            given |= {"order": self.row_numbers[rows], "copy": x}
+        launchers.gather(
+            x if self.order is None else self.anchors, self.inverse[rows], y=columns.raw,
+            y_inverse=columns.inverse, num_columns=columns.positives, own=own,
+            positive=self.positive_cosine[rows], **self._margin_numbers(), **given,
         )  # fmt: skip
-        if slope_sum is not None and margin is not None:
-            self.slope_sum[rows] += slope_sum
-            self.margin_sum[rows] += margin
+
+    def _margin_numbers(self) -> dict[str, float]:
+        return {"alpha": float(self.options.bml_alpha), "beta": float(self.options.bml_beta)}
+
+    def _most_mates(self, positives: int) -> int:
+        return padded(cdiv(positives, _FEW_MATES))
+
+    def _look(
+        self, mode: str, columns: Columns, x: Tensor, rows: slice, weights: Tensor | None = None, **more: Any
+    ) -> None:
+        """Run the first product for positives and explicit negatives, and for centroids."""
+        raw, partial = columns.raw, columns.buffers.partial
+        reference, skips = more.get("reference"), more.get("SKIPS", False)
+        same = {"x_inverse": self.inverse[rows], "temperature": self.temperature, "SKIPS": skips}
+        launchers.weigh(
+            mode, x, raw, y_inverse=columns.inverse, partial=partial, weights=weights,
+            num_positives=columns.positives, **same | more,
+        )  # fmt: skip
+        if columns.centroids is not None:
+            part = partial.view(-1)[launchers.parts(x, raw) * len(x) :]
+            launchers.weigh(
+                mode, x, columns.centroids, y_inverse=self.centroid_inverse, partial=part,
+                weights=None if weights is None else weights[:, padded(len(raw)) :], reference=reference,
+                uses=self.uses, hard_ids=self.hard_ids[rows],
+                hard_negative_weight=float(self.options.hard_negative_weight), **same,
+            )  # fmt: skip
+
+    def _settle(self, columns: Columns, x: Tensor, rows: slice, sums: bool = True, **given: Any) -> None:
+        """Bring together what a look has left, with `sums` its row sums."""
+        parts = of_positives = launchers.parts(x, columns.raw)
+        if columns.centroids is not None:
+            parts += launchers.parts(x, columns.centroids)
+        launchers.settle(
+            x, partial=columns.buffers.partial if sums else None, num_parts=parts,
+            num_margin_parts=of_positives, x_inverse=self.inverse[rows], y_inverse=columns.inverse,
+            positive=self.positive_cosine[rows], temperature=self.temperature, batch=self.size,
+            slope_scale=self.slope_scale, **given,
+        )  # fmt: skip
+
+    def _add_to_columns(self, columns: Columns, x: Tensor, rows: slice, own: Tensor | None) -> None:
+        """Add a chunk of rows to the totals of the columns."""
+        assert self.log_columns is not None
+        assert columns.buffers.column_partial is not None
+        partial = columns.buffers.column_partial[: launchers.row_tiles(x, columns.raw)]
+        others, positives = self.log_columns
+        others[columns.places] = torch.logaddexp(others[columns.places], (partial / _LOG2_E).logsumexp(dim=0))
+        if own is not None:
+            positives[columns.places[own]] = self.positive_cosine[rows] / self.temperature
 
 
 def _accumulate(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 from compare import assert_close_to_truth
 from largest import LargestTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from clusterns import ClusterNSLoss
 from clusterns.functional import seed_centroids
@@ -52,6 +55,7 @@ def known_pairs(pairs: Pairs) -> Decision:
 
 
 known_pairs.needs_clusters = False  # type: ignore[attr-defined]
+BOTH = {"directions": "both"}
 EXCLUDE = {"false_negatives": "exclude", "hard_negative_weight": 0.7}
 TINY = {"workspace_bytes": 2_000}  # a few rows of logits in a chunk
 SETTINGS = [
@@ -68,6 +72,9 @@ SETTINGS = [
     Setting("one rank wants all", {"temperature": 0.01}, negatives=True, wants_on=1),
     Setting("bfloat16", {}, negatives=True, dtype=torch.bfloat16),
     Setting("float16, maximum", {"temperature": 0.01}, dtype=torch.float16, upstream=64.0),
+    Setting("both directions", {**BOTH, "hard_negative_weight": 0.7}, True, learned=0.05, evaluate=True),
+    Setting("both, exclude in order", {**BOTH, **EXCLUDE, **TINY}, negatives=True, cluster_order=True),
+    Setting("both, places", BOTH | TINY | {"false_negatives": known_pairs, "temperature": 0.003}, wants_on=1),
     Setting("evaluation", {}, negatives=True, learned=0.05, evaluate=True),
 ]
 
@@ -195,6 +202,49 @@ def check_memory(group) -> None:
         assert Counter(blocks) == Counter(each * 2), f"{gather}: {blocks}"
     assert largest["all"] >= sum(counts)
     assert largest["ring"] <= max(counts) + 3, largest  # the centroids are columns of the own block
+
+
+def check_cost(batch: int, width: int) -> None:
+    """What a rank computes and sends is what docs/performance.md says, and a ring sends while it computes."""
+    size = dist.get_world_size()
+    z = torch.randn(2, batch // size, width, dtype=torch.bfloat16)
+    computed: list[str] = []
+    meanwhile: Counter = Counter()  # what was computed while something was on its way
+    sent: Counter = Counter()  # bytes by dtype
+
+    def exchange(operations, plain=dist.batch_isend_irecv):
+        for each in operations:
+            sent[each.tensor.dtype] += each.tensor.nbytes * (each.op is dist.isend)
+        begun = len(computed)
+
+        def wait(work):
+            meanwhile[tuple(computed[begun:])] += 1
+            work.wait()
+
+        return [SimpleNamespace(wait=partial(wait, work)) for work in plain(operations)]
+
+    def noted(name):
+        plain = getattr(TorchProducts, name)
+
+        def product(*arguments):
+            computed.append(name)
+            return plain(*arguments)
+
+        return mock.patch.object(TorchProducts, name, product)
+
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **rest: 2 * a[0] * a[1] * b[1]}  # unknown to torch
+    with mock.patch.object(dist, "batch_isend_irecv", exchange), noted("weigh"), noted("differentiate"):
+        for gather, operations in (("all", 6), ("ring", 8)):
+            loss_fn = ClusterNSLoss(
+                width, 0, hard_negatives=False, process_group=dist.group.WORLD, gather=gather
+            )
+            with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+                loss_fn(*(each.clone().requires_grad_() for each in z)).backward()
+            assert counter.get_total_flops() == operations * batch**2 * width / size, gather
+    numbers, trips = batch * width // size, size - 1
+    assert sent == {torch.bfloat16: 2 * trips * numbers * 2, torch.float32: size * numbers * 4}
+    # One block each time, but for the last trip of the gradients. One waits for what leaves and what comes.
+    assert meanwhile == {("weigh",): 2 * trips, ("weigh", "differentiate"): 4 * trips, (): 2}, meanwhile
 
 
 def check_ranks(group) -> None:

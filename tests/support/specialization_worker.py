@@ -16,9 +16,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from clusterns.kernels import centroid_update, gradient, launch, objective, similarity
+from clusterns.kernels import (
+    assignment,
+    centroid_update,
+    cluster_sums,
+    gradient,
+    launch,
+    objective,
+    similarity,
+)
 
 KERNELS = [
+    (assignment, assignment.assignment_kernel),
+    (cluster_sums, cluster_sums.member_sums_kernel),
     (centroid_update, centroid_update.centroid_update_kernel),
     (gradient, gradient.gradient_kernel),
     (objective, objective.objective_kernel),
