@@ -367,8 +367,9 @@ def _ours_with(backend: str, workspace: str) -> None:
         return lambda: clusterns.info_nce(a, p, temperature=TAU, **more)
 
 
-for backend, workspace in itertools.product(("", "torch", "triton"), ("", *WORKSPACES)):
+for backend, workspace in itertools.product(("", "torch", "triton"), ("", " whole", " in chunks")):
     _ours_with(backend, workspace)
+_ours_with("", " 256 MiB")
 
 
 def _in_torch(name: str, wrap: Callable[[Callable], Callable]) -> None:

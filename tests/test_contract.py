@@ -435,23 +435,36 @@ def gradients_on_triton(*arguments):
     return gradients(*arguments, backend="triton")
 
 
-def test_margins_are_not_lost_in_half_precision():
-    """λ/B² beside E/Z: were the slopes added to the bfloat16 weights, they would round away."""
+def margins_found(rows, dim, clusters, temperature):
+    """What the margin loss adds to the gradient of the anchors, and what it should."""
     pytest.importorskip("triton")
-    anchors, positives, arguments = problem(64, 32, 3, dtype=torch.float16)
-    fix_clusters(anchors, arguments)
-    clusters, more = Clusters(arguments["cluster_ids"]), {**OPTIONS, "bml_weight": 1e-3}
+    anchors, positives, _ = problem(rows, dim, 0, dtype=torch.float16)
+    clusters = Clusters(torch.arange(rows, device=DEVICE) % clusters)
+    more = {**OPTIONS, "bml_weight": 1e-2}
     found, truth = [], []
     for mode in ("bml", "keep"):
         options = Options(false_negatives=mode, workspace_bytes=15_000, **more)
         needs, views = (True, False, False, False), (anchors.detach(), positives.detach())
-        result = sweep(Batch(*views, None, 0.05, clusters, options), needs, "triton-chunked")
+        result = sweep(Batch(*views, None, temperature, clusters, options), needs, "triton-chunked")
         found.append(result.gradients[0].double())  # of float16 in float32, to be rounded when it is scaled
-        fixed = {"cluster_ids": clusters.ids, "false_negatives": mode, **more}
+        fixed = {"cluster_ids": clusters.ids, "false_negatives": mode, "temperature": temperature, **more}
         truth.append(exact(anchors, positives, fixed)[1][0])
     pull = truth[0] - truth[1]
     assert pull.norm() < 0.1 * truth[0].norm()
-    assert (found[0] - found[1] - pull).norm() <= 0.01 * pull.norm()
+    return found[0] - found[1], pull
+
+
+def test_margins_are_not_lost_in_half_precision():
+    """λ/B² beside E/Z: were the slopes added to the bfloat16 weights, they would round away."""
+    found, pull = margins_found(64, 32, 8, 0.05)
+    assert (found - pull).norm() <= 0.01 * pull.norm()
+
+
+def test_margins_of_a_cluster_of_all_are_not_lost():
+    """There they are added to the weights, of whose last digit they are a part: on average they are kept."""
+    found, pull = margins_found(256, 8, 1, 1.0)
+    kept = (found * pull).sum() / pull.square().sum()
+    assert abs(kept - 1) < 0.05
 
 
 def test_the_workspace_decides_the_chunks(monkeypatch):

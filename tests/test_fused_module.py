@@ -142,11 +142,12 @@ def operator_samples():
         "nearest_centroids": (anchors.detach(), centroids),
         "cluster_sums": (anchors.detach(), centroids),
         "sweep": (
-            *views, 0.05, None, nearest, centroids, runner_up, *numbers, 2**20, [True, False, True, False],
-            "triton-chunked",
+            *views, 0.05, None, nearest, centroids, runner_up, *numbers, 2**20, "one",
+            [True, False, True, False], "triton-chunked",
         ),
         "sweep learned": (
-            *alone, *learned, None, None, None, *numbers, 2**20, [True, True, False, True], "triton-chunked",
+            *alone, *learned, None, None, None, *numbers, None, "both", [True, True, False, True],
+            "triton-chunked",
         ),
     }  # fmt: skip
 

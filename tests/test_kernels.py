@@ -18,7 +18,7 @@ from clusterns import functional, reference
 from clusterns.objective import operators
 
 pytest.importorskip("triton")
-from clusterns.kernels import cosine_launchers, launch
+from clusterns.kernels import chunk_launchers, cosine_launchers, launch
 from clusterns.kernels.target import Target
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -300,3 +300,23 @@ def test_newer_setting_of_tf32(monkeypatch):
     for setting, precision in (("tf32", "tf32"), ("ieee", "tf32x3")):
         monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=setting))
         assert Target("cuda", 90).precision() == precision
+
+
+def test_slopes_on_weights_are_kept_on_average():
+    """A sixteenth of a last digit is added to each of 8 · 4,096 weights: a sixteenth of them gets a whole."""
+    rows, columns, digit = 8, 4096, 2.0**-7
+    up = torch.arange(columns).expand(rows, -1) % 4 > 0  # slope 1, the last bit; else −1, the sign
+    before = 1 + 2 * digit
+    weights = torch.where(up, before + digit, -before).to(DEVICE, torch.bfloat16)
+    one, zero = torch.ones(rows, device=DEVICE), torch.zeros(rows, device=DEVICE)
+    chunk_launchers.settle(
+        one[:, None].expand(-1, 16), positive=zero, log_others=zero, reference=one, low=zero.long(),
+        high=(columns * one).long(), margins=torch.zeros(3, rows, device=DEVICE), most_mates=16,
+        weights=weights, y_inverse=torch.ones(columns, device=DEVICE), row_scale=torch.empty_like(one),
+        own_weight=torch.empty_like(one), temperature=1.0, batch=1.0, slope_scale=digit / 16,
+    )  # fmt: skip
+    added = (weights.float().cpu() - before) / (digit / 16)
+    assert set(added[up].tolist()) == {0.0, 16.0}
+    assert set(added[~up].tolist()) == {0.0, -16.0}
+    assert abs(added[up].mean() - 1) < 0.15
+    assert abs(added[~up].mean() + 1) < 0.15
