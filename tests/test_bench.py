@@ -70,6 +70,41 @@ def test_exactness_by_every_backend_and_dtype(tmp_path):
     )
 
 
+def test_where_the_paths_cross(tmp_path, monkeypatch):
+    """In the middle of two sizes on logarithmic scales; and the real paths, in the interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(BENCH)
+    import crossover
+    from contenders import FP32, Case
+    from measure import Clock
+    from report import Results
+
+    points = [
+        {"cells": cells, "ratio_chunks": ratio} for cells, ratio in ((4, 8), (100, 2), (400, 0.5), (900, 0.1))
+    ]
+    assert crossover.crossing(points) == 200
+    assert crossover.crossing(points[:2]) is None
+    assert crossover.crossing(points[3:]) is None
+    results = Results(tmp_path, {}, "crossover", on_gpu=False)
+    crossover.measure(
+        results, Clock(rounds=1, block_seconds=0, seconds=0), Case("objective", 20, 16, 8, FP32)
+    )
+    content = json.loads((tmp_path / "cpu-crossover.json").read_text("utf-8"))
+    assert content["rows"][0]["cells"] == 20 * 28
+    assert min(content["rows"][0][f"{path}_us"] for path in crossover.PATHS) > 0
+    assert "crossover objective 16 8 float32 highest" in content["machine"]
+
+
+@pytest.mark.parametrize("what", ["crossover", "tiles"])
+def test_a_question_for_a_gpu(tmp_path, what):
+    """Asked without one it says so in one line; what it would measure can be listed."""
+    said = run(tmp_path, "run.py", what, "--device", "cpu", "--output", ".", status=1)
+    assert (
+        said.splitlines()[-1] == f"{what}: expected a GPU, there is none; --list shows what would be measured"
+    )
+    assert "B=16384" in run(tmp_path, "run.py", what, "--list", "--device", "cuda", "--output", ".")
+
+
 def test_training_as_a_whole(tmp_path):
     """Four trainings, and the memory of a step."""
     pytest.importorskip("accelerate")

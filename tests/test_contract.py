@@ -462,7 +462,7 @@ def test_margins_are_not_lost_in_half_precision():
 
 def test_margins_of_a_cluster_of_all_are_not_lost():
     """There they are added to the weights, of whose last digit they are a part: on average they are kept."""
-    found, pull = margins_found(256, 8, 1, 1.0)
+    found, pull = margins_found(128, 8, 1, 1.0)
     kept = (found * pull).sum() / pull.square().sum()
     assert abs(kept - 1) < 0.05
 
@@ -569,6 +569,8 @@ def in_both_directions(anchors, positives, arguments, out=None, held=None):
 )
 def test_both_directions(how, shape, tau, weight, learned, false_negatives):
     """The mean of both cross-entropies, with every kind of column and pair."""
+    if how["backend"] == "triton" and false_negatives not in ("exclude", "bml"):
+        pytest.skip("a rule is torch's, and the interpreter slow")
     dtype = torch.float32 if how["backend"] == "triton" else torch.float64
     anchors, positives, arguments = problem(*shape, dtype=dtype)
     fix_clusters(anchors, arguments)
@@ -596,6 +598,8 @@ def test_both_directions(how, shape, tau, weight, learned, false_negatives):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_directions_in_lower_precision(how, dtype):
     """Also each gradient alone, with rows that are zero, and with one that is no numbers."""
+    if how["backend"] == "triton" and dtype == torch.float32:
+        pytest.skip("as above, and the interpreter is slow")
     anchors, positives, arguments = problem(66, 20, 4, 2, dtype=dtype)
     arguments.update(BML, centroids=arguments["centroids"].float(), temperature=0.02)
     with torch.no_grad():

@@ -11,8 +11,11 @@ import io
 import re
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import audit  # of bench/, which test_audit.py puts on the path
+import predicted
 import torch
 import triton
 import triton.language as tl
@@ -254,12 +257,35 @@ def times_are_predicted():
         assert abs(row["predicted_us_512"] - expected) < 0.06, (row, expected)
 
 
+def large_batches_are_predicted():
+    """All launches of a step, no time below that of the operations; not what fits, which takes compiling."""
+    used = "", {"registers": 128}
+    built = SimpleNamespace(metadata=SimpleNamespace(shared=0))
+    with (
+        assume(Target("cuda", 90)),
+        mock.patch.object(audit, "compile_launch", return_value=built),
+        mock.patch.object(audit, "read_cubin", return_value=used),
+    ):
+        *rows, total, floor = predicted.rows_of(65536, {})
+    assert floor["predicted_ms"] == round(6 * 65536**2 * 768 / 790e9, 3)
+    assert total["predicted_ms"] > floor["predicted_ms"]
+    assert abs(total["predicted_ms"] - sum(row["predicted_ms"] for row in rows)) < 0.01
+    kernels = {row["kernel"].split()[0] for row in rows}
+    of_small = {f"{name}_kernel" for name in "cosine centroid_update objective gradient".split()}
+    assert kernels == KERNELS - of_small | {"product"}, kernels
+    for row in rows:
+        assert row["predicted_us"] >= 1e6 * max(row["operations"] / 790e12, row["bytes"] / 3e12), row
+        once = ("member", "part", "finish_kernel of", "assignment")
+        assert row["kernel"].startswith(once) or row["launches"] == row["chunks"] == 12, row
+
+
 if __name__ == "__main__":
     for check in (
         rules,
         programs_fit,
         nothing_is_read_before_the_wait,
         times_are_predicted,
+        large_batches_are_predicted,
         launches_agree,
         every_kernel_compiles_elsewhere,
         amd_waits_for_stores_before_it_counts_arrivals,
