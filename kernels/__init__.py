@@ -8,7 +8,7 @@ Importing this package needs neither Triton nor a GPU; importing any module of i
                             nearest and runner-up centroid, sums of clusters, for any number of points
     objective.py            masked InfoNCE and margin loss over the cosines
     gradient.py             gradients of that
-    weights.py, margins.py, through_norm.py
+    rows.py, weights.py, margins.py
                             the same for a chunk of rows of a large batch
     tiles.py                device code they share
     cosine_launchers.py, objective_launchers.py, chunk_launchers.py

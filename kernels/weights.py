@@ -207,7 +207,9 @@ def weights_kernel(
                 if HAS_COLUMN_REFERENCE:
                     at, mask = column_reference_ptr + columns, columns < num_positives
                     own_column = tl.load(at, mask=mask, other=float("inf"))[None, :]
-                    e += tl.where(others, tl.exp2(logits - own_column), 0.0)
+                    # From what is there already, or it spills on sm_90; 1 keeps inf · 0 out.
+                    own_column = tl.minimum(biased + (reference - own_column), 1.0)
+                    e += tl.exp2(own_column) * others.to(tl.float32)
                 e *= y_inverse[None, :]
             if HAS_LOW:
                 if (first < (part + 1) * PART) & (last > part * PART):

@@ -31,7 +31,7 @@ KERNELS = {name for text in SOURCES for name in re.findall(r"^def (\w+_kernel)\(
 SOME = ("update, sum:", "chunk, bml:", "bml, negatives", "assignment")
 # The other kernels multiply in half precision what is given so.
 WITHOUT_PRODUCTS = {
-    f"{name}_kernel" for name in "objective through_norm member_sums part_sums settle finish".split()
+    f"{name}_kernel" for name in "objective member_sums part_sums settle finish".split()
 }
 # What spills depends on the compiler: promised is the one that `make` installs.
 PINNED = f"triton=={triton.__version__};" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
