@@ -7,8 +7,8 @@ of the gradient of every positive, which goes back to the rank that owns that.
     All      gather="all": every rank receives all positives and explicit negatives once: one block,
              6·B²·D/W operations a rank (8·B²·D/W with directions="both"), (B+N)·D memory
     Ring     gather="ring": blocks of positives travel from rank to rank, the next one while the present one
-             is computed on; the gradients travel one block behind them, and home when all is computed. While
-             it computes a rank holds two blocks of positives and three of gradients: leaving, coming, present;
+             is computed on; the gradients travel one block behind them, and home when all is computed. A rank
+             that computes holds two blocks of positives and three of gradients (leaving, coming, present).
              8·B²·D/W operations, as Z must be known first
 
 Z just adds up over blocks of columns, and so do both gradients once Z is known; the way through the

@@ -30,9 +30,7 @@ SOURCES = [path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob(
 KERNELS = {name for text in SOURCES for name in re.findall(r"^def (\w+_kernel)\(", text, re.M)}
 SOME = ("update, sum:", "chunk, bml:", "bml, negatives", "assignment")
 # The other kernels multiply in half precision what is given so.
-WITHOUT_PRODUCTS = {
-    f"{name}_kernel" for name in "objective member_sums part_sums settle finish".split()
-}
+WITHOUT_PRODUCTS = {f"{name}_kernel" for name in "objective member_sums part_sums settle finish".split()}
 # What spills depends on the compiler: promised is the one that `make` installs.
 PINNED = f"triton=={triton.__version__};" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
 
