@@ -26,9 +26,9 @@ def test_ranks_equal_one_process(tmp_path):
 
 
 def test_cost_of_a_rank(tmp_path):
-    """Of eight, in operations and bytes, and what it sends while it computes."""
-    found = ranks.start(8, tmp_path / "store", distributed_worker.check_cost, 2048, 64)
-    assert ranks.exit_codes(found) == [0] * 8
+    """Of four, in operations and bytes, and what it sends while it computes."""
+    found = ranks.start(4, tmp_path / "store", distributed_worker.check_cost, 1024, 64)
+    assert ranks.exit_codes(found) == [0] * 4
 
 
 def die_amid_a_step(gather, folder):

@@ -94,7 +94,7 @@ def sweep(batch: Batch, needs: Needs, backend: str, ranks: Alone | None = None) 
                     products.differentiate(columns, rows, weights)
             if gradients:
                 ranks.give(*products.close(columns))
-            del columns, rows, weights  # before the next block takes its workspace
+            del block, columns, rows, weights  # before the next block takes its workspace
         if totals and both:
             assert products.log_columns is not None
             products.log_columns = ranks.gather(products.log_columns).logsumexp(dim=0)
