@@ -77,7 +77,7 @@ def work_of(this: launch.Launch | launch.Operation, batch: int) -> Work:
         (rows, length), columns = this.arguments["a"].shape, this.arguments["b"].shape[1]
         moved = 2 * length * (rows + columns) + 8 * rows * columns
         return Work([], 2.0 * rows * length * columns, moved)
-    name, given, tiles, has = this.kernel.__name__, this.arguments, this.tiles.blocks, this.constants
+    name, given, tiles = this.kernel.__name__, this.arguments, this.tiles.blocks
     m, programs, size = batch // CLUSTERS, math.prod(this.grid), 2
     rows, columns = given.get("num_rows", 0), given.get("num_columns", 0)
     height, width = tiles.get("BLOCK_M", 0), tiles.get("BLOCK_N", 0)
@@ -85,7 +85,7 @@ def work_of(this: launch.Launch | launch.Operation, batch: int) -> Work:
     if name == "weights_kernel":
         count = cdiv(rows, height) * cdiv(columns, width)
         each, of_y = cdiv(count, programs), given["y_ptr"].itemsize
-        moved = DIM * (size * rows + of_y * columns) + rows * columns * (size + 4 / has["PART"])
+        moved = DIM * (size * rows + of_y * columns) + rows * columns * (size + 4 / width)
         terms = 3 if of_y == 4 else 1
         return Work([(programs, each * along)], 2.0 * terms * count * height * width * DIM, moved,
                     each * height * width)  # fmt: skip
@@ -94,14 +94,15 @@ def work_of(this: launch.Launch | launch.Operation, batch: int) -> Work:
         moved = size * DIM * rows + 28 * rows
         return Work([(programs, steps)], 4.0 * rows * given["num_centroids"] * DIM, moved, height * width)
     if name == "gather_kernel":  # a tile of rows meets the columns of all clusters that it has rows of
-        blocks = (m + height) / width + 1
+        blocks = ((m + height) / width + 1) / this.grid[1]
         moved = size * DIM * (4 * rows + m) + rows * m
         return Work([(programs, along * (2 + blocks))], 2 * programs * blocks * height * width * DIM, moved,
                     blocks * height * width)  # fmt: skip
     if name == "margins_kernel":
         of_rows, met = cdiv(rows, height) * along, cdiv(rows + m, height) * along
-        steps = (m + height) / width + 1, (min(m, rows) + height) / width + 1
-        groups = [(of_rows, steps[0]), (met, steps[1]), (programs - of_rows - met, 1)]
+        at_once = min(met, programs - of_rows)  # of those that have mates; the others end as they begin
+        steps = (m + height) / width + 1, cdiv(met, at_once) * ((min(m, rows) + height) / width + 1)
+        groups = [(of_rows, steps[0]), (at_once, steps[1]), (programs - of_rows - at_once, 1)]
         done = sum(count * steps for count, steps in groups[:2])
         moved = 2 * rows * m + DIM * (size * (2 * rows + m) + 8 * (2 * rows + m))
         return Work(groups, 2.0 * done * height * width * tiles["BLOCK_D"], moved, height * tiles["BLOCK_D"])

@@ -7,9 +7,9 @@ which owns the workspace. No function waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -24,16 +24,13 @@ MODES = {"totals": TOTALS.value, "weights": WEIGHTS.value}
 # Rows of one program of `gather`, whose sums of unit rows are kept.
 GATHERED = 64
 
-
-def part(x: Tensor) -> int:
-    """Columns that share one row of `partial`."""
-    return 64 if x.dtype == torch.float32 or target_of(x.device).loads_tiles else 32
+# What the launches of a chunk share, by the names of the kernels' parameters.
+Chunk = Mapping[str, Any]
 
 
-def parts(x: Tensor, y: Tensor) -> int:
+def column_tiles(x: Tensor, y: Tensor) -> int:
     """Rows of `partial` that `weigh` fills."""
-    tile = _weight_tiles(x, y).blocks["BLOCK_N"]
-    return cdiv(y.shape[0], tile) * (tile // part(x))
+    return cdiv(y.shape[0], _weight_tiles(x, y).blocks["BLOCK_N"])
 
 
 def row_tiles(x: Tensor, y: Tensor) -> int:
@@ -48,15 +45,23 @@ def whole_waves(rows: int, like: Tensor) -> int:
     return rows // tile * tile
 
 
-def gather(x: Tensor, inverse: Tensor, **given: Any) -> None:
+def shares(x: Tensor, margin_parts: int) -> int:
+    """Programs of `gather` that share the mates of a row, so that few rows fill the chip too."""
+    return max(1, min(target_of(x.device).multiprocessors // cdiv(len(x), GATHERED), margin_parts))
+
+
+def gather(chunk: Chunk, **given: Any) -> None:
     """Norms (R,) and, where asked for, copies of rows of x; s_i and sums of unit rows; the margin loss."""
+    x, rows = chunk["x"], len(chunk["x_inverse"])
     n, d = (64, 64) if x.dtype.itemsize == 2 else (32, 32)
-    blocks = {"BLOCK_M": GATHERED, "BLOCK_N": n, "BLOCK_D": d}
-    _by_rows(gather_kernel, len(inverse), Tiles(blocks, num_warps=8), x=x, inverse=inverse, **given)
+    tiles = Tiles({"BLOCK_M": GATHERED, "BLOCK_N": n, "BLOCK_D": d}, num_warps=8)
+    grid = cdiv(rows, GATHERED), chunk.get("num_shares", 1)
+    launch(gather_kernel, lambda _: grid, tiles, chunk, **given, num_rows=rows, dim=x.shape[1])
 
 
-def weigh(mode: str, x: Tensor, y: Tensor, **given: Any) -> None:
+def weigh(mode: str, chunk: Chunk, **given: Any) -> None:
     """Row sums of E for x (R, D) and y (n, D): log2 of the "totals" alone, or sums and "weights"."""
+    x, y = chunk["x"], chunk["y"]
     tiles, target = _weight_tiles(x, y), target_of(x.device)
     blocks = tiles.blocks
     programs = cdiv(x.shape[0], blocks["BLOCK_M"]) * cdiv(y.shape[0], blocks["BLOCK_N"])
@@ -68,55 +73,39 @@ def weigh(mode: str, x: Tensor, y: Tensor, **given: Any) -> None:
         weights_kernel,
         lambda _: (programs,),
         tiles,
-        x=x,
-        y=y,
+        chunk,
         **given,
         num_rows=x.shape[0],
         num_columns=y.shape[0],
         num_programs=programs,
         dim=x.shape[1],
         MODE=MODES[mode],
-        PART=part(x),
+        PART=32 if blocks["BLOCK_N"] > 64 else 64,
     )
 
 
-def settle(x: Tensor, **given: Any) -> None:
+def settle(chunk: Chunk, **given: Any) -> None:
     """Bring the sums of x (R, D) together; with row_scale all that is needed for the other two products."""
-    tiles = Tiles({"BLOCK_M": 8, "BLOCK_N": 64, "BLOCK_D": 256})
-    _by_rows(settle_kernel, x.shape[0], tiles, x=x, PART=part(x), **given)
+    x, tiles = chunk["x"], Tiles({"BLOCK_M": 8, "BLOCK_N": 64, "BLOCK_D": 256})
+    given |= {"num_rows": len(x), "dim": x.shape[1], "PART": _weight_tiles(x, chunk["y"]).blocks["BLOCK_N"]}
+    launch(settle_kernel, lambda block: (cdiv(len(x), block["BLOCK_M"]),), tiles, chunk, **given)
 
 
-def add_margins(x: Tensor, y: Tensor, slopes: Tensor, **given: Any) -> None:
-    """Add the margin loss to the gradients of x (R, D) and the positives y (n, D), where they are given."""
-    rows = x.shape[0] if given["x_gradient"] is not None else 0
-    columns = y.shape[0] if given["y_gradient"] is not None else 0
-    launch(
-        margins_kernel,
-        lambda block: (
-            cdiv(rows, block["BLOCK_M"]) + cdiv(columns, block["BLOCK_M"]),
-            cdiv(x.shape[1], block["BLOCK_D"]),
-        ),
-        _margin_tiles(x),
-        slopes=slopes,
-        x=x,
-        y=y,
-        **given,
-        num_rows=x.shape[0],
-        num_columns=y.shape[0],
-        most_mates=slopes.shape[1],
-        dim=x.shape[1],
-    )
+def add_margins(chunk: Chunk, **given: Any) -> None:
+    """Add the margin loss to the gradients of x (R, D) and the positives (n, D), where they are given."""
+    x, tiles = chunk["x"], _margin_tiles(chunk["x"])
+    rows, columns = (cdiv(count, tiles.blocks["BLOCK_M"]) for count in (len(x), chunk["num_positives"]))
+    columns = min(2 * rows, columns)  # that have mates here; if there are more, a program has several
+    programs = rows * (given["x_gradient"] is not None) + columns * (given["y_gradient"] is not None)
+    grid = programs, cdiv(x.shape[1], tiles.blocks["BLOCK_D"])
+    launch(margins_kernel, lambda _: grid, tiles, chunk, **given, num_rows=len(x), dim=x.shape[1])
 
 
 def finish(gradient: Tensor, z: Tensor, inverse: Tensor, **given: Any) -> None:
     """Gradient of rows z (R, D) through the normalisation, from that of their unit rows (R, D) float32."""
     tiles = Tiles({"BLOCK_M": 4, "BLOCK_D": 256})
-    _by_rows(finish_kernel, len(z), tiles, gradient=gradient, z=z, inverse=inverse, **given, dim=z.shape[1])
-
-
-def _by_rows(kernel: Any, rows: int, tiles: Tiles, **given: Any) -> None:
-    given.setdefault("dim", given["x"].shape[1] if "x" in given else 0)
-    launch(kernel, lambda block: (cdiv(rows, block["BLOCK_M"]),), tiles, **given, num_rows=rows)
+    given |= {"gradient": gradient, "z": z, "inverse": inverse, "num_rows": len(z), "dim": z.shape[1]}
+    launch(finish_kernel, lambda block: (cdiv(len(z), block["BLOCK_M"]),), tiles, **given)
 
 
 def _aligned(z: Tensor) -> bool:

@@ -92,14 +92,22 @@ def operate(function: Callable[..., Any], **tensors: Tensor) -> None:
 
 
 def launch(
-    kernel: Any, grid: Callable[[Mapping[str, int]], tuple[int, ...]], tiles: Tiles, **given: Any
+    kernel: Any,
+    grid: Callable[[Mapping[str, int]], tuple[int, ...]],
+    tiles: Tiles,
+    shared: Mapping[str, Any] | None = None,
+    /,
+    **given: Any,
 ) -> None:
     """Run a kernel on the device of its tensors; `grid` gives the number of programs for a tile shape.
 
     Its parameters are filled by name: `z_ptr` with the tensor z, `z_stride` with the stride of its rows,
     `HAS_Z` with whether it was given; UPCAST, WAIT_FOR_STORES, DEPENDENT, TEMPERATURE_POINTER and where it is
     not given PRECISION with what device and temperature call for; every other with the value given, else 0.
+    `shared` is given too, to several kernels, each of which takes what it has a parameter for.
     """
+    shared = shared or {}
+    given = {**shared, **given}
     device = next(iter(given.values())).device
     target = target_of(device)
     given.setdefault("PRECISION", target.precision())
@@ -126,7 +134,7 @@ def launch(
     this = Launch(kernel, grid(tiles.blocks), arguments, constants, tiles)
     if _recorded is not None:
         known = {word for name, _, source in parameters for word in (name, source)}
-        unused = given.keys() - _AUTOMATIC - known
+        unused = given.keys() - shared.keys() - _AUTOMATIC - known
         assert not unused, f"{kernel.__name__}: no parameters for {unused}"
         _recorded.append(this)
     else:

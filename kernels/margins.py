@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .tiles import multiply_add, read_scalar, row_starts
 
-BATCH_SIZES = ["num_rows", "num_columns", "first_row", "most_mates"]
+BATCH_SIZES = ["num_rows", "num_positives", "first_row", "most_mates"]
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -31,7 +31,7 @@ def margins_kernel(
     y_gradient_ptr,  # in and out (n, D) float32, over ‖y‖
     slope_scale,  # λ/B²
     num_rows,
-    num_columns,
+    num_positives,
     first_row,  # of the chunk
     most_mates,
     dim,
@@ -49,17 +49,17 @@ def margins_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     d_mask = (d < dim)[None, :]
     slope_scale = read_scalar(slope_scale, False)
-    accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     tile, row_tiles = tl.program_id(0), 0
     if HAS_X_GRADIENT:
         row_tiles = tl.cdiv(num_rows, BLOCK_M)
     if tile < row_tiles:
+        accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         row_mask = rows < num_rows
         low = tl.load(low_ptr + rows, mask=row_mask, other=0).to(tl.int32)
         high = tl.load(high_ptr + rows, mask=row_mask, other=0).to(tl.int32)
         high = tl.where(high - low <= most_mates, high, low)
-        first = tl.min(tl.where(high > low, low, num_columns), axis=0) // BLOCK_N * BLOCK_N
+        first = tl.min(tl.where(high > low, low, num_positives), axis=0) // BLOCK_N * BLOCK_N
         low, high = low[:, None], high[:, None]
         own = low - 1
         if HAS_OWN:
@@ -67,7 +67,7 @@ def margins_kernel(
         slope_rows = row_starts(slopes_ptr, rows, most_mates) - low
         for start in range(first, tl.max(high), BLOCK_N):
             columns = start + tl.arange(0, BLOCK_N)
-            at, column_mask = columns[None, :], columns < num_columns
+            at, column_mask = columns[None, :], columns < num_positives
             mask = (at >= low) & (at < high) & (at != own)
             slope = tl.load(slope_rows + at, mask=mask, other=0).to(tl.float32)
             y_inverse = tl.load(y_inverse_ptr + columns, mask=column_mask, other=0.0)
@@ -81,37 +81,42 @@ def margins_kernel(
         before = tl.load(at, mask=mask, other=0.0)
         tl.store(at, before + accumulator * (slope_scale / row_scale)[:, None], mask=mask)
     elif HAS_Y_GRADIENT:
-        mine = (tile - row_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-        mine_mask = mine < num_columns
-        start_mate = tl.load(column_low_ptr + mine, mask=mine_mask, other=first_row) - first_row
-        end_mate = tl.load(column_high_ptr + mine, mask=mine_mask, other=first_row) - first_row
-        start_mate = tl.maximum(start_mate, 0).to(tl.int32)
-        end_mate = tl.minimum(end_mate, num_rows).to(tl.int32)
-        some = end_mate > start_mate
-        mates = tl.load(high_ptr + start_mate, mask=some, other=0)
-        mates -= tl.load(low_ptr + start_mate, mask=some, other=0)
-        some = some & (mates <= most_mates)
-        start_mate, end_mate = tl.where(some, start_mate, num_rows), tl.where(some, end_mate, 0)
-        from_row, to_row = tl.min(start_mate, axis=0) // BLOCK_N * BLOCK_N, tl.max(end_mate, axis=0)
-        start_mate, end_mate = start_mate[None, :], end_mate[None, :]
-        for start in range(from_row, to_row, BLOCK_N):
-            others = start + tl.arange(0, BLOCK_N)
-            others_mask = others < num_rows
-            cells = (others[:, None] >= start_mate) & (others[:, None] < end_mate)  # (N, M)
-            if HAS_OWN:
-                positives = tl.load(own_ptr + others, mask=others_mask, other=-1).to(tl.int32)
-                cells = cells & (mine[None, :] != positives[:, None])
-            firsts = tl.load(low_ptr + others, mask=others_mask, other=0)[:, None]
-            slopes = row_starts(slopes_ptr, others, most_mates) - firsts + mine[None, :]
-            slopes = tl.load(slopes, mask=cells, other=0).to(tl.float32)
-            x_inverse = tl.load(x_inverse_ptr + others, mask=others_mask, other=0.0)
-            x_rows = row_starts(x_ptr, others, dim)
-            x = tl.load(x_rows + d[None, :], mask=others_mask[:, None] & d_mask, other=0.0)
-            pulls = tl.trans((slopes * x_inverse[:, None]).to(x.dtype))
-            accumulator = multiply_add(pulls, x, accumulator, PRECISION, UPCAST)
-        if to_row > from_row:
-            scale = tl.load(y_inverse_ptr + mine, mask=mine_mask, other=0.0) * slope_scale
-            out_rows = row_starts(y_gradient_ptr, mine, dim) + d[None, :]
-            inside = mine_mask[:, None] & d_mask
-            so_far = tl.load(out_rows, mask=inside, other=0.0)
-            tl.store(out_rows, so_far + accumulator * scale[:, None], mask=inside)
+        # The columns of this chunk's clusters stand side by side.
+        first_tile = tl.load(low_ptr).to(tl.int32) // BLOCK_M + tile - row_tiles
+        end_tile = tl.cdiv(tl.load(high_ptr + num_rows - 1).to(tl.int32), BLOCK_M)
+        for column_tile in tl.range(first_tile, end_tile, tl.num_programs(0) - row_tiles):
+            accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            mine = column_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            mine_mask = mine < num_positives
+            start_mate = tl.load(column_low_ptr + mine, mask=mine_mask, other=first_row) - first_row
+            end_mate = tl.load(column_high_ptr + mine, mask=mine_mask, other=first_row) - first_row
+            start_mate = tl.maximum(start_mate, 0).to(tl.int32)
+            end_mate = tl.minimum(end_mate, num_rows).to(tl.int32)
+            some = end_mate > start_mate
+            mates = tl.load(high_ptr + start_mate, mask=some, other=0)
+            mates -= tl.load(low_ptr + start_mate, mask=some, other=0)
+            some = some & (mates <= most_mates)
+            start_mate, end_mate = tl.where(some, start_mate, num_rows), tl.where(some, end_mate, 0)
+            from_row, to_row = tl.min(start_mate, axis=0) // BLOCK_N * BLOCK_N, tl.max(end_mate, axis=0)
+            start_mate, end_mate = start_mate[None, :], end_mate[None, :]
+            for start in range(from_row, to_row, BLOCK_N):
+                others = start + tl.arange(0, BLOCK_N)
+                others_mask = others < num_rows
+                cells = (others[:, None] >= start_mate) & (others[:, None] < end_mate)  # (N, M)
+                if HAS_OWN:
+                    positives = tl.load(own_ptr + others, mask=others_mask, other=-1).to(tl.int32)
+                    cells = cells & (mine[None, :] != positives[:, None])
+                firsts = tl.load(low_ptr + others, mask=others_mask, other=0)[:, None]
+                slopes = row_starts(slopes_ptr, others, most_mates) - firsts + mine[None, :]
+                slopes = tl.load(slopes, mask=cells, other=0).to(tl.float32)
+                x_inverse = tl.load(x_inverse_ptr + others, mask=others_mask, other=0.0)
+                x_rows = row_starts(x_ptr, others, dim)
+                x = tl.load(x_rows + d[None, :], mask=others_mask[:, None] & d_mask, other=0.0)
+                pulls = tl.trans((slopes * x_inverse[:, None]).to(x.dtype))
+                accumulator = multiply_add(pulls, x, accumulator, PRECISION, UPCAST)
+            if to_row > from_row:
+                scale = tl.load(y_inverse_ptr + mine, mask=mine_mask, other=0.0) * slope_scale
+                out_rows = row_starts(y_gradient_ptr, mine, dim) + d[None, :]
+                inside = mine_mask[:, None] & d_mask
+                so_far = tl.load(out_rows, mask=inside, other=0.0)
+                tl.store(out_rows, so_far + accumulator * scale[:, None], mask=inside)

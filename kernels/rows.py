@@ -14,9 +14,10 @@ import triton.language as tl
 
 from .objective import margin_slope
 from .tiles import LOG2_E, inverse_norm, product_tile, read_scalar, row_starts
-from .weights import SAFE_TEMPERATURE, log2_of_sums, without_slope
+from .weights import SAFE_TEMPERATURE, log2_add, log2_of_sums, without_slope
 
-BATCH_SIZES = ["num_rows", "num_columns", "num_parts", "num_margin_parts", "most_mates", "margins_stride"]
+BATCH_SIZES = ["num_rows", "num_positives", "num_parts", "num_margin_parts", "num_shares", "most_mates"]
+BATCH_SIZES += ["margins_stride"]
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -29,17 +30,17 @@ def gather_kernel(
     low_ptr,  # (R,) int64: the mates of row i are the positives low ≤ j < high, but for its own
     high_ptr,  # (R,) int64
     copy_ptr,  # out (R, D) these rows, contiguous
-    inverse_ptr,  # out (R,) 1/‖x_i‖
+    x_inverse_ptr,  # out (R,) 1/‖x_i‖
     positive_ptr,  # s_i (R,), out with sums
     sums_ptr,  # out (programs, 2 · D) float32: sums of the unit rows of x and of the positives
     slopes_ptr,  # out (R, most_mates) int8, from each row's first mate on; none where it has more
-    margins_ptr,  # in and out, at the chunk's place in (3, M): Σ slope, margins, slope·Δ of the same
+    margin_partial_ptr,  # out (3, parts, R), a part for each program of a row: as `weights_kernel` has it
     alpha,
     beta,
     num_rows,
-    num_columns,
+    num_positives,
+    num_margin_parts,
     most_mates,
-    margins_stride,
     dim,
     x_stride,
     y_stride,
@@ -49,16 +50,18 @@ def gather_kernel(
     HAS_COPY: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
-    HAS_MARGINS: tl.constexpr,
+    HAS_MARGIN_PARTIAL: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid: (row tiles,). Per pair of mates Δ = cos(a_i, p_j) − s_i, margin relu(Δ+α) + relu(−Δ−β)."""
+    """Grid: (row tiles, shares of the mates). Δ = cos(a_i, p_j) − s_i, margin relu(Δ+α) + relu(−Δ−β)."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
+    share = tl.program_id(1)
+    first_share = row_mask & (share == 0)  # the others need norms and s_i too, and do not write them
     source = rows
     if HAS_ORDER:
         source = tl.load(order_ptr + rows, mask=row_mask, other=0)
@@ -73,7 +76,7 @@ def gather_kernel(
         mask = row_mask[:, None] & (d < dim)
         x = tl.load(x_rows + d, mask=mask, other=0.0)
         if HAS_COPY:
-            tl.store(row_starts(copy_ptr, rows, dim) + d, x, mask=mask)
+            tl.store(row_starts(copy_ptr, rows, dim) + d, x, mask=first_share[:, None] & (d < dim))
         x = x.to(tl.float32)
         x_square += tl.sum(x * x, axis=1)
         if HAS_SUMS:
@@ -81,12 +84,12 @@ def gather_kernel(
             p_square += tl.sum(p * p, axis=1)
             both += tl.sum(x * p, axis=1)
     x_inverse = inverse_norm(x_square)
-    tl.store(inverse_ptr + rows, x_inverse, mask=row_mask)
+    tl.store(x_inverse_ptr + rows, x_inverse, mask=first_share)
     if HAS_SUMS:
         p_inverse = inverse_norm(p_square)
         positive = both * x_inverse * p_inverse
-        tl.store(positive_ptr + rows, positive, mask=row_mask)
-        for start in range(0, dim, BLOCK_D):
+        tl.store(positive_ptr + rows, positive, mask=first_share)
+        for start in range(0, tl.where(share == 0, dim, 0), BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             mask = row_mask[:, None] & (d < dim)[None, :]
             sums = sums_ptr + tl.program_id(0).to(tl.int64) * (2 * dim) + d
@@ -100,15 +103,15 @@ def gather_kernel(
         low = tl.load(low_ptr + rows, mask=row_mask, other=0).to(tl.int32)
         high = tl.load(high_ptr + rows, mask=row_mask, other=0).to(tl.int32)
         high = tl.where(high - low <= most_mates, high, low)
-        first = tl.min(tl.where(high > low, low, num_columns), axis=0) // BLOCK_N * BLOCK_N
+        first = tl.min(tl.where(high > low, low, num_positives), axis=0) // BLOCK_N * BLOCK_N
         upper, lower = read_scalar(alpha, False), read_scalar(beta, False)
         at_zero = tl.maximum(upper, 0.0) + tl.maximum(-lower, 0.0)
         slope_sum = tl.zeros((BLOCK_M,), tl.float32)
         margin_sum, along = slope_sum, slope_sum
         x_rows = row_starts(x_ptr, tl.where(row_mask, source, 0), x_stride)  # `product_tile` reads all rows
-        for start in range(first, tl.max(high, axis=0), BLOCK_N):
+        for start in range(first + share * BLOCK_N, tl.max(high, axis=0), tl.num_programs(1) * BLOCK_N):
             columns = start + tl.arange(0, BLOCK_N)
-            safe_columns = tl.minimum(columns, num_columns - 1)
+            safe_columns = tl.minimum(columns, num_positives - 1)
             y_rows = row_starts(y_ptr, safe_columns, y_stride)
             products, _, _ = product_tile(x_rows, y_rows, dim, False, False, PRECISION, UPCAST, BLOCK_D)
             y_inverse = tl.load(y_inverse_ptr + safe_columns)
@@ -118,21 +121,21 @@ def gather_kernel(
                 mates = mates & (columns[None, :] != own[:, None])
             slope = tl.where(mates, margin_slope(delta, upper, lower), 0.0)
             if HAS_SLOPES:
-                slope_rows = row_starts(slopes_ptr, rows, most_mates) - low[:, None]
-                tl.store(slope_rows + columns[None, :], slope.to(tl.int8), mask=mates)
-            if HAS_MARGINS:
+                starts = tl.arange(0, BLOCK_M) * most_mates - low  # 32 bits will do within a tile
+                at = slopes_ptr + tl.program_id(0).to(tl.int64) * BLOCK_M * most_mates
+                tl.store(at + (starts[:, None] + columns[None, :]), slope.to(tl.int8), mask=mates)
+            if HAS_MARGIN_PARTIAL:
                 margin = tl.maximum(delta + upper, 0.0) + tl.maximum(-delta - lower, 0.0) - at_zero
                 slope_sum += tl.sum(slope, axis=1)
                 margin_sum += tl.sum(tl.where(mates, margin, 0.0), axis=1)
                 along += tl.sum(slope * delta, axis=1)
-        if HAS_MARGINS:
-            step = margins_stride.to(tl.int64)
-            at = margins_ptr + rows
-            tl.store(at, slope_sum + tl.load(at, mask=row_mask, other=0.0), mask=row_mask)
-            at += step
-            tl.store(at, margin_sum + tl.load(at, mask=row_mask, other=0.0), mask=row_mask)
-            at += step
-            tl.store(at, along + tl.load(at, mask=row_mask, other=0.0), mask=row_mask)
+        if HAS_MARGIN_PARTIAL:
+            few = row_mask & (high > low)
+            step = num_margin_parts.to(tl.int64) * num_rows
+            at = margin_partial_ptr + share.to(tl.int64) * num_rows + rows
+            tl.store(at, slope_sum, mask=few)
+            tl.store(at + step, margin_sum, mask=few)
+            tl.store(at + 2 * step, along, mask=few)
 
 
 @triton.jit
@@ -144,18 +147,10 @@ def _rounded(value, row, column):
     return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def _log2_add(x, y):
-    """log2(2^x + 2^y), −inf for two of them."""
-    largest = tl.maximum(x, y)
-    sums = tl.exp2(x - largest) + tl.exp2(y - largest)
-    return tl.where(largest == float("-inf"), largest, largest + tl.log2(sums))
-
-
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def settle_kernel(
-    partial_ptr,  # (parts, R): sums of each part of a row, log2 of them with LOGS
-    margin_partial_ptr,  # (3, parts of the positives, R), see `weights_kernel`
+    partial_ptr,  # (parts, R): sums of each part of a row, by column tiles, log2 of them with LOGS
+    margin_partial_ptr,  # (3, parts of the positives, R), from `weights_kernel` or `gather_kernel`
     low_ptr,  # (R,) as there
     high_ptr,
     positive_ptr,  # (R,) s_i
@@ -177,13 +172,14 @@ def settle_kernel(
     num_rows,
     num_parts,
     num_margin_parts,
+    num_shares,
     most_mates,
     margins_stride,
     dim,
     weights_stride,
     LOGS: tl.constexpr,
     SKIPS: tl.constexpr,  # a τ that only the device knows may need no reference
-    PART: tl.constexpr,
+    PART: tl.constexpr,  # columns of one
     HAS_PARTIAL: tl.constexpr,
     HAS_MARGIN_PARTIAL: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
@@ -213,11 +209,11 @@ def settle_kernel(
             mask = (parts < num_parts)[:, None] & row_mask[None, :]
             at = partial_ptr + parts[:, None] * num_rows + rows[None, :]
             if LOGS:
-                total = _log2_add(total, log2_of_sums(tl.load(at, mask=mask, other=0.0), mask, 0))
+                total = log2_add(total, log2_of_sums(tl.load(at, mask=mask, other=0.0), mask, 0))
             else:
                 total += tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)
         if LOGS and not HAS_LOG_OTHERS:
-            log_z = _log2_add(total, positive)
+            log_z = log2_add(total, positive)
             if SKIPS:
                 log_z = tl.where(tau < SAFE_TEMPERATURE, log_z, 0.0)
             tl.store(reference_ptr + rows, log_z, mask=row_mask)
@@ -227,7 +223,7 @@ def settle_kernel(
     if HAS_LOG_OTHERS:
         if LOGS:
             known = tl.load(log_others_ptr + rows, mask=row_mask, other=0.0)
-            tl.store(log_others_ptr + rows, _log2_add(known, total), mask=row_mask)
+            tl.store(log_others_ptr + rows, log2_add(known, total), mask=row_mask)
         elif HAS_PARTIAL:
             tl.store(log_others_ptr + rows, tl.log2(total) + reference, mask=row_mask)
         else:
@@ -239,7 +235,9 @@ def settle_kernel(
         many = (high - low > most_mates) & row_mask
         slope_sum = tl.load(margins_ptr + rows, mask=row_mask, other=0.0)
         if HAS_MARGIN_PARTIAL:
-            first, last = tl.where(many, low // PART, 2**30), tl.where(many, tl.cdiv(high, PART), 0)
+            few = (high > low) & row_mask & (high - low <= most_mates)
+            first = tl.where(many, low // PART, tl.where(few, 0, 2**30))
+            last = tl.where(many, tl.cdiv(high, PART), tl.where(few, num_shares, 0))
             lowest, highest = tl.min(first, axis=0), tl.max(last, axis=0)
             for which in tl.static_range(3):
                 total_margin = tl.zeros((BLOCK_M,), tl.float32)
@@ -260,7 +258,7 @@ def settle_kernel(
         share = total / z
         if HAS_LOG_OWN_COLUMN:
             log_column = tl.load(log_own_column_ptr + rows, mask=row_mask, other=0.0)
-            share += tl.exp2(log_column - _log2_add(log_column, positive))
+            share += tl.exp2(log_column - log2_add(log_column, positive))
         own_weight = share / (batch * tau)
         row_scale = 1.0 / (batch * tau * z)
         if HAS_MARGINS:

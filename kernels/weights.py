@@ -60,17 +60,22 @@ def log2_of_sums(logits, mask, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _halves(z):
-    """The left and the right columns."""
-    return tl.split(tl.permute(tl.reshape(z, (z.shape[0], 2, z.shape[1] // 2)), (0, 2, 1)))
+def log2_add(x, y):
+    """log2(2^x + 2^y), −inf for two of them."""
+    largest = tl.maximum(x, y)
+    sums = tl.exp2(x - largest) + tl.exp2(y - largest)
+    return tl.where(largest == float("-inf"), largest, largest + tl.log2(sums))
 
 
 @triton.jit
-def _quarters(z):
-    left, right = _halves(z)
-    first, second = _halves(left)
-    third, fourth = _halves(right)
-    return first, second, third, fourth
+def _parts(z, NUMBER: tl.constexpr):
+    """Columns from left to right in so many parts, a tuple: a power of 2."""
+    if NUMBER == 1:
+        parts = (z,)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(z, (z.shape[0], 2, z.shape[1] // 2)), (0, 2, 1)))
+        parts = _parts(left, NUMBER // 2) + _parts(right, NUMBER // 2)
+    return parts
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -92,9 +97,9 @@ def weights_kernel(
     reference_ptr,  # (R,) base 2
     column_reference_ptr,  # (positives,) base 2: what a column's own E are relative to, which are added
     weights_ptr,  # out (R, padded(n))
-    partial_ptr,  # out (parts, R) float32: row sums, log2 of them for TOTALS
+    partial_ptr,  # out (column tiles, R) float32: row sums, log2 of them for TOTALS
     column_partial_ptr,  # out (row tiles, positives) likewise
-    margin_partial_ptr,  # out (3, parts, R), where a part meets many mates: Σ slope, margins, slope·Δ
+    margin_partial_ptr,  # out (3, column tiles, R), where a row has many mates: Σ slope, margins, slope·Δ
     temperature,  # τ, a number or a pointer
     hard_negative_weight,
     alpha,
@@ -151,12 +156,7 @@ def weights_kernel(
                 x = tl.load(x_rows + d[None, :], mask=(d < dim)[None, :], other=0.0)
                 y = tl.load(y_rows + d[None, :], mask=(d < dim)[None, :], other=0.0)
             products = multiply_add(x, tl.trans(y), products, PRECISION, UPCAST)
-        if PARTS == 1:
-            parts = (products,)
-        elif PARTS == 2:
-            parts = _halves(products)
-        else:
-            parts = _quarters(products)
+        parts = _parts(products, PARTS)
         row_mask, safe_rows = rows < num_rows, tl.minimum(rows, num_rows - 1)
         x_scale = tl.load(x_inverse_ptr + safe_rows) * (LOG2_E / tau)
         if HAS_OWN:
@@ -172,15 +172,21 @@ def weights_kernel(
             high = tl.load(high_ptr + safe_rows).to(tl.int32)
             high = tl.where(high - low > most_mates, high, low)
             first, last = tl.min(tl.where(high > low, low, num_columns), axis=0), tl.max(high, axis=0)
-            low, high = low[:, None], high[:, None]
+        sums = tl.zeros((BLOCK_M,), tl.float32)
+        slope_sum, margin_sum, along = sums, sums, sums
+        if MODE == TOTALS:
+            sums += float("-inf")
         for number in tl.static_range(PARTS):
-            part = column_tile * PARTS + number
-            columns = part * PART + tl.arange(0, PART)
+            left = column_tile * BLOCK_N + number * PART
+            columns = left + tl.arange(0, PART)
             column_mask = columns < num_columns
-            partial = part.to(tl.int64) * num_rows + rows
             y_inverse = tl.load(y_inverse_ptr + columns, mask=column_mask, other=0.0)
-            logits = parts[number] * x_scale[:, None] * y_inverse[None, :]
-            others = row_mask[:, None] & column_mask[None, :]
+            # Norm and border in one operation: each that is saved here is a hundredth of the sweep.
+            border = tl.where(column_mask, 0.0, float("-inf"))
+            logits = parts[number] * x_scale[:, None] * y_inverse[None, :] + border[None, :]
+            others = tl.full((BLOCK_M, PART), True, tl.int1)  # rows beyond the last are not written
+            if MODE == TOTALS:
+                others = row_mask[:, None] & column_mask[None, :]
             if HAS_OWN:
                 others = others & (columns[None, :] != own)
             if HAS_ROW_IDS:
@@ -194,7 +200,7 @@ def weights_kernel(
                 biased += log2_uses(uses, columns[None, :] == own_hard, weight)
                 others = others & (uses > 0)
             if MODE == TOTALS:
-                tl.store(partial_ptr + partial, log2_of_sums(biased, others, 1), mask=row_mask)
+                sums = log2_add(sums, log2_of_sums(biased, others, 1))
                 if HAS_COLUMN_PARTIAL:
                     of_columns = log2_of_sums(logits, others, 0)
                     at = column_partial_ptr + row_tile.to(tl.int64) * num_positives + columns
@@ -203,7 +209,7 @@ def weights_kernel(
                 if HAS_REFERENCE:
                     biased -= reference
                 e = tl.where(others, tl.exp2(biased), 0.0)
-                tl.store(partial_ptr + partial, tl.sum(e, axis=1), mask=row_mask)
+                sums += tl.sum(e, axis=1)
                 if HAS_COLUMN_REFERENCE:
                     at, mask = column_reference_ptr + columns, columns < num_positives
                     own_column = tl.load(at, mask=mask, other=float("inf"))[None, :]
@@ -212,8 +218,8 @@ def weights_kernel(
                     e += tl.exp2(own_column) * others.to(tl.float32)
                 e *= y_inverse[None, :]
             if HAS_LOW:
-                if (first < (part + 1) * PART) & (last > part * PART):
-                    mates = (columns[None, :] >= low) & (columns[None, :] < high) & row_mask[:, None]
+                if (first < left + PART) & (last > left):
+                    mates = (columns[None, :] >= low[:, None]) & (columns[None, :] < high[:, None])
                     if HAS_OWN:
                         mates = mates & (columns[None, :] != own)
                     upper, lower = read_scalar(alpha, False), read_scalar(beta, False)
@@ -225,11 +231,9 @@ def weights_kernel(
                     if HAS_MARGIN_PARTIAL:
                         at_zero = tl.maximum(upper, 0.0) + tl.maximum(-lower, 0.0)
                         margin = tl.maximum(delta + upper, 0.0) + tl.maximum(-delta - lower, 0.0) - at_zero
-                        step = (column_tiles * PARTS).to(tl.int64) * num_rows
-                        sums = margin_partial_ptr + partial
-                        tl.store(sums, tl.sum(slope, axis=1), mask=row_mask)
-                        tl.store(sums + step, tl.sum(tl.where(mates, margin, 0.0), axis=1), mask=row_mask)
-                        tl.store(sums + 2 * step, tl.sum(slope * delta, axis=1), mask=row_mask)
+                        slope_sum += tl.sum(slope, axis=1)
+                        margin_sum += tl.sum(tl.where(mates, margin, 0.0), axis=1)
+                        along += tl.sum(tl.where(mates, slope * delta, 0.0), axis=1)
                     if HAS_SLOPES:
                         LOW: tl.constexpr = 1 if weights_ptr.dtype.element_ty == tl.float32 else 65536
                         e = tl.where(mates, with_slope(e, slope, LOW), e)
@@ -237,3 +241,12 @@ def weights_kernel(
                 starts = row_starts(weights_ptr, rows, weights_stride)
                 both = row_mask[:, None] & (columns < padded(num_columns))[None, :]
                 tl.store(starts + columns[None, :], e.to(weights_ptr.dtype.element_ty), mask=both)
+        partial = column_tile.to(tl.int64) * num_rows + rows
+        tl.store(partial_ptr + partial, sums, mask=row_mask)
+        if HAS_LOW and HAS_MARGIN_PARTIAL:
+            many = row_mask & (high > low)
+            step = column_tiles.to(tl.int64) * num_rows
+            at = margin_partial_ptr + partial
+            tl.store(at, slope_sum, mask=many)
+            tl.store(at + step, margin_sum, mask=many)
+            tl.store(at + 2 * step, along, mask=many)

@@ -26,7 +26,7 @@ def on_a_cpu(monkeypatch):
 def test_every_kind_of_contender_on_a_cpu(tmp_path):
     ours = ["clusterns whole", "clusterns in chunks", "clusterns torch"]
     theirs = ["eager", "published", "torch.compile", "linear_cross_entropy"]
-    run(tmp_path, "run.py", "large", *SMALL, "--contenders", *ours, *theirs, "--output", ".")
+    run(tmp_path, "run.py", "large", *SMALL, "--batch", "40", "--contenders", *ours, *theirs, "--output", ".")
     content = json.loads((tmp_path / "cpu-large.json").read_text("utf-8"))
     assert not content["skipped"]
     assert content["machine"]["matrix rate"]
@@ -56,12 +56,12 @@ def test_a_row_of_ours_that_fails_is_said_and_fails(tmp_path, monkeypatch):
     assert [row["status"] for row in rows(tmp_path / "cpu-step.json")] == ["ok", "failed", "ok"] * 2
 
 
-def test_exactness_by_every_backend_and_dtype(tmp_path):
+def test_exactness_by_every_backend(tmp_path):
     pytest.importorskip("triton")
-    command = "exactness --batch 20 --dim 16 --clusters 8 --output .".split()
+    command = "exactness --batch 20 --dim 16 --clusters 8 --dtype float32 bfloat16 --output .".split()
     run(tmp_path, "run.py", *command)
     content = json.loads((tmp_path / "cpu-exactness.json").read_text("utf-8"))
-    assert len(content["rows"]) == 3 * 4 * 2  # dtypes, backends with a workspace, λ
+    assert len(content["rows"]) == 2 * 4 * 2  # dtypes, backends with a workspace, λ
     for row in content["rows"]:
         assert row["status"] == "ok", row
         assert row["gradient_error"] <= row["eager_gradient_error"] + row["tolerance"]

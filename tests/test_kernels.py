@@ -308,8 +308,9 @@ def test_slopes_on_weights_are_kept_on_average():
     before = 1 + 2 * digit
     weights = torch.where(up, before + digit, -before).to(DEVICE, torch.bfloat16)
     one, zero = torch.ones(rows, device=DEVICE), torch.zeros(rows, device=DEVICE)
+    views = {"x": one[:, None].expand(-1, 16), "y": one.expand(columns, -1)}
     chunk_launchers.settle(
-        one[:, None].expand(-1, 16), positive=zero, log_others=zero, reference=one, low=zero.long(),
+        views, positive=zero, log_others=zero, reference=one, low=zero.long(),
         high=(columns * one).long(), margins=torch.zeros(3, rows, device=DEVICE), most_mates=16,
         weights=weights, y_inverse=torch.ones(columns, device=DEVICE), row_scale=torch.empty_like(one),
         own_weight=torch.empty_like(one), temperature=1.0, batch=1.0, slope_scale=digit / 16,

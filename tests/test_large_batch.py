@@ -91,8 +91,8 @@ def test_memory_by_arithmetic(monkeypatch, batch):
     dim, clusters = 768, 128
     watch, _, chunks = swept(batch, dim, monkeypatch, clusters=clusters)
     rows = chunks[0][0].stop
-    mates, parts = batch // 8, batch // 64
-    a_row = 2 * (batch + clusters) + mates + 4 * (parts + clusters // 64 + 3 * parts) + (2 + 2 + 4) * dim + 4
+    mates, tiles = batch // 8, batch // 256
+    a_row = 2 * (batch + clusters) + mates + 4 * (tiles + clusters // 64 + 3 * tiles) + (2 + 2 + 4) * dim + 4
     columns = 2 * (batch + clusters) * dim + 4 * batch * dim
     vectors = 16 * 8 * batch + 2 * batch * dim * 4 // 64  # and sums of unit rows
     results = 2 * 2 * batch * dim

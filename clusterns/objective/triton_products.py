@@ -192,69 +192,48 @@ class TritonProducts:
         for start in range(0, len(self.anchors), columns.chunk):
             yield slice(start, min(start + columns.chunk, len(self.anchors)))
 
-    def weigh(self, columns: Columns, rows: slice) -> Tensor:
-        """Take product 1 and settle what its sums decide; returns the chunk's raw rows (R, D)."""
-        buffers, totals = columns.buffers, columns.totals
-        numbers, x, own = self.row_numbers[rows], self.anchors[rows], None
-        if buffers.rows is not None:
-            x = buffers.rows[: len(numbers)]
-        if columns.own is not None:
-            own = columns.own[rows]
-        margins: dict[str, Any] = {}
-        if columns.mates is not None:
-            low, high = columns.mates.of_rows
-            margins = {
-                "low": low[rows],
-                "high": high[rows],
-                "margins": self.margins[:, rows] if totals else None,
-            }
-            margins["most_mates"] = self._most_mates(columns.positives)
-        if buffers.rows is not None or (totals and own is not None):
-            self._gather(columns, x, rows, own, margins)
-        more: dict[str, Any] = {} if own is None else {"own": own}
-        if self.excludes and self.cluster_ids is not None:
-            more |= {"row_ids": self.cluster_ids[rows], "column_ids": columns.ids}
-        # A look at Z alone, for what the weights are relative to.
-        reference = None if self.log_total is None else self.log_total[rows]
-        gradients = buffers.weights is not None
-        if gradients and totals and self.needs_maximum:
-            assert buffers.reference is not None
-            reference = buffers.reference[: len(x)]
-            self._look("totals", columns, x, rows, SKIPS=self.skips, **more)
-            self._settle(columns, x, rows, reference=reference, LOGS=True, SKIPS=self.skips)
-        if margins:
-            more |= {name: margins[name] for name in ("low", "high", "most_mates")} | self._margin_numbers()
-            more |= {"positive": self.positive_cosine[rows], "margin_partial": buffers.margin_partial}
-            margins |= {"margin_partial": buffers.margin_partial, "margins": self.margins[:, rows]}
+    def weigh(self, columns: Columns, rows: slice) -> dict[str, Any]:
+        """Take product 1 and settle what its sums decide; returns what the chunk's launches are given."""
+        buffers, totals, gradients = columns.buffers, columns.totals, columns.buffers.weights is not None
+        chunk, log_others = self._chunk_of(columns, rows), self.log_others[rows]
+        if buffers.rows is not None or (totals and columns.own is not None):
+            self._gather(columns, rows, chunk)
         if not gradients:
-            self._look("totals", columns, x, rows, column_partial=buffers.column_partial, **more)
-            self._settle(columns, x, rows, log_others=self.log_others[rows], LOGS=True, **margins)
+            self._look("totals", columns, rows, chunk, column_partial=buffers.column_partial)
+            launchers.settle(chunk, log_others=log_others, LOGS=True)
             if buffers.column_partial is not None:
-                self._add_to_columns(columns, x, rows, own)
-            return x
-        if buffers.slopes is not None:
-            more["slopes"] = buffers.slopes
-            margins["weights"] = buffers.weights
+                self._add_to_columns(columns, rows, chunk, buffers.column_partial)
+            return chunk
+        reference = None if self.log_total is None else self.log_total[rows]
+        if totals and self.needs_maximum:  # a look at Z alone, for what the weights are relative to
+            assert buffers.reference is not None
+            reference = buffers.reference[: len(chunk["x"])]
+            alone = chunk | {"low": None, "margins": None}
+            self._look("totals", columns, rows, alone, SKIPS=self.skips)
+            launchers.settle(alone, reference=reference, LOGS=True, SKIPS=self.skips)
         self._look(
-            "weights", columns, x, rows, reference=reference, column_reference=columns.log_totals,
-            weights=buffers.weights, **more,
+            "weights", columns, rows, chunk, reference=reference, column_reference=columns.log_totals,
+            weights=buffers.weights, slopes=buffers.slopes,
         )  # fmt: skip
         log_own_column = None
-        if self.log_columns is not None and own is not None:
-            log_own_column = self.log_columns[0, columns.places[own]] * _LOG2_E
-        self._settle(
-            columns, x, rows, totals, log_others=self.log_others[rows], reference=reference,
-            log_own_column=log_own_column, own_weight=self.own_weight[rows], row_scale=buffers.row_scale,
-            share=buffers.share, rest=buffers.rest, **margins,
+        if self.log_columns is not None and columns.own is not None:
+            log_own_column = self.log_columns[0, columns.places[chunk["own"]]] * _LOG2_E
+        if not totals:
+            chunk["partial"] = None  # the sums are known
+        launchers.settle(
+            chunk, log_others=log_others, reference=reference, log_own_column=log_own_column,
+            own_weight=self.own_weight[rows], row_scale=buffers.row_scale, share=buffers.share,
+            rest=buffers.rest, weights=None if buffers.slopes is None else buffers.weights,
         )  # fmt: skip
-        return x
+        return chunk
 
-    def differentiate(self, columns: Columns, rows: slice, weights: Tensor) -> None:
+    def differentiate(self, columns: Columns, rows: slice, weights: dict[str, Any]) -> None:
         """Take products 2 and 3."""
-        x, buffers, out = weights, columns.buffers, columns.gradient
+        chunk, buffers, out = weights, columns.buffers, columns.gradient
         assert buffers.weights is not None
         assert buffers.share is not None
         assert columns.operand is not None
+        x = chunk["x"]
         values, share = buffers.weights[: len(x)], buffers.share[: len(x)]
         pull = None if buffers.pull is None else buffers.pull[: len(x)]
         if pull is not None:
@@ -266,18 +245,16 @@ class TritonProducts:
                 part = out[columns.positives - columns.wanted.start :]
                 _accumulate(part, values[:, negatives].T, buffers.rest[: len(x)], first=False)
         if buffers.slopes is not None and columns.mates is not None:
-            (low, high), of_columns = columns.mates.of_rows, columns.mates.of_columns
+            column_low, column_high = columns.mates.of_columns
             launchers.add_margins(
-                x, columns.raw[: columns.positives], buffers.slopes, x_inverse=self.inverse[rows],
-                y_inverse=columns.inverse, low=low[rows], high=high[rows], column_low=of_columns[0],
-                column_high=of_columns[1], own=None if columns.own is None else columns.own[rows],
-                row_scale=buffers.row_scale, x_gradient=pull, slope_scale=self.slope_scale,
-                y_gradient=out if self.ranks.needs[1] else None, first_row=rows.start,
+                chunk, slopes=buffers.slopes, column_low=column_low, column_high=column_high,
+                row_scale=buffers.row_scale, x_gradient=pull, y_gradient=out if self.ranks.needs[1] else None,
+                first_row=rows.start,
             )  # fmt: skip
         if pull is not None:
             partner: dict[str, Tensor] = {}
             if columns.own is not None:
-                partner = {"partner": columns.raw, "partner_index": columns.own[rows]}
+                partner = {"partner": columns.raw, "partner_index": chunk["own"]}
                 partner |= {"partner_weight": self.own_weight[rows], "partner_inverse": columns.inverse}
             launchers.finish(
                 pull, x, self.inverse[rows], scale=buffers.row_scale, out=self.gradient, **partner,
@@ -376,10 +353,10 @@ class TritonProducts:
         need_anchors, _, need_negatives, need_temperature = self.ranks.needs
         x, dim, half = self.anchors, self.anchors.shape[1], self.weight_dtype
         mates, both = self.has_margins, self.log_columns is not None and totals and not gradients
-        parts = of_positives = launchers.parts(x, raw)
+        parts = of_positives = launchers.column_tiles(x, raw)
         width = padded(len(raw))
         if centroids is not None:
-            parts, width = parts + launchers.parts(x, centroids), width + len(centroids)
+            parts, width = parts + launchers.column_tiles(x, centroids), width + len(centroids)
         slopes = self._most_mates(positives) if mates and gradients and self.slope_scale else 0
         pulls = gradients and (need_anchors or need_temperature)
         rest = gradients and self.dtype == torch.float16 and need_negatives and len(raw) > positives
@@ -414,69 +391,69 @@ class TritonProducts:
         most = max(1, self.workspace_bytes // row_bytes)
         return most if most >= len(self.anchors) else launchers.whole_waves(most, self.anchors)
 
-    def _gather(
-        self, columns: Columns, x: Tensor, rows: slice, own: Tensor | None, margins: dict[str, Any]
-    ) -> None:
-        """Rows of a chunk in their order, norms, the margin loss; and s_i and sums of unit rows if totals."""
-        given: dict[str, Any] = {"slopes": columns.buffers.slopes, **margins}
-        if own is not None and columns.totals:
-            given["sums"] = self.inverse.new_empty((cdiv(len(x), launchers.GATHERED), 2 * x.shape[1]))
-            self.unit_sums.append(given["sums"])
-        if columns.buffers.rows is not None:
-            given |= {"order": self.row_numbers[rows], "copy": x}
-        launchers.gather(
-            x if self.order is None else self.anchors, self.inverse[rows], y=columns.raw,
-            y_inverse=columns.inverse, num_columns=columns.positives, own=own,
-            positive=self.positive_cosine[rows], **self._margin_numbers(), **given,
-        )  # fmt: skip
+    def _chunk_of(self, columns: Columns, rows: slice) -> dict[str, Any]:
+        """What the launches of a chunk are given, by the names of their parameters."""
+        buffers, x, options = columns.buffers, self.anchors[rows], self.options
+        if buffers.rows is not None:
+            x = buffers.rows[: len(x)]
+        chunk: dict[str, Any] = {
+            "x": x, "y": columns.raw, "x_inverse": self.inverse[rows], "y_inverse": columns.inverse,
+            "num_positives": columns.positives, "own": None if columns.own is None else columns.own[rows],
+            "positive": self.positive_cosine[rows], "temperature": self.temperature, "batch": self.size,
+            "slope_scale": self.slope_scale, "partial": buffers.partial,
+        }  # fmt: skip
+        chunk["num_margin_parts"] = chunk["num_parts"] = launchers.column_tiles(x, columns.raw)
+        if columns.centroids is not None:
+            chunk["num_parts"] += launchers.column_tiles(x, columns.centroids)
+        if columns.mates is not None:
+            low, high = columns.mates.of_rows
+            chunk |= {"low": low[rows], "high": high[rows], "most_mates": self._most_mates(columns.positives)}
+            chunk |= {"alpha": float(options.bml_alpha), "beta": float(options.bml_beta)}
+            chunk |= {"margins": self.margins[:, rows], "margin_partial": buffers.margin_partial}
+            chunk["num_shares"] = launchers.shares(x, chunk["num_margin_parts"])
+        return chunk
 
-    def _margin_numbers(self) -> dict[str, float]:
-        return {"alpha": float(self.options.bml_alpha), "beta": float(self.options.bml_beta)}
+    def _gather(self, columns: Columns, rows: slice, chunk: dict[str, Any]) -> None:
+        """Rows of a chunk in their order, norms, the margin loss; and s_i and sums of unit rows if totals."""
+        more: dict[str, Any] = {}
+        if columns.own is not None and columns.totals:
+            tiles = cdiv(len(chunk["x"]), launchers.GATHERED)
+            more["sums"] = self.inverse.new_empty((tiles, 2 * self.anchors.shape[1]))
+            self.unit_sums.append(more["sums"])
+        if columns.buffers.rows is not None:
+            chunk = chunk | {"x": self.anchors}
+            more |= {"order": self.row_numbers[rows], "copy": columns.buffers.rows[: len(chunk["x_inverse"])]}
+        launchers.gather(chunk, slopes=columns.buffers.slopes, **more)
+
+    def _look(self, mode: str, columns: Columns, rows: slice, chunk: dict[str, Any], **more: Any) -> None:
+        """Run the first product for positives and explicit negatives, and for centroids."""
+        if self.excludes and self.cluster_ids is not None:
+            more |= {"row_ids": self.cluster_ids[rows], "column_ids": columns.ids}
+        launchers.weigh(mode, chunk, **more)
+        if columns.centroids is not None:
+            of_centroids = {name: chunk[name] for name in ("x", "x_inverse", "temperature")}
+            of_centroids |= {"y": columns.centroids, "y_inverse": self.centroid_inverse, "uses": self.uses}
+            first, weights = chunk["num_margin_parts"] * len(chunk["x"]), more.get("weights")
+            launchers.weigh(
+                mode, of_centroids, partial=chunk["partial"].view(-1)[first:],
+                weights=None if weights is None else weights[:, padded(len(columns.raw)) :],
+                reference=more.get("reference"), SKIPS=more.get("SKIPS", False),
+                hard_ids=self.hard_ids[rows],
+                hard_negative_weight=float(self.options.hard_negative_weight),
+            )  # fmt: skip
+
+    def _add_to_columns(self, columns: Columns, rows: slice, chunk: dict[str, Any], partial: Tensor) -> None:
+        """Add a chunk of rows to the totals of the columns."""
+        assert self.log_columns is not None
+        found = partial[: launchers.row_tiles(chunk["x"], columns.raw)]
+        others, positives = self.log_columns
+        others[columns.places] = torch.logaddexp(others[columns.places], (found / _LOG2_E).logsumexp(dim=0))
+        if columns.own is not None:
+            own = self.positive_cosine[rows] / self.temperature
+            positives[columns.places[chunk["own"]]] = own
 
     def _most_mates(self, positives: int) -> int:
         return padded(cdiv(positives, _FEW_MATES))
-
-    def _look(
-        self, mode: str, columns: Columns, x: Tensor, rows: slice, weights: Tensor | None = None, **more: Any
-    ) -> None:
-        """Run the first product for positives and explicit negatives, and for centroids."""
-        raw, partial = columns.raw, columns.buffers.partial
-        reference, skips = more.get("reference"), more.get("SKIPS", False)
-        same = {"x_inverse": self.inverse[rows], "temperature": self.temperature, "SKIPS": skips}
-        launchers.weigh(
-            mode, x, raw, y_inverse=columns.inverse, partial=partial, weights=weights,
-            num_positives=columns.positives, **same | more,
-        )  # fmt: skip
-        if columns.centroids is not None:
-            part = partial.view(-1)[launchers.parts(x, raw) * len(x) :]
-            launchers.weigh(
-                mode, x, columns.centroids, y_inverse=self.centroid_inverse, partial=part,
-                weights=None if weights is None else weights[:, padded(len(raw)) :], reference=reference,
-                uses=self.uses, hard_ids=self.hard_ids[rows],
-                hard_negative_weight=float(self.options.hard_negative_weight), **same,
-            )  # fmt: skip
-
-    def _settle(self, columns: Columns, x: Tensor, rows: slice, sums: bool = True, **given: Any) -> None:
-        """Bring together what a look has left, with `sums` its row sums."""
-        parts = of_positives = launchers.parts(x, columns.raw)
-        if columns.centroids is not None:
-            parts += launchers.parts(x, columns.centroids)
-        launchers.settle(
-            x, partial=columns.buffers.partial if sums else None, num_parts=parts,
-            num_margin_parts=of_positives, x_inverse=self.inverse[rows], y_inverse=columns.inverse,
-            positive=self.positive_cosine[rows], temperature=self.temperature, batch=self.size,
-            slope_scale=self.slope_scale, **given,
-        )  # fmt: skip
-
-    def _add_to_columns(self, columns: Columns, x: Tensor, rows: slice, own: Tensor | None) -> None:
-        """Add a chunk of rows to the totals of the columns."""
-        assert self.log_columns is not None
-        assert columns.buffers.column_partial is not None
-        partial = columns.buffers.column_partial[: launchers.row_tiles(x, columns.raw)]
-        others, positives = self.log_columns
-        others[columns.places] = torch.logaddexp(others[columns.places], (partial / _LOG2_E).logsumexp(dim=0))
-        if own is not None:
-            positives[columns.places[own]] = self.positive_cosine[rows] / self.temperature
 
 
 def _accumulate(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
