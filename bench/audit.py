@@ -254,13 +254,9 @@ def read_cubin(built: Any) -> tuple[str, dict[str, Any]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        usage, code = (
-            subprocess.run(
-                [str(NVIDIA_TOOLS / "cuobjdump"), flag, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+        command = [str(NVIDIA_TOOLS / "cuobjdump"), "-res-usage", "-sass", file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"\b{name}:(\d+)", code)[1]) for name in ("REG", "STACK"))
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     return code, {"registers": registers, "stack_bytes": stack, "spills": spills}
 

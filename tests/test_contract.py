@@ -166,8 +166,13 @@ def surrounded(z):
     return inside.requires_grad_(z.requires_grad)
 
 
-@pytest.mark.parametrize("false_negatives", ["bml", "exclude", "keep"])
-@pytest.mark.parametrize("shape", [(45, 19, 6, 4), (2, 8, 2, 1), (66, 33, 33, 34)])
+@pytest.mark.parametrize(
+    ("false_negatives", "shape"),
+    [
+        ("bml", (45, 19, 6, 4)), ("bml", (2, 8, 2, 1)), ("bml", (66, 33, 33, 34)),
+        ("exclude", (45, 19, 6, 4)), ("keep", (2, 8, 2, 1)),
+    ],
+)  # fmt: skip
 def test_reads_stay_inside_the_inputs_and_every_cell_is_written(
     nan_filled_memory, how, false_negatives, shape
 ):
@@ -255,8 +260,10 @@ def rounding_of(how, dtype):
     return torch.finfo(torch.bfloat16).eps if in_chunks and dtype.itemsize == 2 else 0.0
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("false_negatives", ["bml", "exclude", "keep"])
+@pytest.mark.parametrize(
+    ("dtype", "false_negatives"),
+    [(torch.float16, "bml"), (torch.bfloat16, "bml"), (torch.float16, "exclude"), (torch.bfloat16, "keep")],
+)
 def test_half_precision_is_accumulated_in_float32(how, dtype, false_negatives):
     anchors, positives, arguments = problem(66, 20, 4, 2, dtype=dtype)
     arguments["centroids"] = arguments["centroids"].float() * 1.001  # float32 centroids stay float32

@@ -45,12 +45,12 @@ def stay_while_staging(folder: Path, fork: bool) -> None:
 
 def test_writers_of_one_folder_do_not_disturb_each_other(tmp_path):
     """Each sweeps before each write, while the others make, hold and remove their own."""
-    writers = [forked.start(write_many, tmp_path / f"{number % 2}.txt", 12) for number in range(4)]
+    writers = [forked.start(write_many, tmp_path / f"{number % 2}.txt", 25) for number in range(4)]
     for writer in writers:
         writer.join()
     assert [writer.exitcode for writer in writers] == [0] * 4
     assert sorted(os.listdir(tmp_path)) == ["0.txt", "1.txt"]
-    assert (tmp_path / "0.txt").read_text(encoding="utf-8") == "11\n" * 1000
+    assert (tmp_path / "0.txt").read_text(encoding="utf-8") == "24\n" * 1000
 
 
 def test_error_leaves_the_earlier_file(tmp_path):

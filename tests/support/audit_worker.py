@@ -10,6 +10,7 @@ import csv
 import io
 import re
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -60,6 +61,7 @@ def every_launch_on_a_target():
     """Some of each kernel, in one dtype, for one batch and dimension; `make audit` compiles all there is."""
     audit.DTYPES, audit.BATCHES = {"bfloat16": torch.bfloat16}, audit.BATCHES[:1]
     audit.DIMENSIONS = audit.DIMENSIONS[1:2]
+    audit.ProcessPoolExecutor = lambda *_, **__: ThreadPoolExecutor(1)  # to start others takes as long
     all_cases = audit.cases
     audit.cases = lambda target: {
         case: served for case, served in all_cases(target).items() if case.label.startswith(SOME)
@@ -95,13 +97,14 @@ def every_launch_on_a_target():
 
 
 def launches_agree():
-    """Triton's own call path binds what the audit compiles, up to the compiled kernel."""
+    """Triton's own call path binds what the audit compiles; it is not compiled once more."""
     driver.set_active(Driver())
     with assume(Target("cuda", 90)):
         for label, each in by_kernel("sm_90", "bfloat16", 768).values():
             values = {**each.arguments, **each.constants, **each.tiles.blocks}
             options = each.tiles.options(Target("cuda", 90), each.constants.get("DEPENDENT", False))
-            built = each.kernel.warmup(**values, **options, grid=each.grid).src
+            with mock.patch.object(triton.compiler, "compile", lambda src, **_: SimpleNamespace(src=src)):
+                built = each.kernel.warmup(**values, **options, grid=each.grid).src
             expected = audit.source(each, "cuda")
             stated = {where: what for where, what in built.attrs.items() if what}
             assert built.signature == expected.signature, label
@@ -111,12 +114,12 @@ def launches_agree():
 
 def every_kernel_compiles_elsewhere():
     """A launch of each kernel on some other target, in some other dtype: for the time that all would take."""
-    heavy = {f"{name}_kernel" for name in "gradient margins gather assignment".split()}
+    older, smaller = {"gradient_kernel", "margins_kernel"}, {"gather_kernel", "assignment_kernel"}
     for target, dtype, names in (
-        ("sm_80", "float32", heavy),
-        ("gfx942", "bfloat16", KERNELS - heavy),
+        ("sm_80", "float32", older),
+        ("sm_120", "float16", smaller),
+        ("gfx942", "bfloat16", KERNELS - older - smaller),
         ("sm_100", "bfloat16", {"weights_kernel"}),
-        ("sm_120", "float16", {"gradient_kernel"}),
     ):
         kernels = {name: each for name, each in by_kernel(target, dtype).items() if name in names}
         for label, _ in kernels.values():

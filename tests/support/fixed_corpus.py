@@ -1,13 +1,14 @@
 """Run a script of bench/ on these sentences, not on the docstrings that this machine happens to have.
 
 And without Dynamo, so that what is compiled runs as it is: minutes of compilation say nothing about a script;
-and without the picture of a training, most of the time of a tiny one.
+without the picture of a training, most of the time of a tiny one; its processes forked, not started anew.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import runpy
 import sys
 from itertools import pairwise
@@ -41,6 +42,8 @@ if __name__ == "__main__":
     torch._dynamo.config.disable = True
     docstrings.docstring_corpus = lambda *_, **__: CORPUS
     train.draw_run = lambda records, path: path.touch()
+    forked = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda _=None: forked
     del sys.argv[0]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
