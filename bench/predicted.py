@@ -6,9 +6,10 @@ For B of `BATCHES`, D = 768, K = 128, bfloat16, the margin loss, clusters of one
 1 GiB: the launches of the library, recorded on tensors without storage, and how many programs fit a
 multiprocessor, read off their code for sm_90. A launch takes 3.5 µs and the longer of its bytes at 3.0 TB/s
 and, for each group of programs, waves · (steps + 1) · the longer of 800 cycles and a step's operations at
-790 TFLOP/s, and 15 instructions for each element of a product once it is there. Loops over cluster-mates have
-n_k = B/K of them. Products 2 and 3 are the vendor's: operations at 790 TFLOP/s, or their bytes. Left out:
-what torch does once a batch (sorting, copies in cluster order, norms).
+790 TFLOP/s, and 15 instructions for each element of a product once it is there (counted in the first
+product's code: 1,984 for 128 a thread, loop included). Loops over cluster-mates have n_k = B/K of them.
+Products 2 and 3 are the vendor's: operations at 790 TFLOP/s, or their bytes. Left out: what torch does once a
+batch (sorting, copies in cluster order, norms).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ CYCLES_PER_ELEMENT = 15 / 128  # four warps issue an instruction each in a cycle
 COLUMNS = """B chunk_rows chunks kernel launches programs programs_per_multiprocessor waves bytes operations
 predicted_us predicted_ms""".split()
 HEAD = """# bench/audit.py --large: predictions for an H100, nothing is measured; predicted.py has the model
-# D = {dim}, K = {clusters}, bfloat16, bml, clusters of one size, workspace {workspace} MiB; triton {triton}
+# D = {dim}, K = {clusters}, bfloat16, bml, clusters of one size, workspace {workspace} MiB; triton {triton}, commit {commit}
 # predicted_us is of one launch, predicted_ms of all; floor: 6·B²·D operations at 790 TFLOP/s
 """
 
