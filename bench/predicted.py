@@ -38,7 +38,8 @@ CYCLES_PER_ELEMENT = 15 / 128  # four warps issue an instruction each in a cycle
 COLUMNS = """B chunk_rows chunks kernel launches programs programs_per_multiprocessor waves bytes operations
 predicted_us predicted_ms""".split()
 HEAD = """# bench/audit.py --large: predictions for an H100, nothing is measured; predicted.py has the model
-# D = {dim}, K = {clusters}, bfloat16, bml, clusters of one size, workspace {workspace} MiB; triton {triton}, commit {commit}
+# D = {dim}, K = {clusters}, bfloat16, bml, clusters of one size, workspace {workspace} MiB
+# triton {triton}, commit {commit}
 # predicted_us is of one launch, predicted_ms of all; floor: 6·B²·D operations at 790 TFLOP/s
 """
 

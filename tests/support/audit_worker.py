@@ -113,7 +113,7 @@ def launches_agree():
 
 
 def kernels_compile_elsewhere():
-    """Kernels with products on other targets, in other dtypes; not each on all, for the time it would take."""
+    """Kernels on other targets, in other dtypes; not each on all, for the time that would take."""
     for target, dtype, names in (
         ("sm_80", "float32", {"gradient_kernel", "margins_kernel"}),
         ("sm_120", "float16", {"gather_kernel", "assignment_kernel"}),
