@@ -80,7 +80,7 @@ def weigh(mode: str, chunk: Chunk, **given: Any) -> None:
         num_programs=programs,
         dim=x.shape[1],
         MODE=MODES[mode],
-        PART=32 if blocks["BLOCK_N"] > 64 else 64,
+        PART=32 if x.dtype == y.dtype else 64,  # where there are registers
     )
 
 

@@ -241,6 +241,8 @@ def weights_kernel(
                 starts = row_starts(weights_ptr, rows, weights_stride)
                 both = row_mask[:, None] & (columns < padded(num_columns))[None, :]
                 tl.store(starts + columns[None, :], e.to(weights_ptr.dtype.element_ty), mask=both)
+            if not HAS_X_DESCRIPTOR:
+                tl.debug_barrier()  # or what the next part reads is read now, and registers spill (sm_100)
         partial = column_tile.to(tl.int64) * num_rows + rows
         tl.store(partial_ptr + partial, sums, mask=row_mask)
         if HAS_LOW and HAS_MARGIN_PARTIAL:
