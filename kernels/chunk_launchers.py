@@ -64,6 +64,7 @@ def weigh(mode: str, chunk: Chunk, **given: Any) -> None:
     x, y = chunk["x"], chunk["y"]
     tiles, target = _weight_tiles(x, y), target_of(x.device)
     blocks = tiles.blocks
+    part = 64 if x.dtype != y.dtype else 16 if target.arch == 100 else 32  # the most that spill no register
     programs = cdiv(x.shape[0], blocks["BLOCK_M"]) * cdiv(y.shape[0], blocks["BLOCK_N"])
     if target.loads_tiles and x.dtype == y.dtype and x.dtype.itemsize == 2 and _aligned(x) and _aligned(y):
         programs = min(programs, target.multiprocessors)
@@ -80,7 +81,7 @@ def weigh(mode: str, chunk: Chunk, **given: Any) -> None:
         num_programs=programs,
         dim=x.shape[1],
         MODE=MODES[mode],
-        PART=32 if x.dtype == y.dtype else 64,  # where there are registers
+        PART=part,
     )
 
 
