@@ -12,7 +12,7 @@ The margin loss lives on cluster-mates, which stand side by side. Where a row ha
 slopes, −1, 0 or 1, ride on the weights, see `with_slope`; those of all others are `rows.gather_kernel`'s.
 
 Where the chip loads tiles by descriptors, as many programs as it has multiprocessors go through the tiles.
-(To have the loops fused, `flatten`, crashes the compiler on the branch for mates.) Logits are in base 2.
+Logits are in base 2.
 """
 
 from __future__ import annotations

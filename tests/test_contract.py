@@ -474,6 +474,18 @@ def test_margins_of_a_cluster_of_all_are_not_lost():
     assert abs(kept - 1) < 0.05
 
 
+@pytest.mark.parametrize("how", ["triton in chunks"], indirect=True)
+def test_margins_of_many_columns_and_few_rows(how, monkeypatch):
+    """A chunk meets three clusters: more tiles of columns than programs, and programs share a row's mates."""
+    from clusterns.objective.triton_products import TritonProducts
+
+    monkeypatch.setattr(TritonProducts, "_chunk", lambda *_: 60)
+    anchors, positives, arguments = problem(400, 8, 8)
+    fix_clusters(anchors, arguments)
+    arguments.update(BML, cluster_ids=torch.arange(400, device=DEVICE) % 8, bml_weight=20.0)
+    assert_exact(gradients(anchors, positives, arguments, **how), exact(anchors, positives, arguments))
+
+
 def test_the_workspace_decides_the_chunks(monkeypatch):
     pytest.importorskip("triton")
     from clusterns.objective import triton_products
@@ -481,9 +493,9 @@ def test_the_workspace_decides_the_chunks(monkeypatch):
     anchors, positives, arguments = problem(70, 24, 5)
     seen, true_weigh = [], triton_products.launchers.weigh
 
-    def weigh(mode, x, *rest, **more):
-        seen.append((mode, len(x)))
-        return true_weigh(mode, x, *rest, **more)
+    def weigh(mode, chunk, **more):
+        seen.append((mode, len(chunk["x"])))
+        return true_weigh(mode, chunk, **more)
 
     monkeypatch.setattr(triton_products.launchers, "weigh", weigh)
     gradients(anchors, positives, arguments, backend="triton", workspace_bytes=15_000)
