@@ -157,7 +157,7 @@ def trained(
     fused = torch.cuda.is_available() and loss is ClusterNSLoss
     given = {"model": str(wanted.model), "pooling": "cls", "head": "none", "seed": seed, "patience": 0}
     given |= {"train_file": str(wanted.data / "wiki_sentences.txt"), "sts_dir": str(wanted.data / "sts_raw")}
-    given |= {"output_dir": str(folder / "model"), "overwrite_output_dir": True, "tensorboard": False}
+    given |= {"output_dir": str(folder / "model"), "overwrite_output_dir": True, "report_to": "none"}
     given |= {"batch_size": wanted.batch, "max_steps": wanted.steps, "eval_steps": wanted.eval_steps}
     given |= {"learning_rate": wanted.learning_rate, "backend": "auto" if fused else "torch"}
     given |= PUBLISHED | settings

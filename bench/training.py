@@ -68,7 +68,7 @@ def ours(
     from clusterns.train import train
     from clusterns.training.config import TrainConfig
 
-    settings: dict[str, Any] = {"model": str(model), "pooling": "cls", "head": "none", "tensorboard": False}
+    settings: dict[str, Any] = {"model": str(model), "pooling": "cls", "head": "none", "report_to": "none"}
     settings |= {"output_dir": str(folder / "ours"), "overwrite_output_dir": True, "log_steps": 1}
     settings |= {"train_file": str(sentences), "max_length": LENGTH, "batch_size": wanted.batch[0]}
     settings |= {"precision": "bf16" if wanted.device == "cuda" else "fp32", "device": wanted.device}

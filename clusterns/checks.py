@@ -5,10 +5,11 @@ Each raises `ValueError` or `TypeError` with one line: the argument, what was ex
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -108,6 +109,12 @@ def check_choice(name: str, value: str, choices: Sequence[str], beside: str = ""
         words = ", ".join(repr(word) for word in choices)
         beside = f" or {beside}" if beside else ""
         raise ValueError(f"{name}: expected one of {words}{beside}, got {in_short(value)}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A question whether one like it was meant, to end a message with; empty where none is like it."""
+    found = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def in_short(value: object) -> str:

@@ -101,6 +101,17 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """No flag is unknown: here, as the parser of a command knows what its flags are called."""
+        given, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            from .checks import nearest  # late, as it needs torch
+
+            flag = unknown[0].partition("=")[0]
+            likely = nearest(flag, self._option_string_actions)
+            self.error(f"{flag}: expected a flag or argument of `{self.prog}`, got an unknown one{likely}")
+        return given, unknown
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"clusterns: error: {' '.join(message.split())}\n")
 
@@ -125,6 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train",
+        usage="clusterns train [--config FILE] [FLAG ...]",
         help="train an encoder on sentences",
         description="Train a sentence encoder. With no arguments: a small BERT from scratch on the "
         "documentation strings of this machine's Python packages, in about two minutes. Several GPUs: "

@@ -51,12 +51,12 @@ class ClusterNSLoss(OnlineKMeans):
 
     Args:
         embedding_dim: D.
-        num_clusters: K; 0 (with `hard_negatives=False`) is plain InfoNCE, that is SimCSE.
+        num_clusters: K; 0 is plain InfoNCE, that is SimCSE.
         temperature: τ > 0: a number, or an `nn.Parameter` to learn it.
         start_cosine: σ.
         centroid_momentum: γ, see `OnlineKMeans`; the published values (1e-3 … 1e-4) belong to "sum".
         centroid_update: "sum", "mean", "replace" or "adamw", see `OnlineKMeans`.
-        hard_negatives: use the runner-up centroids as hard negatives (needs K ≥ 2).
+        hard_negatives: use the runner-up centroids as hard negatives (K = 1 has none).
         hard_negative_weight: w, added to the logit of a sentence's own hard negative.
         false_negatives: "bml" (margin loss), "exclude" (out of the denominator) or "keep"; or a rule, a
             function that says which pairs are false negatives and what becomes of them (`clusterns.rules`).
@@ -123,17 +123,16 @@ class ClusterNSLoss(OnlineKMeans):
             raise ValueError(
                 "backend: expected 'auto', 'triton' or 'torch' with a process_group, got 'reference'"
             )
-        if hard_negatives and num_clusters < 2:
+        if hard_negatives and num_clusters == 1:
             raise ValueError(
-                "num_clusters: expected at least 2 with hard_negatives=True (a runner-up centroid), "
-                f"got {num_clusters}"
+                "num_clusters: expected 0, or at least 2 with hard_negatives=True (a runner-up), got 1"
             )
         if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
             self.register_buffer("temperature", temperature)
         else:
             self.temperature = temperature
         self.start_cosine = start_cosine
-        self.hard_negatives = hard_negatives
+        self.hard_negatives = hard_negatives and num_clusters > 0
         self.hard_negative_weight = hard_negative_weight
         self.false_negatives = false_negatives
         self.bml_weight = bml_weight

@@ -66,7 +66,7 @@ class ClusterNSLoss(nn.Module):
 
     Args:
         model: the SentenceTransformer to train.
-        num_clusters: K; 0 (with `hard_negatives=False`) is plain InfoNCE, that is SimCSE.
+        num_clusters: K; 0 is plain InfoNCE, that is SimCSE.
         mini_batch_size: rows that the model encodes at a time (gradient caching); None takes a column whole,
             and is the one for a `StaticEmbedding`, whose features are no rows, and within `MatryoshkaLoss`
             before sentence-transformers 5.7.

@@ -211,7 +211,7 @@ class Run:
             self.output / LOG,
             seconds=checkpoint.progress["seconds"] if checkpoint else None,
             step=self.step,
-            tensorboard=self.output / TENSORBOARD if config.tensorboard else None,
+            tensorboard=self.output / TENSORBOARD if config.report_to == "tensorboard" else None,
             silent=not is_first,
         )
         self.data = self.stream()

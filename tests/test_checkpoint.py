@@ -195,7 +195,16 @@ def test_what_changes_nothing_may_change(place, resumed, tmp_path, capsys, monke
     shutil.copy(place / "sentences.txt", tmp_path / "moved.txt")
     monkeypatch.chdir(place)
     monkeypatch.setenv("HOME", str(tmp_path))
-    given += ["--model", "./model", "--train-file", "~/moved.txt", "--log-steps", "2", "--tensorboard"]
+    given += [
+        "--model",
+        "./model",
+        "--train-file",
+        "~/moved.txt",
+        "--log-steps",
+        "2",
+        "--report-to",
+        "tensorboard",
+    ]
     given += ["--num-workers", "1", "--keep-checkpoints", "1", "--checkpoint-steps", "3"]
     given += ["--backend", "reference", "--mini-batch-size", "16"]
     assert main(given) == 0

@@ -53,7 +53,7 @@ def test_a_run_writes_what_it_says(place, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("clusterns.train.draw_run", draw_run)
     output = tmp_path / "run"
-    terms = run(place, output, "STS --max-steps 12 --eval-steps 4 --patience 0 --tensorboard")
+    terms = run(place, output, "STS --max-steps 12 --eval-steps 4 --patience 0 --report-to tensorboard")
     records = log_of(output)
     assert [record["step"] for record in terms] == list(range(1, 13))
     assert [record["step"] for record in records if "dev" in record] == [0, 4, 8, 12]

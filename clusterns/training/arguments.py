@@ -4,42 +4,43 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import io
+import math
 import types
 import typing
 from dataclasses import fields
 from typing import Any
 
+from ..checks import nearest
 from ..files import expanded
-from .config import FROM_SCRATCH, TrainConfig, to_dict
+from .config import FROM_SCRATCH, GROUPS, TrainConfig, flag, to_dict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag for each setting, and --config for a file of them."""
+    """One flag for each setting, by groups, and --config for a file of them."""
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of settings; flags override it")
     parser.add_argument(
         "--show-config", action="store_true", help="print all settings as they result, as YAML, and exit"
     )
     types_of = typing.get_type_hints(TrainConfig)
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for item in fields(TrainConfig):
-        flag = "--" + item.name.replace("_", "-")
+        group, told = groups[item.metadata["group"]], item.metadata
         default = "" if item.default in (None, False) else f" (default {item.default})"
         default += f" (from scratch {FROM_SCRATCH[item.name]})" if item.name in FROM_SCRATCH else ""
-        text = item.metadata["help"].replace("%", "%%") + default
-        kind = _plain_type(types_of[item.name])
+        text, kind = meaning(item).replace("%", "%%") + default, _plain_type(types_of[item.name])
         if kind is bool:
-            parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
-            )
+            given: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         else:
-            parser.add_argument(
-                flag,
-                type=kind,
-                choices=item.metadata["choices"],
-                metavar=None if item.metadata["choices"] else kind.__name__.upper(),
-                default=argparse.SUPPRESS,
-                help=text,
-            )
+            metavar = None if told["choices"] else kind.__name__.upper()
+            given = {"type": kind, "choices": told["choices"], "metavar": metavar}
+        group.add_argument(flag(item.name), default=argparse.SUPPRESS, help=text, **given)
+
+
+def meaning(item: dataclasses.Field) -> str:
+    """What a setting means, behind the paper's symbol for it."""
+    return ": ".join(filter(None, (item.metadata["symbol"], item.metadata["help"])))
 
 
 def read_config(arguments: argparse.Namespace) -> TrainConfig:
@@ -87,7 +88,8 @@ def _read_file(path: str | None) -> dict[str, Any]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in types_of:
-            raise ValueError(f"--config {path}: expected a setting of `clusterns train`, got {key!r}")
+            likely = nearest(name, types_of)
+            raise ValueError(f"--config {path}: expected a setting of `clusterns train`, got {key!r}{likely}")
         settings[name] = _convert(path, name, value, _plain_type(types_of[name]))
         choices = TrainConfig.__dataclass_fields__[name].metadata["choices"]
         if choices and value is not None and value not in choices:
@@ -116,7 +118,13 @@ def _convert(path: str, name: str, value: Any, kind: Any) -> Any:
 
 
 def show_config(config: TrainConfig) -> str:
-    """The settings as YAML, which `--config` reads."""
+    """The settings as YAML, which `--config` reads, each with its meaning as a comment."""
     import yaml
 
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=1000)
+    lines, values = [], to_dict(config)
+    for group in GROUPS:
+        lines.append(f"# {group}")
+        for item in (item for item in fields(config) if item.metadata["group"] == group):
+            line = yaml.safe_dump({item.name: values[item.name]}, allow_unicode=True, width=math.inf)
+            lines.append(f"{line.rstrip()}  # {meaning(item)}")
+    return "\n".join([*lines, ""])

@@ -102,8 +102,8 @@ def _summary_writer(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError(
-            f"--tensorboard: expected TensorBoard, got: {error}; "
-            'pip install "clusterns[train]" or pass --no-tensorboard'
+            f"--report-to: expected TensorBoard, got: {error}; "
+            'pip install "clusterns[train]" or --report-to none'
         ) from error
     # What a run that was killed had told beyond its last checkpoint is no longer shown.
     return SummaryWriter(str(folder), purge_step=step + 1)

@@ -71,7 +71,7 @@ def command(
 ) -> list[str]:
     """A command line for what `write_place` wrote, overridden by `more`, where "STS" is for the dev set."""
     fixed = "--batch-size 32 --learning-rate 1e-3 --num-clusters 4 --start-cosine 1 --log-steps 1"
-    fixed += " --precision fp32 --device cpu --no-tensorboard"
+    fixed += " --precision fp32 --device cpu --report-to none"
     paths = ["--model", str(place / model), "--train-file", str(place / file), "--output-dir", str(output)]
     return ["train", *paths, *fixed.split(), *more.replace("STS", f"--sts-dir {place / 'sts'}").split()]
 
