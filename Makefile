@@ -1,4 +1,4 @@
-# Each target sets up all it needs: a virtual environment with pinned packages. Needs Python >= 3.10, nothing else.
+# Each target sets up all it needs: a virtual environment with pinned packages. Needs Python >= 3.11, nothing else.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
@@ -52,7 +52,7 @@ gpu:
 	bash bench/gpu.sh
 
 $(VENV)/.ready-%: $(SETUP)
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "clusterns needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; set PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "clusterns needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=...")'
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	touch $@

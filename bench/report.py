@@ -85,7 +85,7 @@ def machine() -> dict[str, object]:
         **{name: _version(name) for name in ("triton", "transformers", "sentence-transformers")},
         "commit": _commit(),
         "command": _command(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "gpu": "none",
     }
     if torch.cuda.is_available():

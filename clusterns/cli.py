@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from . import __version__
 
 # The extra that a command's packages are in.
-EXTRAS = {"train": "train", "evaluate": "evaluate", "report": "evaluate"}
+EXTRAS = {"train": "train", "evaluate": "evaluate", "compare": "train", "report": "evaluate"}
 # What a write says whose file has no room or no reader; it does not name the file.
 _UNWRITTEN = (errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EPIPE)
 
@@ -154,6 +154,16 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate_arguments(evaluate)
     evaluate.set_defaults(command=_evaluate)
 
+    compare = commands.add_parser(
+        "compare",
+        help="compare groups of trainings over their seeds",
+        description="Compare trainings over seeds: mean and standard deviation of each group, and the paired "
+        "differences of each later group to the first, with intervals. A group is the runs in one folder, as "
+        "`clusterns train --seeds` leaves them.",
+    )
+    _add_compare_arguments(compare)
+    compare.set_defaults(command=_compare)
+
     report = commands.add_parser(
         "report",
         help="look inside the clusters of a run or model",
@@ -173,9 +183,17 @@ def _train(given: argparse.Namespace) -> None:
         print(show_config(config), end="")
         return
     _quiet_transformers()
-    from .train import train  # late: --help should not load transformers
+    if given.seeds is None:
+        from .train import train  # late: --help should not load transformers
 
-    train(config)
+        train(config)
+        return
+    from .compare import run
+    from .training.seeds import train_seeds
+
+    folders = train_seeds(config, given.seeds)
+    if config.is_judged:
+        run([str(folder) for folder in folders])
 
 
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -229,8 +247,13 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the bootstrap (default 1000); 0 for no intervals",
     )
     add("--seed", type=int, default=42, metavar="INT", help="of bootstrap and k-means (default 42)")
+    _add_result_arguments(add)
+
+
+def _add_result_arguments(add: Any) -> None:
+    """Files for what came out."""
     add("--json", dest="json_file", metavar="FILE", help="write all figures there")
-    add("--markdown", dest="markdown_file", metavar="FILE", help="write the tables there, sub-sets too")
+    add("--markdown", dest="markdown_file", metavar="FILE", help="write the tables there, with all details")
     add("--figure", dest="figure_file", metavar="FILE", help="draw the figures there (png, svg, pdf)")
 
 
@@ -257,6 +280,24 @@ def _evaluate(given: argparse.Namespace) -> int:
     from .evaluate import run  # late: --help should not load transformers
 
     return run(settings.pop("models"), **settings)
+
+
+def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folders", metavar="RUN", nargs="+", help="output folder of a training, or a folder of such")
+    add(
+        "--scores",
+        metavar="FILE",
+        help="what `clusterns evaluate RUN ... --json FILE` wrote of them; default: their dev scores",
+    )
+    _add_result_arguments(add)
+
+
+def _compare(given: argparse.Namespace) -> int:
+    settings = {name: value for name, value in vars(given).items() if name != "command"}
+    from .compare import run
+
+    return run(settings.pop("folders"), **settings)
 
 
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:

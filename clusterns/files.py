@@ -162,7 +162,7 @@ def sweep(folder: str | os.PathLike[str]) -> None:
                 if (hidden / _FILES).exists():
                     shutil.rmtree(hidden / _FILES)
             hidden.rmdir()
-        except (BlockingIOError, FileNotFoundError):  # noqa: PERF203
+        except (BlockingIOError, FileNotFoundError):
             continue  # a live process writes there, or another one has swept it
         except OSError as error:
             if error.errno != errno.ENOTEMPTY:  # a writer that was about to begin has begun

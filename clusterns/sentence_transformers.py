@@ -205,9 +205,7 @@ class ClusterNSLoss(nn.Module):
             return torch.cat(embeddings)
 
         negatives = places(*range(2, len(columns))) if len(columns) > 2 else None
-        caching = _GradientCaching(
-            self.objective.embedding_dim, 0, hard_negatives=False, mini_batch_size=size
-        )
+        caching = _GradientCaching(self.objective.embedding_dim, 0, mini_batch_size=size)
         no_sync = getattr(self.model, "no_sync", None)
         return list(caching(encode, places(0), places(1), negatives, no_sync=no_sync))
 

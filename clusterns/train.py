@@ -30,7 +30,14 @@ from .training.figure import draw_run
 from .training.journal import Journal
 from .training.mlm import MaskedLanguageHead, TokenMasker, TrainingModel
 from .training.processes import Processes, freeze_unused, joined
-from .training.resume import changes, find_checkpoint, fingerprint, load_checkpoint, save_checkpoint
+from .training.resume import (
+    changes,
+    find_checkpoint,
+    fingerprint,
+    fingerprints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from .training.run_folder import (
     LOG,
     PICTURE,
@@ -104,7 +111,7 @@ class Run:
         claim: Claim | None,
     ):
         self.config, self.output, self.task, self.claim = config, output, task, claim
-        self.origin = fingerprint(encoder) if config.checkpoint_steps or config.resume else ""
+        self.origin = fingerprint(encoder)
         self.encoder, self.processes, self.device = encoder, processes, processes.device
         self.precision = Precision.choose(config.precision, self.device)
         self.loss_fn = config.build_loss(encoder.embedding_dim, processes.group).to(self.device)
@@ -431,6 +438,13 @@ class Run:
             self.journal.event(self.step, event, text)
         with replacing(self.output / PICTURE) as path:
             draw_run(self.journal.records, path)
-        write_summary(self.output, self.config, scores=scores, best_step=self.best_step, finished=True)
+        write_summary(
+            self.output,
+            self.config,
+            scores=scores,
+            best_step=self.best_step,
+            data=fingerprints(self),
+            finished=True,
+        )
         report(self.config, self.output, scores, self.best_step, self.total_steps)
         return scores

@@ -13,7 +13,7 @@ from clusterns.cli import main
 from clusterns.corpus.sources import HUB_FILES
 from clusterns.models.prompts import Prompt
 from clusterns.training.arguments import add_arguments, read_config
-from clusterns.training.config import FROM_SCRATCH, TrainConfig
+from clusterns.training.config import FROM_SCRATCH, GROUPS, TrainConfig
 from clusterns.training.presets import PRESETS
 
 # The paper's table: model, batch, learning rate, K, γ, σ, hard negatives, λ, α, β.
@@ -75,6 +75,22 @@ def test_every_loss_option_is_reachable():
         assert getattr(loss, name) == getattr(config, name) != getattr(TrainConfig(), name), name
 
 
+@pytest.mark.parametrize(("flag", "likely"), [("--num-cluster", "--num-clusters"), ("--dve=x", "--dev")])
+def test_an_unknown_flag_is_never_part_of_a_known_one(flag, likely, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", flag, "3"])
+    error = capsys.readouterr().err
+    assert f"got an unknown one; did you mean {likely}?" in error
+    assert error.count("\n") == 1
+
+
+def test_shown_settings_say_what_they_mean(capsys):
+    assert main(["train", "--num-clusters", "0", "--show-config"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "num_clusters: 0  # K: clusters; 0 is plain SimCSE" in lines
+    assert [line for line in lines if line.startswith("#")] == [f"# {group}" for group in GROUPS]
+
+
 @pytest.mark.parametrize("dump", [json.dumps, yaml.safe_dump])
 def test_flags_over_file_over_preset(tmp_path, capsys, dump):
     """And what is shown, read back, is the same run."""
@@ -116,7 +132,7 @@ def test_the_table_is_all_presets_and_a_template_replaces_theirs():
 
 
 BAD_FILES = {
-    "batch_sise: 3": "expected a setting of `clusterns train`, got 'batch_sise'",
+    "batch_sise: 3": "expected a setting of `clusterns train`, got 'batch_sise'; did you mean batch_size",
     "batch_size: many": "batch_size: expected int, got 'many'",
     "temperature: true": "temperature: expected float, got True",
     "false_negatives: drop": "false_negatives: expected one of bml, exclude, keep, got 'drop'",

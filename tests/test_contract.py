@@ -670,8 +670,8 @@ def test_rules_decide_as_they_say():
     with pytest.raises(ValueError, match=nothing):
         info_nce(anchors, positives, false_negatives=CloseMates())
     with pytest.raises(ValueError, match=nothing):
-        ClusterNSLoss(6, 0, hard_negatives=False, false_negatives=CloseMates())
-    ClusterNSLoss(6, 0, hard_negatives=False, false_negatives=GuidedMargin())
+        ClusterNSLoss(6, 0, false_negatives=CloseMates())
+    ClusterNSLoss(6, 0, false_negatives=GuidedMargin())
     if DEVICE == "cpu":  # on a GPU nobody looks, which would be to wait
         arguments["cluster_ids"] = ids * 0 + 9
         with pytest.raises(ValueError, match=r"^cluster_ids: expected ids in \[0, 4\), got 9"):

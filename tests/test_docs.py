@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from train_problems import sentences
 from clusterns.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -35,10 +36,9 @@ def place(tmp_path_factory):
 
 PRINTS = {
     "architecture.md": ["near_mates"],
-    "README.md": ["info_nce", "info_nce", "\\(20, 64\\)"],
-    "loss.md": ["True", "True", "\\d"],
+    "README.md": ["tensor", "info_nce"],
+    "loss.md": ["True", "True", "\\d", "\\(20, 64\\)"],
     "models.md": ["4 torch.Size\\(.1, 16.\\)", "True"],
-    "quickstart.md": ["tensor"],
     "sentence-transformers.md": ["info_nce"],
 }
 
@@ -51,6 +51,13 @@ PRINTS = {
 def test_python_blocks_run(page, number, place):
     printed = run_python(place, blocks(page, "python")[number])
     assert re.search(PRINTS[page.name][number], printed), printed
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "diff")], ids=lambda page: page.name)
+def test_both_sides_of_a_diff_run(page, place):
+    lines = blocks(page, "diff")[0].splitlines()
+    for side in "-+":
+        run_python(place, "\n".join(line[1:] for line in lines if line[0] in f" {side}"))
 
 
 def test_the_example_script_runs(place):
@@ -72,6 +79,12 @@ def test_flags_exist(command, capsys):
     assert lines
     for flag in {flag for line in lines for flag in re.findall(r"--[a-z-]+", line)}:
         assert flag in help_text, flag
+
+
+def test_the_settings_page_is_that_of_the_code():
+    page = runpy.run_path(str(ROOT / "docs" / "make_settings.py"))["settings_page"]()
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert text == page, "python docs/make_settings.py writes it anew"
 
 
 def test_links_lead_somewhere():

@@ -18,7 +18,7 @@ from clusterns import CachedClusterNSLoss, ClusterNSLoss, reference
 
 UPDATES = ["sum", "mean", "replace", "adamw"]
 views = partial(embeddings, dim=12, dtype=torch.float32)
-plain = partial(ClusterNSLoss, 12, 0, hard_negatives=False)
+plain = partial(ClusterNSLoss, 12, 0)
 
 
 def started(num_clusters=6, dtype=torch.float32, **arguments):

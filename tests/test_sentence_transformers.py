@@ -135,7 +135,7 @@ def test_without_clusters_it_is_their_loss(still, columns, directions, mini_batc
 def test_one_column_is_two_dropout_views(still, tmp_path):
     """Without dropout they are the same, which is warned of."""
     column = features(still, PHRASES[:6])
-    noisy = ClusterNSLoss(make_model(tmp_path / "model", dropout=0.1).train(), 0, hard_negatives=False)
+    noisy = ClusterNSLoss(make_model(tmp_path / "model", dropout=0.1).train(), 0)
     noisy(column)
     assert float(noisy.last["positive_cosine"]) < 1 - 1e-4
     for mini_batch_size in (None, 2):

@@ -282,7 +282,7 @@ def test_what_a_failed_start_leaves(place, tmp_path, capsys, monkeypatch):
 
 
 REFUSED = {
-    "--num-clusters 1": "num_clusters: expected at least 2 with hard_negatives",
+    "--num-clusters 1": "num_clusters: expected 0, or at least 2 with hard_negatives",
     "--accumulation-steps 13": "accumulation_steps: expected at most 12, the batches of 32 in 1 epochs",
     "--device toaster": "--device: expected a device of this machine, got 'toaster'",
     "--precision fp16": "--precision: expected bf16 or fp32 on cpu, got fp16",

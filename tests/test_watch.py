@@ -84,7 +84,7 @@ def test_clustering_that_never_started():
     assert "raise it above 0.55" in text
     started = ClusterNSLoss(4, 5)
     started.start_from(torch.randn(5, 4))
-    for loss_fn in (started, ClusterNSLoss(4, 0, hard_negatives=False)):
+    for loss_fn in (started, ClusterNSLoss(4, 0)):
         watch = Watch(loss_fn)
         look(watch, [5], mean_cosine=0.7)
         assert list(watch.end(20)) == []

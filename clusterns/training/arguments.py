@@ -25,6 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     types_of = typing.get_type_hints(TrainConfig)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    groups["optimiser"].add_argument(
+        "--seeds",
+        type=int,
+        metavar="INT",
+        help="train so many times, with the seeds from --seed on, in OUTPUT_DIR/seed-N each: one after "
+        "another, or one on each GPU; ends with their mean and standard deviation",
+    )
     for item in fields(TrainConfig):
         group, told = groups[item.metadata["group"]], item.metadata
         default = "" if item.default in (None, False) else f" (default {item.default})"

@@ -399,6 +399,11 @@ class TrainConfig:
         """Whether a small BERT is made instead of an encoder loaded."""
         return self.model is None
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether there is a dev score; the documentation strings bring their own."""
+        return self.dev is not None or self.sts_dir is not None or self.train_file is None
+
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> TrainConfig:
         """Settings by name over those of their preset, over the defaults.
@@ -484,13 +489,12 @@ class TrainConfig:
         of_clusters = "start_cosine centroid_momentum centroid_update hard_negatives false_negatives"
         of_bml, clustered = "bml_weight bml_alpha bml_beta", self.num_clusters > 0
         is_asked = self.positive_label is not None or self.min_score is not None
-        is_judged = (self.sts_dir or self.dev) is not None or self.train_file is None
         for names, is_idle, why in (
             (of_file, self.train_file is None, "without --train-file"),
             ("label_column", not is_asked, "without --positive-label or --min-score"),
             ("epochs", self.max_steps is not None, "with --max-steps"),
             ("keep_checkpoints", self.checkpoint_steps is None, "without --checkpoint-steps"),
-            ("eval_steps patience", not is_judged, "without --dev or --sts-dir"),
+            ("eval_steps patience", not self.is_judged, "without --dev or --sts-dir"),
             ("dev_kind dev_columns dev_corpus", self.dev is None, "without --dev"),
             ("mlm_probability", not self.mlm_weight, "without --mlm-weight"),
             (f"{of_clusters} {of_bml}", not clustered, "with --num-clusters 0"),

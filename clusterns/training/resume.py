@@ -152,6 +152,11 @@ def fingerprint(encoder: SentenceEncoder) -> str:
     return digest.hexdigest()
 
 
+def fingerprints(run: Any) -> dict[str, Any]:
+    """What tells the data and the encoder of a run from others, by the settings that name them."""
+    return {"train_file": _rows(run), "model": run.origin, "dev": run.task.dev_content}
+
+
 def _rows(run: Any) -> list[Any]:
     """How many rows there are, and what tells those of a file from others."""
     folder = getattr(run.task.rows, "folder", None)

@@ -235,9 +235,7 @@ def check_cost(batch: int, width: int) -> None:
     in_place = {torch.ops.aten.addmm_: lambda _, a, b, **rest: 2 * a[0] * a[1] * b[1]}  # unknown to torch
     with mock.patch.object(dist, "batch_isend_irecv", exchange), noted("weigh"), noted("differentiate"):
         for gather, operations in (("all", 6), ("ring", 8)):
-            loss_fn = ClusterNSLoss(
-                width, 0, hard_negatives=False, process_group=dist.group.WORLD, gather=gather
-            )
+            loss_fn = ClusterNSLoss(width, 0, process_group=dist.group.WORLD, gather=gather)
             with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
                 loss_fn(*(each.clone().requires_grad_() for each in z)).backward()
             assert counter.get_total_flops() == operations * batch**2 * width / size, gather

@@ -1,0 +1,310 @@
+"""`clusterns compare`: groups of training runs that differ by their seeds, side by side.
+
+A group is the runs of one folder. Each later group is compared with the first one, seed by seed: the mean of
+the differences, its 95 % interval, and the p-value of the paired t-test.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from .evaluation.figure import check_suffix
+from .evaluation.tables import table
+from .files import Read, check_outputs, expanded, replacing
+from .training.config import FREE_ON_RESUME, flag
+from .training.run_folder import LOG, SUMMARY, read_summary
+
+# What the runs of a group may differ in.
+_FREE = FREE_ON_RESUME | {"seed"}
+CONFIDENCE = 0.95
+LEAST_P = 0.001  # smaller ones say no more
+
+
+def number(value):
+    return "-" if value is None else f"{value:.2f}"
+
+
+def p_text(value, floor):
+    return f"< {floor:g}" if value < floor else f"{value:.3f}"
+
+
+def main_figures(model):
+    found = {name: of["spearman"] for name, of in model["sts"].items()}
+    return found | ({"avg": model["avg"]["spearman"]} if model["avg"] else {})
+
+
+class Run(NamedTuple):
+    """One training: its folder, settings, what tells its data from others, and its figures by name."""
+
+    folder: Path
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    figures: dict[str, float]
+
+    @property
+    def seed(self) -> int:
+        """The one setting that runs of a group differ in."""
+        return self.settings["seed"]
+
+
+def compare(
+    folders: Sequence[str | os.PathLike[str]], scores: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
+    """Compare the trainings in these folders.
+
+    Args:
+        folders: output folders of `clusterns train`, or folders of such; those that lie in one are a group.
+        scores: what `clusterns evaluate --json` wrote of their models, to compare in place of dev scores.
+
+    Returns what the JSON holds: groups (folders by seed), differing (settings that tell the groups apart, by
+    group), and metrics: for each figure the groups (values by seed, mean, standard deviation with n − 1, 95 %
+    interval of the mean; None for one seed) and the difference of each later group to the first, over the
+    seeds of both.
+
+    Raises ValueError or OSError in one line for a folder that is no finished training, runs of a group that
+    differ by more than the seed, a seed that comes twice, and groups judged by different data.
+    """
+    found = dict.fromkeys(path for given in folders for path in _run_folders(expanded(given, "RUN")))
+    runs = [_read(path) for path in found]
+    if scores is not None:
+        runs = _with_scores(runs, expanded(scores, "--scores"))
+    groups = _grouped(runs)
+    names = list(dict.fromkeys(name for run in runs for name in run.figures))
+    for run in runs:
+        for name in names:
+            if name not in run.figures:
+                raise ValueError(f"{run.folder}: expected the score {name} as of the other runs, got none")
+    return {
+        "groups": {
+            group: {run.seed: str(run.folder) for run in members} for group, members in groups.items()
+        },
+        "differing": _differing({group: members[0] for group, members in groups.items()}),
+        "metrics": {
+            name: _metric({g: {run.seed: run.figures[name] for run in runs} for g, runs in groups.items()})
+            for name in names
+        },
+    }
+
+
+def _run_folders(path: Path) -> list[Path]:
+    """The folder itself where it is that of a run, else those in it that are."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"RUN: expected the output folder of a training, got {path}")
+    found = [each for each in (path, *sorted(path.iterdir())) if (each / LOG).is_file()]
+    if not found:
+        raise ValueError(f"RUN: expected the output folder of a training, or a folder of such, got {path}")
+    return [each.resolve() for each in (found[:1] if found[0] == path else found)]
+
+
+def _read(folder: Path) -> Run:
+    summary = read_summary(folder)
+    if not summary.get("finished"):
+        raise ValueError(f"{folder}: expected a training that has ended, got one without scores in {SUMMARY}")
+    figures = {f"dev {name}": value for name, value in list(summary["scores"]["after"].items())[:1]}
+    return Run(folder, summary["settings"], summary.get("data", {}), figures)
+
+
+def _with_scores(runs: Sequence[Run], file: Path) -> list[Run]:
+    """The runs with the figures that an evaluation gave their models."""
+    try:
+        models = json.loads(file.read_text(encoding="utf-8"))["models"]
+        known = {Path(model["model"]).resolve(): main_figures(model) for model in models}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--scores: expected what `clusterns evaluate --json` writes, got {file}") from error
+    for run in runs:
+        if run.folder not in known:
+            raise ValueError(f"--scores: expected a model of each run in {file}, got none of {run.folder}")
+    # What judged them there is the same for all.
+    return [run._replace(figures=known[run.folder], data={**run.data, "dev": None}) for run in runs]
+
+
+def _grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs by the names of their folders' folders, those of a group by seed."""
+    places = dict.fromkeys(run.folder.parent for run in runs)
+    names = [place.name for place in places]
+    groups: dict[str, list[Run]] = {}
+    for place in places:
+        members = sorted((run for run in runs if run.folder.parent == place), key=lambda run: run.seed)
+        groups[place.name if names.count(place.name) == 1 else str(place)] = members
+        for one, other in itertools.pairwise(members):
+            if one.seed == other.seed:
+                raise ValueError(
+                    f"{other.folder}: expected another seed than {one.folder} has, got {one.seed} in both"
+                )
+            for name, before, now in _changes(one, other):
+                raise ValueError(
+                    f"{other.folder}: expected the settings and data of {one.folder}, with which it is one "
+                    f"group, got another {name}: {now}, not {before}"
+                )
+    first, *later = groups.values()
+    by_seed = {run.seed: run for run in first}
+    for run in (run for members in later for run in members):
+        other = by_seed.get(run.seed, run)
+        if run.figures.keys() == other.figures.keys() and run.data.get("dev") != other.data.get("dev"):
+            raise ValueError(
+                f"{run.folder}: expected to be judged by the dev data of {other.folder}, got other data; "
+                "--scores compares what `clusterns evaluate` gives on data of your choice"
+            )
+    return groups
+
+
+def _changes(one: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
+    """Settings and data, but for the seed, in which two runs differ; what they are in both."""
+    for name in one.settings.keys() | other.settings.keys():
+        values = one.settings.get(name), other.settings.get(name)
+        if name not in _FREE and values[0] != values[1]:
+            yield flag(name), *values
+    if one.settings["train_file"] is None and one.seed != other.seed:
+        return  # the documentation is parted into training and dev by the seed
+    for name in one.data.keys() & other.data.keys():
+        if one.data[name] != other.data[name]:
+            yield f"content of {flag(name)}", one.data[name], other.data[name]
+
+
+def _differing(firsts: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
+    """Settings and data that tell groups apart: the value of each group, by a run of each."""
+    runs = list(firsts.values())
+    names = sorted({name for run in runs[1:] for name, _, _ in _changes(runs[0], run)})
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        setting = name.removeprefix("--").replace("-", "_")
+        found[name] = {
+            group: run.settings.get(setting, run.data.get(name.split("--")[-1]))
+            for group, run in firsts.items()
+        }
+    return found
+
+
+def _metric(groups: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+    """Values by seed of each group, and the differences of the later groups to the first."""
+    first, *later = groups
+    differences = []
+    for group in later:
+        seeds = sorted(groups[first].keys() & groups[group].keys())
+        values = [groups[group][seed] - groups[first][seed] for seed in seeds]
+        differs = len(set(values)) > 1  # else there is no t
+        differences.append(
+            {
+                "first": first,
+                "second": group,
+                "seeds": seeds,
+                **_spread(values),
+                "p_value": float(stats.ttest_1samp(values, 0).pvalue) if differs else None,
+            }
+        )
+    return {
+        "groups": {group: {"seeds": dict(of), **_spread([*of.values()])} for group, of in groups.items()},
+        "differences": differences,
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, standard deviation and 95 % interval of the mean by Student's t; None where there is none."""
+    count = len(values)
+    mean = float(np.mean(values)) if count else None
+    if mean is None or count < 2:
+        return {"mean": mean, "std": None, "low": None, "high": None}
+    std = float(np.std(values, ddof=1))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * std / math.sqrt(count)
+    return {"mean": mean, "std": std, "low": mean - half, "high": mean + half}
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """The results as Markdown that reads as plain text too."""
+    metrics = results["metrics"]
+    rows = [
+        [group, str(len(seeds)), *(_mean(metric["groups"][group]) for metric in metrics.values())]
+        for group, seeds in results["groups"].items()
+    ]
+    parts = [table(["group", "seeds", *metrics], rows)]
+    parts.append("Mean ± standard deviation over seeds.")
+    first = next(iter(results["groups"]))
+    rows = [
+        [difference["second"], name, str(len(difference["seeds"])), *_difference(difference)]
+        for name, metric in metrics.items()
+        for difference in metric["differences"]
+    ]
+    if rows:
+        parts.append(table([f"difference to {first}", "score", "seeds", "mean", "95 % interval", "p"], rows))
+        parts.append("Over the seeds of both groups; p of the paired t-test.")
+    if results["differing"]:
+        groups = list(results["groups"])
+        rows = [[name, *(str(of[group]) for group in groups)] for name, of in results["differing"].items()]
+        parts.append(table(["what differs", *groups], rows))
+    return "\n\n".join(parts)
+
+
+def _mean(spread: Mapping[str, Any]) -> str:
+    return number(spread["mean"]) + ("" if spread["std"] is None else f" ± {spread['std']:.2f}")
+
+
+def _difference(found: Mapping[str, Any]) -> list[str]:
+    if found["mean"] is None:
+        return ["no seed in both", "", ""]
+    bounds = "" if found["low"] is None else f"{found['low']:+.2f} to {found['high']:+.2f}"
+    p_value = "" if found["p_value"] is None else p_text(found["p_value"], LEAST_P)
+    return [f"{found['mean']:+.2f}", bounds, p_value]
+
+
+def draw_groups(metrics: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draw `compare`'s metrics, a panel each: every seed as a point, mean and 95 % interval beside them."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(metrics))
+    count = max(len(metric["groups"]) for metric in metrics.values())
+    size = (max(3.5, 0.8 * count) * columns, 3.8 * -(-len(metrics) // columns))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(-(-len(metrics) // columns), columns, squeeze=False).ravel()
+    for axes, (name, metric) in zip(panels, metrics.items(), strict=False):
+        for place, of in enumerate(metric["groups"].values()):
+            values = list(of["seeds"].values())
+            axes.plot([place - 0.12] * len(values), values, "o", color=f"C{place % 10}", ms=4, alpha=0.7)
+            half = 0.0 if of["low"] is None else of["high"] - of["mean"]
+            axes.errorbar(place + 0.12, of["mean"], half, fmt="_", ms=12, color="0.2", capsize=4)
+        axes.set(title=name, ylabel="score × 100", xlim=(-0.6, count - 0.4))
+        turned = {"rotation": 30, "ha": "right"} if count > 3 else {}
+        axes.set_xticks(range(count), metric["groups"], **turned)
+        axes.grid(axis="y", alpha=0.3)
+    for axes in panels[len(metrics) :]:
+        axes.remove()
+    figure.supxlabel("points: seeds; lines: mean with its 95 % interval", fontsize="small", color="0.3")
+    figure.savefig(path, dpi=110)
+
+
+def run(
+    folders: Sequence[str],
+    *,
+    scores: str | None = None,
+    json_file: str | None = None,
+    markdown_file: str | None = None,
+    figure_file: str | None = None,
+) -> int:
+    """`compare`; print the tables, and write JSON, Markdown and figure where asked, each whole or not at all.
+
+    Returns 0.
+    """
+    files = {"--json": json_file, "--markdown": markdown_file, "--figure": figure_file}
+    check_outputs(files, [Read("RUN", folder, (SUMMARY, LOG)) for folder in folders])
+    if figure_file is not None:
+        check_suffix("--figure", figure_file)
+    results = compare(folders, scores)
+    print(text := report(results))
+    if json_file is not None:
+        with replacing(json_file) as path:
+            path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    if markdown_file is not None:
+        with replacing(markdown_file) as path:
+            path.write_text(text + "\n", encoding="utf-8")
+    if figure_file is not None:
+        with replacing(figure_file) as path:
+            draw_groups(results["metrics"], path)
+    return 0

@@ -1,0 +1,87 @@
+"""`clusterns train --seeds N`: one training with several seeds, each in a process and folder of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..checks import check_count, check_seed
+from .arguments import show_config
+from .config import TrainConfig
+
+
+def train_seeds(config: TrainConfig, count: int) -> list[Path]:
+    """Train with `count` seeds from `config.seed` on, in OUTPUT_DIR/seed-N; returns these folders.
+
+    One process after another, or one on each GPU at a time, which then writes into OUTPUT_DIR/seed-N.log.
+    With `config.resume` runs that have ended stay as they are, and the others go on or begin.
+
+    Raises ValueError in one line for what cannot be repeated so, and where a run fails: no other begins then,
+    and those beside it are stopped.
+    """
+    check_count("--seeds", count, at_least=1)
+    check_seed("--seed", config.seed, count)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--seeds: expected one process, which starts one for each seed, got torchrun's")
+    if config.push_to_hub is not None:
+        raise ValueError(f"--push-to-hub: expected none with --seeds, whose models are {count}, got a name")
+    output, gpus = Path(config.output_dir), _gpus(config.device)
+    output.mkdir(parents=True, exist_ok=True)
+    seeds = range(config.seed, config.seed + count)
+    folders = [output / f"seed-{seed}" for seed in seeds]
+    waiting, free = list(zip(seeds, folders, strict=True)), gpus or [None]
+    running: dict[subprocess.Popen, tuple[Path, str | None]] = {}
+    before = signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # it stops the runs too
+    with tempfile.TemporaryDirectory(prefix="clusterns-") as place:
+        try:
+            while waiting or running:
+                while waiting and free:
+                    (seed, folder), gpu = waiting.pop(0), free.pop(0)
+                    settings = Path(place) / f"{seed}.yaml"
+                    one = replace(config, seed=seed, output_dir=str(folder))
+                    settings.write_text(show_config(one), encoding="utf-8")
+                    print(f"seed {seed}, {count - len(waiting)} of {count}: {folder}", flush=True)
+                    running[_start(settings, folder, gpu, alone=len(gpus) < 2)] = folder, gpu
+                time.sleep(0.1)
+                for process in [each for each in running if each.poll() is not None]:
+                    folder, gpu = running.pop(process)
+                    free.append(gpu)
+                    if process.returncode:
+                        raise ValueError(
+                            f"{folder}: expected a training that ends well, got exit status "
+                            f"{process.returncode}; the others are kept, and --resume goes on with all"
+                        )
+        finally:
+            for process in running:
+                process.send_signal(signal.SIGINT)
+            for process in running:
+                process.wait()
+            signal.signal(signal.SIGTERM, before)
+    return folders
+
+
+def _gpus(device: str) -> list[str | None]:
+    """Names of the GPUs to share out, as CUDA_VISIBLE_DEVICES takes them; none where one device is named."""
+    if device not in ("auto", "cuda"):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    return [*(names or map(str, range(torch.cuda.device_count())))]
+
+
+def _start(settings: Path, folder: Path, gpu: str | None, *, alone: bool) -> subprocess.Popen:
+    """A training of its own; beside others its lines go to a file."""
+    command = [sys.executable, "-m", "clusterns", "train", "--config", str(settings)]
+    environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+    if alone:
+        return subprocess.Popen(command, env=environment)
+    with open(f"{folder}.log", "w", encoding="utf-8") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
