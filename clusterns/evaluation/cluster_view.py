@@ -157,7 +157,7 @@ class ClusterView:
             "with_mates": float((sizes[self.nearest.numpy()] > 1).mean()),
             "largest_cluster": float(share.max()),
             "empty_clusters": int((sizes == 0).sum()),
-            "cluster_entropy": entropy,
+            "cluster_entropy": entropy + 0.0,  # no -0
         }
 
 

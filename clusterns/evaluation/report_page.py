@@ -97,6 +97,7 @@ def render(
         source=view.source,
         sentences=[_short(text) for text in view.sentences],
         clusters=clusters,
+        filled={cluster: entry for cluster, entry in clusters.items() if entry["size"]},
         examples=examples,
         mates=view.mates,
         mean_size=len(view.sentences) / len(sizes),

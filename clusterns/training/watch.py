@@ -170,7 +170,7 @@ def verdicts(values: Mapping[str, float], rows: int, clusters: int) -> list[Verd
         Verdict(
             "empty_clusters",
             f"at most {most_empty:.0f} of {clusters}",
-            "clusters empty" if share < LARGEST_SHARE and empty > most_empty else "",
+            "clusters empty" if empty > most_empty else "",
             f"{empty:.0f} of {clusters} clusters are empty; lower --num-clusters, or --start-cosine, so that "
             "they are seeded from sentences further apart",
         ),
