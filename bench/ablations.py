@@ -33,7 +33,7 @@ import pandas  # comes with datasets
 import torch
 from matplotlib.figure import Figure
 from report import machine, write, write_json
-from scipy.stats import ttest_rel
+from scipy.stats import t, ttest_rel
 from torch import Tensor
 from tqdm import tqdm
 
@@ -208,23 +208,39 @@ def write_tables(runs: pandas.DataFrame, wanted: argparse.Namespace) -> None:
     write(wanted.table.with_suffix(".csv"), runs.to_csv(columns=columns, index=False))
     shown = {name: title for name, title in TITLES.items() if name in runs}
     table = {"seeds": runs.groupby("variant", sort=False).size().astype(str)}
-    figure = Figure(figsize=(5.5 * len(shown), 4.5), layout="constrained")
-    axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axis, (name, title) in zip(axes, shown.items(), strict=True):
+    for name, title in shown.items():
         wide = runs.pivot(index="seed", columns="variant", values=name)[table["seeds"].index]
         table[title] = wide.agg(lambda of: f"{of.mean():.2f} ± {of.std():.2f}")
         if BASELINE in wide:
             table[f"− {BASELINE}, {name} (p)"] = wide.agg(partial(difference, baseline=wide[BASELINE]))
-        wide.T.plot(ax=axis, style="o-", lw=0.6, ms=4, title=title, ylabel="Spearman × 100", rot=35)
-        wide.mean().plot(ax=axis, style="k_", ms=18, label="mean", legend=True, rot=35)
-        axis.set_xticks(range(len(table["seeds"])), table["seeds"].index)
     lines = [f"| variant | {' | '.join(table)} |", f"|:--|{'--:|' * len(table)}"]
     lines += [f"| {' | '.join(row)} |" for row in pandas.DataFrame(table).itertuples()]
     lines += ["", "Spearman × 100, mean ± standard deviation over seeds; p of a paired t-test.", ""]
     lines += ["This table was written by (commits of the runs: in the CSV)", "", "```json"]
     origin = json.dumps(protocol(wanted) | machine())
     write(wanted.table.with_suffix(".md"), "\n".join([*lines, origin, "```", ""]))
-    with replacing(wanted.table.with_suffix(".png")) as temporary:
+    draw(runs, wanted.table.with_suffix(".png"))
+
+
+def draw(runs: pandas.DataFrame, path: Path) -> None:
+    """Every seed as a point, and the mean of a variant's with its 95 % interval by Student's t."""
+    shown = {name: title for name, title in TITLES.items() if name in runs}
+    figure = Figure(figsize=(5.5 * len(shown), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, (name, title) in zip(axes, shown.items(), strict=True):
+        groups = runs.groupby("variant", sort=False)[name]
+        for place, (_, values) in enumerate(groups):
+            # Side by side, for seeds with nearly one score; the mean stands on their right.
+            spread = [place - 0.3 + 0.4 * (i + 0.5) / len(values) for i in range(len(values))]
+            axis.plot(spread, values, "o", ms=4, alpha=0.6, color="C0", label="" if place else "one seed")
+            half = values.sem() * t.ppf(0.975, len(values) - 1) if len(values) > 1 else 0.0
+            label = "" if place else "mean, 95 % interval"
+            axis.errorbar(place + 0.25, values.mean(), half, fmt="_", ms=12, capsize=4, color="k", label=label)
+        axis.set_xticks(range(len(groups)), groups.groups, rotation=35, ha="right")
+        axis.set(title=title, ylabel="Spearman × 100")
+        axis.grid(axis="y", alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
 
