@@ -143,7 +143,7 @@ def verdicts(values: Mapping[str, float], rows: int, clusters: int) -> list[Verd
             else f"any two sentences are much alike (cosine {cosine:.3f}); train longer",
         )
     ]
-    if "nearest_cosine" not in values:
+    if not clusters or "nearest_cosine" not in values:  # or clustering has not started
         return found
     nearest, share, empty = (values[name] for name in ("nearest_cosine", "largest_cluster", "empty_clusters"))
     # Of as many rows dealt out blindly, so many clusters would have one.
