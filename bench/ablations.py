@@ -235,7 +235,9 @@ def draw(runs: pandas.DataFrame, path: Path) -> None:
             axis.plot(spread, values, "o", ms=4, alpha=0.6, color="C0", label="" if place else "one seed")
             half = values.sem() * t.ppf(0.975, len(values) - 1) if len(values) > 1 else 0.0
             label = "" if place else "mean, 95 % interval"
-            axis.errorbar(place + 0.25, values.mean(), half, fmt="_", ms=12, capsize=4, color="k", label=label)
+            axis.errorbar(
+                place + 0.25, values.mean(), half, fmt="_", ms=12, capsize=4, color="k", label=label
+            )
         axis.set_xticks(range(len(groups)), groups.groups, rotation=35, ha="right")
         axis.set(title=title, ylabel="Spearman × 100")
         axis.grid(axis="y", alpha=0.3)

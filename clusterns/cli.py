@@ -145,8 +145,8 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="look inside the clusters of a run or model",
-        description="Write one HTML page on how sentences cluster: verdicts, a map, the clusters by name with "
-        "their nearest sentences, hard and false negatives, the run's curves; and all rows as CSV.",
+        description="Write one HTML page on how sentences cluster: verdicts, a map, the clusters by "
+        "name, hard and false negatives, the run's curves; and all rows as CSV.",
     )
     _add_report_arguments(report)
     report.set_defaults(command=_report)
@@ -257,8 +257,8 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
         "--csv",
         dest="csv_file",
         metavar="FILE",
-        help="every row with its cluster, cosine, runner-up and mates; default: PAGE.csv, the page's name; the "
-        "examples stand beside it in PAGE-examples.csv",
+        help="every row with its cluster, cosine, runner-up and mates; default: PAGE.csv, as the page is "
+        "called; the examples stand beside it, in PAGE-examples.csv",
     )
     add(
         "--rows",

@@ -88,7 +88,7 @@ def write_report(
     output, csv_file, examples_file = check_outputs(outputs, reads).values()
     check_choice("--map", map_method, MAPS)
     for name, value, least in (
-        *((() if rows is None else (("--rows", rows, 2),))),
+        *(() if rows is None else (("--rows", rows, 2),)),
         *(("--map-sentences", map_sentences, 2), ("--examples", examples, 0)),
         ("--nearest", nearest, 1),
     ):
@@ -172,7 +172,7 @@ def _account(texts: int, lines: int, rows: int) -> str:
 
 
 def run_centroids(folder: Path) -> tuple[Tensor | None, str]:
-    """Centroids (K, D) of a training run; or None, and in words why its folder has none ("" if it is no run)."""
+    """Centroids (K, D) of a training run; or None, and in words why it has none ("" for no run)."""
     path = folder / STATE_FILE
     if not path.is_file():
         return None, ""

@@ -25,7 +25,7 @@ def draw_cosines(samples: Mapping[str, NDArray[Any]]) -> str:
             low, high = float(values.min()), float(values.max())
             pad = max(0.0, 1e-3 - (high - low)) / 2  # numbers that are all alike would leave bins no width
             shown = (low - pad, high + pad)
-            axes.hist(values, bins, shown, density=True, histtype="step", label=name, lw=1.5, ls=dashes)
+            axes.hist(values, bins, range=shown, density=True, histtype="step", label=name, lw=1.5, ls=dashes)
     axes.set(xlabel="cosine", ylabel="density")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     axes.grid(alpha=0.3)
@@ -45,7 +45,7 @@ def draw_curves(records: Sequence[dict], name: str, bml_weight: float) -> str:
 
 
 def _inline(path: Path) -> str:
-    """An SVG of matplotlib as an element of a page, in whose colours it is: black is the ink, white nothing."""
+    """An SVG of matplotlib as an element of a page, in its colours: black is the ink, white nothing."""
     text = path.read_text(encoding="utf-8")
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = text.replace("#000000", "currentColor").replace("#ffffff", "none")

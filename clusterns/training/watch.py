@@ -110,7 +110,7 @@ def _effective_negatives(
 
 
 class Verdict(NamedTuple):
-    """On one figure of the log: its name there, what is healthy, what is wrong ("" if nothing) and the cure."""
+    """On a figure of the log: its name there, what is healthy, what is wrong (or "") and the cure."""
 
     figure: str
     healthy: str
@@ -119,7 +119,7 @@ class Verdict(NamedTuple):
 
 
 def verdicts(values: Mapping[str, float], rows: int, clusters: int) -> list[Verdict]:
-    """Of embeddings and clusters, from figures as the log names them; without clusters of the embeddings only.
+    """On embeddings and clusters, from figures as the log names them; without clusters on embeddings only.
 
     Args:
         values: `mean_cosine`; with clusters also `nearest_cosine`, `with_mates`, `largest_cluster` and
