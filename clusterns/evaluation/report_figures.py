@@ -47,6 +47,6 @@ def draw_curves(records: Sequence[dict], name: str, bml_weight: float) -> str:
 def _inline(path: Path) -> str:
     """An SVG of matplotlib as an element of a page, in its colours: black is the ink, white nothing."""
     text = path.read_text(encoding="utf-8")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text.replace("#000000", "currentColor").replace("#ffffff", "none")
     return text.replace("<svg", '<svg fill="currentColor"', 1)
