@@ -250,7 +250,7 @@ class Watch:
         if never or any(verdict.wrong for verdict in found):
             return
         figures = (f"{v.figure.replace('_', ' ')} {values[v.figure]:.3g} ({v.healthy})" for v in found)
-        yield "healthy", f"in the end all is healthy: {', '.join(figures)}"
+        yield "healthy", f"in the end healthy: {', '.join(figures)}"
 
     def _verdicts(self, values: Mapping[str, float]) -> list[Verdict]:
         return verdicts(values, self.rows, self.loss_fn.num_clusters)
