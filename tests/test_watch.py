@@ -135,13 +135,13 @@ def test_verdicts_without_clusters_and_of_a_small_batch():
     assert not verdicts(HEALTHY | {"largest_cluster": 0.7, "empty_clusters": 0}, 64, 2)[2].wrong
 
 
-def panels_of(monkeypatch, tmp_path, records, bml_weight=0.5) -> dict:
+def panels_of(monkeypatch, tmp_path, records) -> dict:
     """Of a picture: for each title its axes."""
     import matplotlib.pyplot as plt
 
     kept = []
     monkeypatch.setattr(plt, "close", kept.append)
-    draw_run(records, tmp_path / "run.png", "$mine", bml_weight)
+    draw_run(records, tmp_path / "run.png", "$mine", bml_weight=0.5)
     monkeypatch.undo()
     (figure,) = kept
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
@@ -160,7 +160,7 @@ def test_a_picture_has_a_panel_for_all_that_there_is(monkeypatch, tmp_path):
     assert panels["loss: InfoNCE"].get_yscale() == "log"  # it falls more than tenfold
     assert panels["loss: λ · BML"].get_yscale() == "linear"
     assert panels["loss: λ · BML"].lines[0].get_ydata().tolist() == [0.3, 0.3]
-    few = {"step": 5, "loss": 1.0, "info_nce": 1.0, "mean_cosine": 0.1, "positive_cosine": 0.9, "bml": 0.6}
-    panels = panels_of(monkeypatch, tmp_path, [few], bml_weight=0.0)
+    few = {"step": 5, "loss": 1.0, "info_nce": 1.0, "mean_cosine": 0.1, "positive_cosine": 0.9, "bml": 0.0}
+    panels = panels_of(monkeypatch, tmp_path, [few])
     assert list(panels) == ["loss: InfoNCE", "mean cosines"]
     assert all(line.get_marker() == "o" for axes in panels.values() for line in axes.lines)

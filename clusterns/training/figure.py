@@ -100,7 +100,8 @@ def _lines(
     found = {}
     for name, label in names.items():
         scale = bml_weight if name == "bml" else 1.0
-        points = [(r["step"], scale * r[name]) for r in records if "loss" in r and name in r]
+        needed = {"loss", name, *(["nearest_cosine"] if name == "bml" else [])}  # BML is 0 without clusters
+        points = [(r["step"], scale * r[name]) for r in records if needed <= r.keys()]
         if points and scale:
             found[label] = points
     return found
