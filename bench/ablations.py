@@ -31,13 +31,12 @@ from typing import Any, ClassVar
 
 import pandas  # comes with datasets
 import torch
-from matplotlib.figure import Figure
 from report import machine, write, write_json
-from scipy.stats import ttest_rel
 from torch import Tensor
 from tqdm import tqdm
 
 from clusterns import ClusterNSLoss
+from clusterns.compare import draw_groups, metric, report
 from clusterns.encoder import SentenceEncoder
 from clusterns.evaluation.sts import SEVEN
 from clusterns.evaluation.sts_scores import evaluate_sts
@@ -47,7 +46,6 @@ from clusterns.train import train
 from clusterns.training.config import TrainConfig
 
 SEARCH_SEED = 1000
-BASELINE = "SimCSE"
 TITLES = {"dev": "STS-B dev", "avg": "seven test sets, mean"}
 Choice = tuple[type[ClusterNSLoss], dict[str, Any]]
 
@@ -202,36 +200,23 @@ def runs_in(folder: Path, names: list[str]) -> pandas.DataFrame:
 
 
 def write_tables(runs: pandas.DataFrame, wanted: argparse.Namespace) -> None:
-    """CSV of the runs, Markdown (nan where there is one seed) and figure of what there is so far."""
+    """CSV of the runs, Markdown and figure of what there is so far; the first variant is the baseline."""
     columns = ["variant", "seed", "dev", *SEVEN, "avg", "clustering_started", "seconds", "commit", "cpu"]
     columns = [name for name in columns if name in runs]
     write(wanted.table.with_suffix(".csv"), runs.to_csv(columns=columns, index=False))
-    shown = {name: title for name, title in TITLES.items() if name in runs}
-    table = {"seeds": runs.groupby("variant", sort=False).size().astype(str)}
-    figure = Figure(figsize=(5.5 * len(shown), 4.5), layout="constrained")
-    axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axis, (name, title) in zip(axes, shown.items(), strict=True):
-        wide = runs.pivot(index="seed", columns="variant", values=name)[table["seeds"].index]
-        table[title] = wide.agg(lambda of: f"{of.mean():.2f} ± {of.std():.2f}")
-        if BASELINE in wide:
-            table[f"− {BASELINE}, {name} (p)"] = wide.agg(partial(difference, baseline=wide[BASELINE]))
-        wide.T.plot(ax=axis, style="o-", lw=0.6, ms=4, title=title, ylabel="Spearman × 100", rot=35)
-        wide.mean().plot(ax=axis, style="k_", ms=18, label="mean", legend=True, rot=35)
-        axis.set_xticks(range(len(table["seeds"])), table["seeds"].index)
-    lines = [f"| variant | {' | '.join(table)} |", f"|:--|{'--:|' * len(table)}"]
-    lines += [f"| {' | '.join(row)} |" for row in pandas.DataFrame(table).itertuples()]
-    lines += ["", "Spearman × 100, mean ± standard deviation over seeds; p of a paired t-test.", ""]
+    groups = {variant: rows.set_index("seed") for variant, rows in runs.groupby("variant", sort=False)}
+    metrics = {
+        title: metric({variant: rows[name].to_dict() for variant, rows in groups.items()})
+        for name, title in TITLES.items()
+        if name in runs
+    }
+    seeds = {variant: dict.fromkeys(rows.index) for variant, rows in groups.items()}
+    lines = [report({"groups": seeds, "metrics": metrics, "differing": {}}), ""]
     lines += ["This table was written by (commits of the runs: in the CSV)", "", "```json"]
     origin = json.dumps(protocol(wanted) | machine())
     write(wanted.table.with_suffix(".md"), "\n".join([*lines, origin, "```", ""]))
     with replacing(wanted.table.with_suffix(".png")) as temporary:
-        figure.savefig(temporary, dpi=120)
-
-
-def difference(of: pandas.Series, baseline: pandas.Series) -> str:
-    """Mean difference to the baseline over the seeds of both, and p of the paired t-test."""
-    p = ttest_rel(of, baseline, nan_policy="omit").pvalue
-    return "" if of.name == BASELINE else f"{(of - baseline).mean():+.2f} ({p:.3f})"
+        draw_groups(metrics, temporary)
 
 
 # --- as a script -------------------------------------------------------------------------------------------

@@ -167,8 +167,8 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="look inside the clusters of a run or model",
-        description="Write one HTML page on how sentences cluster: sizes, sentences nearest each centroid, "
-        "hard and false negatives, a map, cosines, the run's curves; and the case studies as CSV.",
+        description="Write one HTML page on how sentences cluster: verdicts, a map, the clusters by "
+        "name, hard and false negatives, the run's curves; and all rows as CSV.",
     )
     _add_report_arguments(report)
     report.set_defaults(command=_report)
@@ -306,7 +306,20 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sentences", required=True, metavar="FILE", help="txt, csv, tsv, json, jsonl or parquet file")
     _add_file_arguments(parser, "the sentences")
     add("--output", required=True, metavar="PAGE.html", help="the page")
-    add("--csv", dest="csv_file", metavar="FILE", help="the case studies; default: the page's name with .csv")
+    add(
+        "--csv",
+        dest="csv_file",
+        metavar="FILE",
+        help="every row with its cluster, cosine, runner-up and mates; default: PAGE.csv, as the page is "
+        "called; the examples stand beside it, in PAGE-examples.csv",
+    )
+    add(
+        "--rows",
+        type=_rows,
+        default=5000,
+        metavar="INT|all",
+        help="rows of the file at most, from the beginning (default 5000)",
+    )
     add(
         "--num-clusters",
         type=int,
@@ -314,8 +327,7 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
         help="cluster the sentences anew into so many; default: a run's own centroids, else one for 40",
     )
     for flag, default, text in (
-        ("--limit", 5000, "sentences at most, from the beginning"),
-        ("--map-sentences", 3000, "of them on the map, at most"),
+        ("--map-sentences", 3000, "of their sentences on the map, at most"),
         ("--examples", 20, "sentences shown with their negatives"),
         ("--nearest", 5, "sentences shown for each centroid"),
         ("--batch-size", 64, "sentences encoded at a time"),
@@ -324,6 +336,14 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
         add(flag, type=int, default=default, metavar="INT", help=f"{text} (default {default})")
     add("--map", dest="map_method", choices=("tsne", "pca"), default="tsne", help="default tsne")
     add("--pooling", metavar="NAME", help="cls, mean ...; default: what the model's files say")
+
+
+def _rows(text: str) -> int | None:
+    """A number, or None for all."""
+    try:
+        return None if text == "all" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or all, got {text!r}") from None
 
 
 def _report(given: argparse.Namespace) -> int:

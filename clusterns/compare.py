@@ -89,7 +89,7 @@ def compare(
         },
         "differing": _differing({group: members[0] for group, members in groups.items()}),
         "metrics": {
-            name: _metric({g: {run.seed: run.figures[name] for run in runs} for g, runs in groups.items()})
+            name: metric({g: {run.seed: run.figures[name] for run in runs} for g, runs in groups.items()})
             for name in names
         },
     }
@@ -184,8 +184,8 @@ def _differing(firsts: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _metric(groups: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
-    """Values by seed of each group, and the differences of the later groups to the first."""
+def metric(groups: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+    """What `compare` says of one figure, from its values by seed in each group."""
     first, *later = groups
     differences = []
     for group in later:
@@ -260,23 +260,25 @@ def draw_groups(metrics: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     columns = min(3, len(metrics))
-    count = max(len(metric["groups"]) for metric in metrics.values())
-    size = (max(3.5, 0.8 * count) * columns, 3.8 * -(-len(metrics) // columns))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(-(-len(metrics) // columns), columns, squeeze=False).ravel()
-    for axes, (name, metric) in zip(panels, metrics.items(), strict=False):
-        for place, of in enumerate(metric["groups"].values()):
+    rows, count = -(-len(metrics) // columns), max(len(metric["groups"]) for metric in metrics.values())
+    figure = Figure(figsize=(max(3.5, 0.65 * count) * columns, 4.0 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (name, one) in zip(panels, metrics.items(), strict=False):
+        for place, of in enumerate(one["groups"].values()):
             values = list(of["seeds"].values())
-            axes.plot([place - 0.12] * len(values), values, "o", color=f"C{place % 10}", ms=4, alpha=0.7)
+            # Side by side, for seeds with nearly one score; the mean stands on their right.
+            spread = [place - 0.3 + 0.4 * (i + 0.5) / len(values) for i in range(len(values))]
+            axes.plot(spread, values, "o", ms=4, alpha=0.6, color="C0", label="" if place else "one seed")
             half = 0.0 if of["low"] is None else of["high"] - of["mean"]
-            axes.errorbar(place + 0.12, of["mean"], half, fmt="_", ms=12, color="0.2", capsize=4)
+            label = "" if place else "mean, 95 % interval"
+            axes.errorbar(place + 0.25, of["mean"], half, fmt="_", ms=12, capsize=4, color="k", label=label)
         axes.set(title=name, ylabel="score × 100", xlim=(-0.6, count - 0.4))
-        turned = {"rotation": 30, "ha": "right"} if count > 3 else {}
-        axes.set_xticks(range(count), metric["groups"], **turned)
+        turned = {"rotation": 35, "ha": "right"} if count > 3 else {}
+        axes.set_xticks(range(count), one["groups"], **turned)
         axes.grid(axis="y", alpha=0.3)
     for axes in panels[len(metrics) :]:
         axes.remove()
-    figure.supxlabel("points: seeds; lines: mean with its 95 % interval", fontsize="small", color="0.3")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=110)
 
 

@@ -145,7 +145,7 @@ class Run:
         self.schedule = get_linear_schedule_with_warmup(self.optimizer, config.warmup_steps, self.total_steps)
         self.scaler = self.precision.scaler()
         self.checkpoints = Checkpoints(output, config.keep_checkpoints)
-        self.watch = Watch(self.loss_fn)
+        self.watch = Watch(self.loss_fn, config.batch_size)
 
         self.step = 0  # optimiser steps so far
         self.epoch, self.batch = 0, 0  # place of the next batch
@@ -434,10 +434,11 @@ class Run:
             self.save()
         self.data.close()  # ends the processes that tokenise
         self.tell_repeats()
-        for event, text in self.watch.end(self.step):
+        last = next((record for record in reversed(self.journal.records) if "loss" in record), None)
+        for event, text in self.watch.end(self.step, last) if last else ():
             self.journal.event(self.step, event, text)
         with replacing(self.output / PICTURE) as path:
-            draw_run(self.journal.records, path)
+            draw_run(self.journal.records, path, self.output.resolve().name, self.config.bml_weight)
         write_summary(
             self.output,
             self.config,

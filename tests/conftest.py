@@ -72,7 +72,7 @@ def one_thread():
 def no_picture():
     """Most of the time of a tiny training is its picture."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clusterns.train.draw_run", lambda records, path: path.touch())
+        patch.setattr("clusterns.train.draw_run", lambda records, path, *_: path.touch())
         yield
 
 

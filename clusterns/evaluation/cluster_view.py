@@ -6,7 +6,10 @@ other sentences of its cluster (Deng et al., Findings of ACL 2023, section 3.2).
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,12 @@ from .geometry import mean_cosine
 
 # Pairs drawn for each histogram.
 DRAWN_PAIRS = 200_000
+# Words of a name, and how many times as frequent as elsewhere a word must be to tell of a cluster.
+NAME_WORDS, TELLING = 3, 3.0
+# Scripts that put no space between words: Thai, Lao, Burmese, Khmer, kana, Han; and marks inside words.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_MARKS = "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0dff"
+_WORD = re.compile(rf"[{_UNSPACED}]+|(?:(?![{_UNSPACED}_])[\w{_MARKS}])+(?:['’](?!s\b)\w+)*")
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,15 @@ class ClusterView:
     runner_up: Tensor
     nearest_cosines: Tensor
     runner_up_cosines: Tensor
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The most telling words of each cluster, K texts; "" where there is none."""
+        return name_clusters(self.sentences, self.nearest.numpy(), len(self.centroids))
+
+    def label(self, cluster: int) -> str:
+        """Number and name of a cluster."""
+        return f"{cluster} {self.names[cluster]}" if self.names[cluster] else f"cluster {cluster}"
 
     @property
     def sizes(self) -> list[int]:
@@ -76,7 +94,6 @@ class ClusterView:
             # A centroid is no sentence: those nearest it say what it stands for.
             hard_negative_sentences=[(other, float(cosines[other])) for other, _ in beside],
             false_negatives=list(zip(mates[best.indices].tolist(), best.values.tolist(), strict=True)),
-            mates=len(mates),
         )
 
     def examples(self, number: int, count: int, seed: int) -> list[Example]:
@@ -118,8 +135,13 @@ class ClusterView:
         found = [(self.unit[a] * self.unit[b]).sum(dim=1).numpy() for a, b in zip(*rows, strict=True)]
         return np.concatenate(found) if found else np.zeros(0)
 
+    @cached_property
+    def mates(self) -> list[int]:
+        """How many others are in each sentence's cluster, N numbers."""
+        return (torch.tensor(self.sizes)[self.nearest] - 1).tolist()
+
     def facts(self) -> dict[str, float]:
-        """Numbers that a healthy run is judged by: mean cosines, and how full the clusters are."""
+        """Figures that a healthy run is judged by, named as the log of a training names them."""
         sizes = np.array(self.sizes)
         share = sizes / sizes.sum()
         entropy = -float((share[share > 0] * np.log(share[share > 0])).sum()) / np.log(len(sizes))
@@ -127,15 +149,15 @@ class ClusterView:
         pairs = float((sizes * (sizes - 1.0)).sum())
         mates = float(sums.square().sum() - self.unit.square().sum()) / pairs if pairs else None
         return {
-            "mean cosine with the own centroid": float(self.nearest_cosines.mean()),
-            "mean cosine with the hard-negative centroid": float(self.runner_up_cosines.mean()),
-            **({} if mates is None else {"mean cosine of cluster-mates": mates}),
-            "mean cosine of all pairs": mean_cosine(self.unit),
-            "mean cosine between centroids": mean_cosine(self.centroids),
-            "share of sentences with a cluster-mate": float((sizes[self.nearest.numpy()] > 1).mean()),
-            "empty clusters": int((sizes == 0).sum()),
-            "share of the largest cluster": float(share.max()),
-            "entropy of the cluster sizes (1: all equal)": entropy,
+            "nearest_cosine": float(self.nearest_cosines.mean()),
+            "hard_negative_cosine": float(self.runner_up_cosines.mean()),
+            **({} if mates is None else {"mates_cosine": mates}),
+            "mean_cosine": mean_cosine(self.unit),
+            "centroids_cosine": mean_cosine(self.centroids),
+            "with_mates": float((sizes[self.nearest.numpy()] > 1).mean()),
+            "largest_cluster": float(share.max()),
+            "empty_clusters": int((sizes == 0).sum()),
+            "cluster_entropy": entropy + 0.0,  # no -0
         }
 
 
@@ -150,7 +172,6 @@ class Example:
     hard_negative_cosine: float
     hard_negative_sentences: list[tuple[int, float]]
     false_negatives: list[tuple[int, float]]
-    mates: int
 
 
 def view_clusters(sentences: list[str], embeddings: Tensor, centroids: Tensor, source: str) -> ClusterView:
@@ -178,6 +199,64 @@ def view_clusters(sentences: list[str], embeddings: Tensor, centroids: Tensor, s
         nearest_cosines=found.nearest_cosine,
         runner_up_cosines=found.runner_up_cosine,
     )
+
+
+def words_of(text: str) -> list[str]:
+    """Words of a text in lower case; of a script without spaces all pairs of neighbouring characters."""
+    found = []
+    for word in _WORD.findall(text.lower()):
+        if re.match(f"[{_UNSPACED}]", word):
+            found += [word[at : at + 2] for at in range(max(1, len(word) - 1))]
+        elif len(word) > 1 and not word.isnumeric():
+            found.append(word)
+    return found
+
+
+def name_clusters(sentences: Sequence[str], ids: NDArray[Any], clusters: int) -> list[str]:
+    """The most telling words of each cluster, K texts, by class-based TF-IDF over sentences (N) of ids (N,).
+
+    As BERTopic has it (Grootendorst 2022, arXiv 2203.05794), each cluster one document, each word once a
+    sentence. A word that other clusters use nearly as much tells nothing, in whatever language, nor does one
+    of a single sentence among several. "" where no word is left.
+    """
+    from scipy.sparse import csr_matrix
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
+
+    vectorizer = CountVectorizer(
+        analyzer=lambda text: [word for word in words_of(text) if word not in ENGLISH_STOP_WORDS], binary=True
+    )
+    try:
+        found = vectorizer.fit_transform(sentences)  # (N, W)
+    except ValueError:  # no word in any
+        return [""] * clusters
+    words = vectorizer.get_feature_names_out()
+    members = csr_matrix((np.ones(len(ids)), (ids, np.arange(len(ids)))), (clusters, len(ids)))
+    counts, sizes = members @ found, np.bincount(ids, minlength=clusters)  # (K, W), (K,)
+    totals = np.asarray(counts.sum(axis=0)).ravel()
+    rarity = np.log(1 + totals.sum() / clusters / totals)
+    names = []
+    for row, size in zip(counts, sizes, strict=True):
+        share = row.sum() / totals.sum()
+        # In a cluster of half of all words none is more than twice as frequent as it is in all.
+        least = min(TELLING, share**-0.5) if share else 1.0
+        telling = (row.data > 1) | (size == 1)
+        telling &= row.data >= least * share * totals[row.indices]
+        score = np.where(telling, row.data * rarity[row.indices], 0.0)
+        order = [row.indices[at] for at in np.argsort(-score, kind="stable") if score[at] > 0]
+        names.append(", ".join(_apart(words[order])))
+    return names
+
+
+def _apart(words: Iterable[str]) -> list[str]:
+    """The first words, without what cuts a longer one of a script without spaces in pairs."""
+    chosen: list[str] = []
+    for word in words:
+        cuts = re.match(f"[{_UNSPACED}]", word) and any(set(word) & set(other) for other in chosen)
+        if not cuts:
+            chosen.append(word)
+        if len(chosen) == NAME_WORDS:
+            break
+    return chosen
 
 
 def plane(unit: Tensor, method: str, seed: int) -> NDArray[Any]:

@@ -60,11 +60,21 @@ def draw_evaluation(results: Mapping[str, Any], path: Path) -> None:
             if points:
                 places, values, below, above = zip(*points, strict=True)
                 axes.errorbar(places, values, (below, above), fmt="o", capsize=3, label=model["label"])
+                for at, value, _, up in points:
+                    axes.annotate(
+                        f"{value:.1f}",
+                        (at, value + up),
+                        xytext=(0, 4),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=6.5,
+                    )
         axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
         axes.set_xlim(-0.6, len(names) - 0.4)
         for place in range(1, len(names)):
             axes.axvline(place - 0.5, color="0.9", linewidth=0.8, zorder=0)
         axes.grid(axis="y", alpha=0.3)
+        axes.margins(y=0.1)  # room for the values
     titles = {
         "sts": ("STS, 95 % bootstrap intervals", "Spearman × 100"),
         "clustering": ("clustering, std over seeds", "accuracy × 100"),

@@ -19,12 +19,15 @@ from ..corpus.sources import column_names, read_rows
 from ..encoder import SentenceEncoder
 from ..files import Read, check_outputs, replacing
 from ..models.folder import MODEL_FILES, first_line, resolve
+from ..training.run_folder import LOG as LOG_FILE
+from ..training.run_folder import STATE as STATE_FILE
+from ..training.run_folder import read_summary
+from ..training.watch import verdicts
 from .cluster_view import plane, view_clusters
 from .evaluated_model import load_model
-from .report_figures import draw_cosines, draw_curves, draw_sizes
-from .report_page import render, write_case_studies
+from .report_figures import draw_cosines, draw_curves
+from .report_page import render, write_case_studies, write_sentences
 
-STATE_FILE, LOG_FILE = "loss.safetensors", "log.jsonl"
 MAPS = ("tsne", "pca")
 # Sentences for each cluster of k-means where no number is given, and the most clusters then.
 PER_CLUSTER, MOST_CLUSTERS = 40, 128
@@ -40,7 +43,7 @@ def write_report(
     header: bool | None = None,
     csv_file: str | os.PathLike[str] | None = None,
     num_clusters: int | None = None,
-    limit: int = 5000,
+    rows: int | None = 5000,
     map_sentences: int = 3000,
     map_method: str = "tsne",
     examples: int = 20,
@@ -50,7 +53,7 @@ def write_report(
     seed: int = 42,
     progress: bool = True,
 ) -> int:
-    """Write the page, and its case studies as CSV beside it; each whole or not at all.
+    """Write the page, and beside it as CSV all sentences and the case studies; each whole or not at all.
 
     Args:
         model: output folder of a training run, whose centroids and log are shown, or any model as
@@ -59,10 +62,11 @@ def write_report(
         output: the HTML page.
         text_columns: the column of the sentences; None takes the first that `load_rows` takes.
         delimiter, header: see `load_rows`.
-        csv_file: the case studies; None is the page with the suffix .csv.
+        csv_file: a line for each row read, see `write_sentences`; None is the page with the suffix .csv. The
+            case studies stand beside it, with -examples before the suffix.
         num_clusters: K of a clustering anew; given, it leaves a run's own centroids aside. None is one for
             40 sentences, at most 128.
-        limit: sentences at most, from the beginning.
+        rows: of the file at most, from the beginning; None is all.
         map_sentences: of them on the map, at most.
         map_method: "tsne" or "pca".
         examples: case studies, a random sample.
@@ -79,10 +83,13 @@ def write_report(
     """
     table = f"{os.path.splitext(Path(output))[0]}.csv" if csv_file is None else csv_file
     reads = Read("model", model, MODEL_FILES), Read("--sentences", sentences)
-    output, csv_file = check_outputs({"--output": output, "--csv": table}, reads).values()
+    stem, suffix = os.path.splitext(table)
+    outputs = {"--output": output, "--csv": table, "--csv (examples)": f"{stem}-examples{suffix}"}
+    output, csv_file, examples_file = check_outputs(outputs, reads).values()
     check_choice("--map", map_method, MAPS)
     for name, value, least in (
-        *(("--limit", limit, 2), ("--map-sentences", map_sentences, 2), ("--examples", examples, 0)),
+        *(() if rows is None else (("--rows", rows, 2),)),
+        *(("--map-sentences", map_sentences, 2), ("--examples", examples, 0)),
         ("--nearest", nearest, 1),
     ):
         check_count(name, value, at_least=least)
@@ -94,10 +101,11 @@ def write_report(
     if columns is not None and len(columns) > 1:
         raise ValueError(f"--text-columns: expected one column, got {len(columns)}: {text_columns}")
     asked = Asked(columns, sentences=True)
-    rows = read_rows(sentences, asked, delimiter=delimiter, header=header, limit=limit)
-    texts = list(dict.fromkeys(row[0] for row in rows))
-    repeats = len(rows) - len(texts)
-    account = rows.account + (f"; {repeats:,} of them repeat others and count once" if repeats else "")
+    found = read_rows(sentences, asked, delimiter=delimiter, header=header)
+    lines = [row[0] for row in found[:rows]]
+    texts = list(dict.fromkeys(lines))
+    print(found.account, flush=True)
+    account = _account(len(texts), len(lines), len(found))
     print(account, flush=True)
     if len(texts) < 2:
         raise ValueError(f"--sentences: expected at least two different sentences, got one in {sentences}")
@@ -105,35 +113,38 @@ def write_report(
     loaded = load_model(folder, pooling=pooling, truncate=True)
     encoder = loaded.encoder
     embeddings = encoder.encode(texts, batch_size=batch_size, progress=progress)
-    centroids = None if num_clusters is not None else run_centroids(folder)
+    centroids, why = (None, "") if num_clusters is not None else run_centroids(folder)
+    source = f"of the run, {STATE_FILE}"
     if centroids is not None:
         embeddings = _as_the_loss_sees(encoder, embeddings, centroids, folder)
-        source = f"of the run, {STATE_FILE}"
     else:
         _check_finite(embeddings)
         count = num_clusters or max(2, min(MOST_CLUSTERS, len(texts) // PER_CLUSTER))
         centroids = _cluster(embeddings, count, seed)
-        source = "by k-means over these sentences"
+        source = f"by k-means over these sentences{why}"
     view = view_clusters(texts, embeddings, centroids, source)
 
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
     mapped = order[:map_sentences].sort().values
     chosen = view.examples(examples, nearest, seed)
-    pictures = {"sizes": draw_sizes(view.sizes), "cosines": draw_cosines(view.cosine_samples(seed))}
+    pictures = {"cosines": draw_cosines(view.cosine_samples(seed))}
+    name = folder.resolve().name if Path(model).is_dir() else str(model)
     records = _records(folder / LOG_FILE)
     if any("loss" in record for record in records):
-        pictures["curves"] = draw_curves(records)
+        settings = read_summary(folder).get("settings", {})
+        pictures["curves"] = draw_curves(records, name, settings.get("bml_weight", 0.0))
     page = render(
         view,
         chosen,
         plane(view.unit[mapped], map_method, seed),
         mapped.tolist(),
         pictures,
-        title=f"Inside the clusters of {folder.resolve().name if Path(model).is_dir() else model}",
+        title=f"Inside the clusters of {name}",
         about={
             "model": str(model),
             "pooling": loaded.pooling,
-            "sentences": f"{len(texts):,} different ones of {account}",
+            "sentences": account,
+            "read": found.account,
             "written by": f"clusterns {__version__}, torch {torch.__version__}",
         },
         map_method=map_method,
@@ -142,24 +153,39 @@ def write_report(
     with replacing(output) as path:
         path.write_text(page, encoding="utf-8")
     with replacing(csv_file) as path:
+        write_sentences(view, lines, path)
+    with replacing(examples_file) as path:
         write_case_studies(view, chosen, path)
-    print(f"{len(texts):,} sentences, {len(view.centroids)} centroids {source}: {output}, {csv_file}")
+    print(f"{len(view.centroids)} centroids {source}")
+    for verdict in verdicts(view.facts(), len(texts), len(view.centroids)):
+        if verdict.wrong:
+            print(f"{verdict.wrong}: {verdict.text}")
+    print(f"{output}, {csv_file}, {examples_file}")
     return 0
 
 
-def run_centroids(folder: Path) -> Tensor | None:
-    """Centroids (K, D) of a training run, or None where the folder has none or clustering never started."""
+def _account(texts: int, lines: int, rows: int) -> str:
+    """How many different sentences are looked at, of how many rows, and why not of all."""
+    parts = [f"the first {lines:,} (--rows all takes all)"] if lines < rows else []
+    parts += [f"{lines - texts:,} repeats count once"] if texts < lines else []
+    return f"{texts:,} of {rows:,} rows" + (f": {', '.join(parts)}" if parts else "")
+
+
+def run_centroids(folder: Path) -> tuple[Tensor | None, str]:
+    """Centroids (K, D) of a training run; or None, and in words why it has none ("" for no run)."""
     path = folder / STATE_FILE
     if not path.is_file():
-        return None
+        return None, ""
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: expected the state of a loss, got: {first_line(error)}") from error
     centroids, initialized = state.get("centroids"), state.get("initialized")
-    if centroids is None or initialized is None or not bool(initialized) or len(centroids) < 2:
-        return None
-    return centroids
+    if centroids is None or initialized is None or len(centroids) < 2:
+        return None, ", as the run had no clusters"
+    if not bool(initialized):
+        return None, ", as clustering never started in the run"
+    return centroids, ""
 
 
 def _as_the_loss_sees(encoder: Any, embeddings: Tensor, centroids: Tensor, folder: Path) -> Tensor:

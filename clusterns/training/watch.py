@@ -1,6 +1,7 @@
-"""What to watch while a run learns: cosines, cluster occupancy, and warnings that say what to do.
+"""What to watch while a run learns: cosines, cluster occupancy, and verdicts that say what to do.
 
-All of it is computed on the steps that are logged, and only there.
+All of it is computed on the steps that are logged, and only there. A report judges its sentences by the same
+`verdicts`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +22,13 @@ from ..objective.norms import unit_rows, without_autocast
 SAMPLED_ANCHORS = 256
 # Steps before which embeddings may look collapsed, and logged steps in a row that a warning takes.
 EARLIEST_STEP, IN_A_ROW = 50, 3
-# A largest cluster with this share of the batch, or a positive this little above the mean, is a collapse.
+# A largest cluster with this share of the batch is a collapse, and so is a positive, or a nearest centroid,
+# this little above the mean cosine; in a healthy run of the paper they are 0.8 and 0.2 above it.
 LARGEST_SHARE, LEAST_GAP = 0.5, 0.05
+# Mean cosine above which sentences are crowded: RoBERTa has 0.95 before training, a good model at most 0.6.
+MOST_COSINE = 0.8
+# Share of sentences with a cluster-mate below which there are too few; 0.85 and more in the paper's runs.
+LEAST_MATES = 0.5
 
 
 @torch.no_grad()
@@ -103,16 +109,92 @@ def _effective_negatives(
     return (-(share * each).sum(dim=1)).exp().mean()
 
 
+class Verdict(NamedTuple):
+    """On a figure of the log: its name there, what is healthy, what is wrong (or "") and the cure."""
+
+    figure: str
+    healthy: str
+    wrong: str
+    text: str
+
+
+def verdicts(values: Mapping[str, float], rows: int, clusters: int) -> list[Verdict]:
+    """On embeddings and clusters, from figures as the log names them; without clusters on embeddings only.
+
+    Args:
+        values: `mean_cosine`; with clusters also `nearest_cosine`, `with_mates`, `largest_cluster` and
+            `empty_clusters`. Without `positive_cosine` a sentence is its own positive.
+        rows: sentences that the figures are of.
+        clusters: K.
+
+    """
+    cosine, positive = values["mean_cosine"], values.get("positive_cosine", 1.0)
+    collapsed = positive - cosine < LEAST_GAP
+    found = [
+        Verdict(
+            "mean_cosine",
+            f"below {MOST_COSINE:g}, best near 0",
+            "embeddings collapsed" if collapsed else "embeddings crowded" if cosine > MOST_COSINE else "",
+            (
+                f"two views of a sentence (cosine {positive:.3f}) are hardly more alike than any two "
+                f"sentences ({cosine:.3f}); lower --learning-rate, and see whether the sentences differ"
+            )
+            if collapsed
+            else f"any two sentences are much alike (cosine {cosine:.3f}); train longer",
+        )
+    ]
+    if not clusters or "nearest_cosine" not in values:  # or clustering has not started
+        return found
+    nearest, share, empty = (values[name] for name in ("nearest_cosine", "largest_cluster", "empty_clusters"))
+    # Of as many rows dealt out blindly, so many clusters would have one.
+    filled = clusters * (1 - (1 - 1 / clusters) ** rows)
+    most_empty = clusters - LARGEST_SHARE * filled
+    return [
+        *found,
+        Verdict(
+            "nearest_cosine",
+            f"at least {LEAST_GAP:g} above all pairs",
+            # Where all cosines are near 1 no centroid can be nearer.
+            "centroids stale" if not collapsed and nearest - cosine < LEAST_GAP else "",
+            f"a sentence is hardly nearer its own centroid (cosine {nearest:.3f}) than any other sentence "
+            f"({cosine:.3f}); raise --centroid-momentum, so that the centroids keep up",
+        ),
+        Verdict(
+            "largest_cluster",
+            f"below {LARGEST_SHARE:g}",
+            "clusters collapsed" if clusters > 2 and share >= LARGEST_SHARE else "",
+            f"one of {clusters} clusters holds {share:.0%} of the sentences and {empty:.0f} are empty; lower "
+            "--start-cosine, so that they are seeded from sentences further apart, or lower "
+            "--centroid-momentum",
+        ),
+        Verdict(
+            "empty_clusters",
+            f"at most {most_empty:.0f} of {clusters}",
+            "clusters empty" if empty > most_empty else "",
+            f"{empty:.0f} of {clusters} clusters are empty; lower --num-clusters, or --start-cosine, so that "
+            "they are seeded from sentences further apart",
+        ),
+        Verdict(
+            "with_mates",
+            f"at least {LEAST_MATES:g}",
+            "too few mates" if values["with_mates"] < LEAST_MATES else "",
+            f"{values['with_mates']:.0%} of the sentences have a cluster-mate, hence a false negative; lower "
+            "--num-clusters, or raise --batch-size",
+        ),
+    ]
+
+
 class Watch:
     """Warns of runs that go wrong, once of each kind. A warning is its name and a text that says what to do.
 
     Args:
         loss_fn: whose settings the advice names.
+        rows: of a batch, over all ranks.
 
     """
 
-    def __init__(self, loss_fn: ClusterNSLoss) -> None:
-        self.loss_fn = loss_fn
+    def __init__(self, loss_fn: ClusterNSLoss, rows: int) -> None:
+        self.loss_fn, self.rows = loss_fn, rows
         self.lowest_cosine: float | None = None
         self.lowest_step = 0
         self.in_a_row: dict[str, int] = {}
@@ -138,34 +220,40 @@ class Watch:
 
     def look(self, step: int, values: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """At the figures of a logged step; yields warnings."""
-        cosine, positive = values["mean_cosine"], values["positive_cosine"]
+        cosine = values["mean_cosine"]
         if not self.loss_fn.clustering_active and (self.lowest_cosine is None or cosine < self.lowest_cosine):
             self.lowest_cosine, self.lowest_step = cosine, step
-        if self._lasts("embeddings collapsed", step >= EARLIEST_STEP and positive - cosine < LEAST_GAP):
-            yield (
-                "embeddings collapsed",
-                f"two views of a sentence (cosine {positive:.3f}) are hardly more alike than any two "
-                f"sentences ({cosine:.3f}); lower --learning-rate, and see whether the sentences differ",
-            )
-        share, clusters = values.get("largest_cluster", 0.0), self.loss_fn.num_clusters
-        if self._lasts("clusters collapsed", clusters > 2 and share >= LARGEST_SHARE):
-            yield (
-                "clusters collapsed",
-                f"one of {clusters} clusters holds {share:.0%} of the batch and "
-                f"{values['empty_clusters']:.0f} are empty; lower --start-cosine, so that they are seeded "
-                "from sentences further apart, or lower --centroid-momentum",
-            )
+        wrong = {verdict.wrong: verdict.text for verdict in self._verdicts(values)}
+        for name, earliest in (("embeddings collapsed", EARLIEST_STEP), ("clusters collapsed", 0)):
+            if self._lasts(name, name in wrong and step >= earliest):
+                yield name, wrong[name]
 
-    def end(self, step: int) -> Iterator[tuple[str, str]]:
-        """Of the run; yields a warning where clustering, though wanted, has never started."""
-        if not self.loss_fn.num_clusters or self.loss_fn.clustering_active or self.lowest_cosine is None:
+    def end(self, step: int, values: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        """Of the run, with the figures of its last logged step; yields verdicts, as `look` does warnings.
+
+        Runs of less than 50 steps are not judged, but for clustering that, though wanted, never started.
+        """
+        never = self.loss_fn.num_clusters and not self.loss_fn.clustering_active
+        if never and self.lowest_cosine is not None:
+            yield (
+                "clustering never started",
+                f"clustering never started, all {step} steps were plain InfoNCE: the lowest mean cosine seen "
+                f"was {self.lowest_cosine:.3f}, at step {self.lowest_step}, while --start-cosine is "
+                f"{self.loss_fn.start_cosine:g}; raise it above {self.lowest_cosine:.2f}, or train longer",
+            )
+        if step < EARLIEST_STEP:
             return
-        yield (
-            "clustering never started",
-            f"clustering never started, all {step} steps were plain InfoNCE: the lowest mean cosine seen was "
-            f"{self.lowest_cosine:.3f}, at step {self.lowest_step}, while --start-cosine is "
-            f"{self.loss_fn.start_cosine:g}; raise it above {self.lowest_cosine:.2f}, or train longer",
-        )
+        found = self._verdicts(values)
+        for verdict in found:
+            if verdict.wrong:
+                yield verdict.wrong, f"in the end: {verdict.wrong}: {verdict.text}"
+        if never or any(verdict.wrong for verdict in found):
+            return
+        figures = (f"{v.figure.replace('_', ' ')} {values[v.figure]:.3g} ({v.healthy})" for v in found)
+        yield "healthy", f"in the end healthy: {', '.join(figures)}"
+
+    def _verdicts(self, values: Mapping[str, float]) -> list[Verdict]:
+        return verdicts(values, self.rows, self.loss_fn.num_clusters)
 
     def _lasts(self, name: str, is_so: bool) -> bool:
         """Whether it is so on several logged steps in a row, for the first time."""

@@ -41,7 +41,7 @@ def rows(path: Path) -> list[dict]:
 if __name__ == "__main__":
     torch._dynamo.config.disable = True
     docstrings.docstring_corpus = lambda *_, **__: CORPUS
-    train.draw_run = lambda records, path: path.touch()
+    train.draw_run = lambda records, path, *_: path.touch()
     forked = multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda _=None: forked
     del sys.argv[0]
