@@ -106,27 +106,32 @@ def _chosen(
     source: str, table: Table, kind: str | None, asked: list[str] | None, of: str
 ) -> tuple[str, list[str]]:
     """The kind and its columns, in the order of COLUMNS."""
-    wanted = [COLUMNS[each] for each in (KINDS if kind is None else [kind])]
+    wanted = list(COLUMNS.values()) if kind is None else [COLUMNS[kind]]
     if asked is not None:
         names = [column(source, table, name) for name in asked]
         if len(names) not in [len(words_of(each)) for each in wanted] or len(set(names)) < len(names):
             raise ValueError(f"--{of}-columns: expected {' or '.join(wanted)}, got {','.join(asked)}")
-        if kind is None and len(names) == 3:
-            kind = "pairs"
-        elif kind is None:
-            is_labelled = any(table.kinds[name] != TEXT or looks_like_label(table, name) for name in names)
-            kind = "labels" if is_labelled else "queries"
+        if kind is None:
+            likely = [table.kinds[name] != TEXT or looks_like_label(table, name) for name in names]
+            kind = "pairs" if len(names) == 3 else "labels" if likely[1] else "queries"
+            if kind == "queries" and likely[0]:  # labels before their texts, or a query in many rows
+                raise _untold(source, table, of)
         return kind, _with_texts(source, table, kind, names)
     finders = {"pairs": _pair_columns, "queries": _query_columns, "labels": _label_columns}
     for each, find in finders.items():
         if kind in (each, None) and (found := find(table, kind is not None)):
             return each, _with_texts(source, table, each, found)
-    got = f"{', '.join(table.kinds)} ({table.shape})"
     if kind is not None:
+        got = f"{', '.join(table.kinds)} ({table.shape})"
         raise ValueError(f"{source}: expected {wanted[0]}, got {got}; --{of}-columns names the columns")
-    raise ValueError(
-        f"{source}: expected scored pairs, labelled texts or queries, got {got}; --{of}-kind "
-        f"({', '.join(KINDS)}) or --{of}-columns ({' or '.join(wanted)}) tells which"
+    raise _untold(source, table, of)
+
+
+def _untold(source: str, table: Table, of: str) -> ValueError:
+    return ValueError(
+        f"{source}: expected scored pairs, labelled texts or queries, got {', '.join(table.kinds)} "
+        f"({table.shape}); --{of}-kind ({', '.join(KINDS)}) or --{of}-columns "
+        f"({' or '.join(COLUMNS.values())}) tells which"
     )
 
 
