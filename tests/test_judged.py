@@ -200,7 +200,8 @@ def test_a_query_with_its_passages_and_a_corpus(tmp_path: Path) -> None:
     assert found.passages == ["p a", "p b", "p c", "other one", "another"]
     assert "; 2 queries, 3 passages and 2 more of " in found.account
     assert (
-        "1 queries are passages too, each not counted for itself; left out: 1 with a blank p" in found.account
+        "1 of the queries are passages too, none is compared with itself; left out: 1 with a blank p"
+        in found.account
     )
     for name, content, words in (
         ("b.csv", 'text,n\n"",1\n" ",2\n', "expected passages in 'text', got none"),

@@ -286,7 +286,7 @@ def _queries(
     if len(passages) < 2:
         raise ValueError(f"{source}: expected at least two passages to choose from, got one")
     both = sum(query in passages for query in relevant)
-    account += f"; {both:,} queries are passages too, each not counted for itself" if both else ""
+    account += f"; {both:,} of the queries are passages too, none is compared with itself" if both else ""
     return Queries([*relevant], [*passages], [[*places] for places in relevant.values()], account)
 
 

@@ -39,7 +39,8 @@ def relevant_ranks(
     Another passage as near as its own one, to 1e-9, ranks before it: embeddings that are all equal score as
     the worst.
     """
-    check_finite(name, torch.cat([queries, passages]))
+    for rows in (queries, passages):
+        check_finite(name, rows)
     passages = F.normalize(passages.detach().double(), dim=1)
     ranks = torch.full((len(queries), DEPTH), math.inf, dtype=torch.float64)
     step = max(1, _CELLS // len(passages))
