@@ -147,9 +147,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "evaluate",
-        help="score encoders on STS sets and short-text clustering",
+        help="score encoders on STS sets and data of your own",
         description="Score encoders: Spearman correlations on STS sets with bootstrap intervals, geometry of "
-        "the embeddings, k-means on labelled texts; several models also against each other.",
+        "the embeddings; on scored pairs, labelled texts or queries of your own; several models also against "
+        "each other.",
     )
     _add_evaluate_arguments(evaluate)
     evaluate.set_defaults(command=_evaluate)
@@ -211,20 +212,36 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SET",
         help="STS12 ... STS16, STS-B, SICK-R, STS-B-dev, SICK-R-dev; default all of these",
     )
-    add("--clustering", nargs="+", default=(), metavar="FILE", help="files of labelled texts")
-    _add_file_arguments(parser, "their texts")
     add(
-        "--label-column",
-        metavar="NAME",
-        help="column of their labels; default: the usual names, or the first",
+        "--data",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="files of your own: scored pairs, labelled texts, or queries with their passages; which of "
+        "them is found from the columns of each",
     )
+    add("--data-kind", metavar="KIND", help="pairs, labels or queries, where the columns do not tell")
+    add(
+        "--data-columns",
+        metavar="NAMES",
+        help="their columns, as sentence1,sentence2,score or text,label or query,passage; names, or numbers "
+        "from 1",
+    )
+    add("--data-corpus", metavar="FILE", help="more passages, among which those of --data are to be found")
+    _add_file_arguments(parser)
     add(
         "--kmeans",
         choices=("kmeans", "spherical"),
         default="kmeans",
         help="scikit-learn's on the embeddings as they are, as in the paper (default), or by cosine",
     )
-    add("--cluster-seeds", type=int, default=5, metavar="INT", help="runs of k-means (default 5)")
+    add(
+        "--cluster-seeds",
+        type=int,
+        default=5,
+        metavar="INT",
+        help="runs of k-means on labelled texts (default 5)",
+    )
     add(
         "--pooling",
         type=lambda text: text.split(","),
@@ -257,11 +274,12 @@ def _add_result_arguments(add: Any) -> None:
     add("--figure", dest="figure_file", metavar="FILE", help="draw the figures there (png, svg, pdf)")
 
 
-def _add_file_arguments(parser: argparse.ArgumentParser, what: str) -> None:
-    """How to read a file of texts, as `clusterns train` has it."""
-    parser.add_argument(
-        "--text-columns", metavar="NAME", help=f"column of {what}, by its name or number from 1"
-    )
+def _add_file_arguments(parser: argparse.ArgumentParser, texts: str | None = None) -> None:
+    """How to read a file, as `clusterns train` has it; of `texts` also which column they are."""
+    if texts is not None:
+        parser.add_argument(
+            "--text-columns", metavar="NAME", help=f"column of {texts}, by its name or number from 1"
+        )
     parser.add_argument(
         "--delimiter",
         metavar="WORD",

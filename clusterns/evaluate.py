@@ -1,4 +1,4 @@
-"""`clusterns evaluate`: one or several models on STS sets and labelled texts, side by side."""
+"""`clusterns evaluate`: one or several models on STS sets and data of the user, side by side."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,10 +16,12 @@ import torch
 from tqdm.auto import tqdm
 
 from .checks import check_choice, check_count, check_seed
-from .corpus.labelled import LabelledTexts, load_labelled_texts
+from .corpus.judged import KINDS, Judged
+from .corpus.judged_files import load_judged
 from .evaluation.clustering import ALGORITHMS
 from .evaluation.correlation import Floats, paired_difference
 from .evaluation.evaluated_model import load_model
+from .evaluation.judging import FIRST, first_figure
 from .evaluation.model_figures import ModelFigures, Problems, Subsets
 from .evaluation.sts import (
     HUB_MTEB,
@@ -44,9 +46,10 @@ def evaluate(
     *,
     sts_dir: str | os.PathLike[str] | None = None,
     sets: Sequence[str] | None = None,
-    clustering: Sequence[str | os.PathLike[str]] = (),
-    text_columns: str | None = None,
-    label_column: str | None = None,
+    data: Sequence[str | os.PathLike[str]] = (),
+    data_kind: str | None = None,
+    data_columns: Sequence[str] | str | None = None,
+    data_corpus: str | os.PathLike[str] | None = None,
     delimiter: str | None = None,
     header: bool | None = None,
     pooling: str | Sequence[str] | None = None,
@@ -59,14 +62,15 @@ def evaluate(
     seed: int = 42,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Evaluate models on STS sets and labelled texts.
+    """Evaluate models on STS sets and on data of the user: scored pairs, labelled texts, queries.
 
     Args:
         models: folders or hub names, see `load_model`.
         sts_dir: source of STS sets, see `load_sts_subsets`; None for none.
         sets: names of STS sets; None takes the seven test sets and the two dev sets.
-        clustering: files of labelled texts, see `load_labelled_texts`.
-        text_columns, label_column, delimiter, header: how to read them, see there.
+        data: files, see `load_judged`.
+        data_kind, data_columns, data_corpus, delimiter, header: what they are and how to read them, for all,
+            see there.
         pooling: see `load_model`; one for all models, or one for each, "auto" for what its files say. A model
             may come twice, with two poolings.
         max_length: see `load_model`, for all models.
@@ -85,12 +89,15 @@ def evaluate(
     """
     if not models:
         raise ValueError("models: expected at least one, got none")
-    if sts_dir is None and not clustering:
-        raise ValueError("evaluate: expected --sts-dir or --clustering, got neither")
-    of_texts = {"--text-columns": text_columns, "--label-column": label_column, "--delimiter": delimiter}
-    for name, given in {**of_texts, "--header": header}.items():
-        if given is not None and not clustering:
-            raise ValueError(f"{name}: expected --clustering, whose files it is about, got none")
+    if sts_dir is None and not data:
+        raise ValueError("evaluate: expected --sts-dir or --data, got neither")
+    reading = {"kind": data_kind, "columns": data_columns, "corpus": data_corpus}
+    of_data = {**{f"--data-{name}": given for name, given in reading.items()}, "--delimiter": delimiter}
+    for name, given in {**of_data, "--header": header}.items():
+        if given is not None and not data:
+            raise ValueError(f"{name}: expected --data, whose files it is about, got none")
+    if data_kind is not None:
+        check_choice("--data-kind", data_kind, KINDS)
     if sets is not None and sts_dir is None:
         raise ValueError("--sts-sets: expected --sts-dir, whose sets they are, got none")
     for name, value, least in (
@@ -99,10 +106,6 @@ def evaluate(
     ):
         check_count(name, value, at_least=least)
     check_seed("--seed", seed, cluster_seeds)
-    if text_columns is not None and text_columns == label_column:
-        raise ValueError(
-            f"--label-column: expected another than --text-columns, got {label_column!r} for both"
-        )
     chosen = _with_poolings(list(map(str, models)), pooling)
     check_choice("kmeans", kmeans, ALGORITHMS)
     check_choice("precision", precision, PRECISIONS)
@@ -110,26 +113,24 @@ def evaluate(
 
     problems = Problems()
     sts = _read_sts(sts_dir, sets, problems) if sts_dir is not None else {}
-    reading = {
-        "text_column": text_columns,
-        "label_column": label_column,
-        "delimiter": delimiter,
-        "header": header,
-    }
-    texts = _read_texts(clustering, problems, reading)
+    judged = _read_data(data, sts, problems, {**reading, "delimiter": delimiter, "header": header})
+    kinds = {each.kind for each in judged.values()}
+    if data_corpus is not None and kinds and "queries" not in kinds:
+        got = ", ".join(f"{each.kind} in {name}" for name, each in judged.items())
+        raise ValueError(f"--data-corpus: expected queries in --data, got {got}")
     accounts = [_sts_account(sts_dir, sts)] if sts else []
-    accounts += [labelled.account for labelled in texts.values()]
+    accounts += [each.account for each in judged.values()]
     if progress:
         for line in accounts:
             tqdm.write(line, file=sys.stderr)
-    if not sts and not texts:
+    if not sts and not judged:
         raise ValueError("evaluate: expected data to evaluate on, got none that can be read (see above)")
     found, drawn = [], []
     for (name, asked), label in zip(chosen, _labels(chosen), strict=True):
         with problems.leave_out(label):
             model = load_model(name, pooling=asked, max_length=max_length)
             one = ModelFigures(model, batch_size, dtype, resamples, seed, problems, label, progress)
-            figures = one.all_figures(sts, texts, kmeans, range(seed, seed + cluster_seeds))
+            figures = one.all_figures(sts, judged, kmeans, range(seed, seed + cluster_seeds))
             described = {"model": name, "label": label, **model._asdict()}
             described.pop("encoder")
             found.append({**described, **figures})
@@ -138,8 +139,8 @@ def evaluate(
     return {
         "settings": {
             "sts_dir": None if sts_dir is None else str(sts_dir),
-            "clustering": [str(path) for path in clustering] or None,
-            "kmeans": kmeans if clustering else None,
+            "data": [str(path) for path in data] or None,
+            "kmeans": kmeans if "labels" in kinds else None,
             "resamples": resamples,
             "seed": seed,
             "batch_size": batch_size,
@@ -182,38 +183,48 @@ def _sts_account(source: str | os.PathLike[str] | None, sts: Mapping[str, Subset
     return f"{source}: scored pairs of {', '.join(parts)}"
 
 
-def _read_texts(
-    paths: Sequence[str | os.PathLike[str]], problems: Problems, reading: Mapping[str, Any]
-) -> dict[str, LabelledTexts]:
-    """Labelled texts by the names of their files."""
-    found = {}
+def _read_data(
+    paths: Sequence[str | os.PathLike[str]],
+    sts: Iterable[str],
+    problems: Problems,
+    reading: Mapping[str, Any],
+) -> dict[str, Judged]:
+    """The user's data by the names of their files, none of them that of an STS set."""
+    found: dict[str, Judged] = {}
     for path in paths:
         with problems.leave_out(str(path)):
-            name = Path(path).stem if Path(path).stem not in found else str(path)
-            found[name] = load_labelled_texts(path, **reading)
+            name = Path(path).stem
+            name = str(path) if name in {*found, *sts, "avg"} else name
+            found[name] = load_judged(path, **reading)
     return found
 
 
 def _compare(models: Sequence[dict[str, Any]], drawn: Sequence[dict[str, Floats]]) -> list[dict[str, Any]]:
-    """Every later model against every earlier one, on the sets and the average that both have."""
+    """Every later model against every earlier one, on the sets, the average and the data that both have."""
+    figures = [_first_figures(model) for model in models]
     rows = []
     for j in range(len(models)):
         for i in range(j):
             sets = {}
-            for name in (*models[i]["sts"], "avg"):
-                one, other = (
-                    models[k]["avg"] if name == "avg" else models[k]["sts"].get(name) for k in (i, j)
-                )
-                if not one or not other:
+            for name in figures[i]:
+                if name not in figures[j]:
                     continue
-                value = other["spearman"] - one["spearman"]
+                value = figures[j][name][1] - figures[i][name][1]
                 found = paired_difference(value, drawn[i][name], drawn[j][name])
                 if found is not None:
-                    difference, low, high, p_value = found
-                    sets[name] = {"difference": difference, "low": low, "high": high, "p_value": p_value}
+                    difference, *rest = found
+                    told = dict(zip(("low", "high", "p_value", "p_floor"), rest, strict=True))
+                    sets[name] = {"figure": figures[i][name][0], "difference": difference, **told}
             if sets:
                 rows.append({"first": models[i]["label"], "second": models[j]["label"], "sets": sets})
     return rows
+
+
+def _first_figures(model: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
+    """What a model is compared by on each set, the average and the user's data: its name and value."""
+    sts = {**model["sts"], **({"avg": model["avg"]} if model["avg"] else {})}
+    found = {name: ("spearman", figure["spearman"]) for name, figure in sts.items()}
+    return found | {name: (FIRST[f["kind"]], first_figure(f)) for name, f in model["data"].items()}
 
 
 def _notes(sts: Mapping[str, Subsets]) -> list[str]:
@@ -286,7 +297,9 @@ def run(
     reads = [Read("model", model, MODEL_FILES) for model in models]
     if settings.get("sts_dir") is not None:
         reads.append(Read("--sts-dir", settings["sts_dir"], STS_FOLDERS))
-    reads += [Read("--clustering", path) for path in settings.get("clustering", ())]
+    reads += [Read("--data", path) for path in settings.get("data", ())]
+    if settings.get("data_corpus") is not None:
+        reads.append(Read("--data-corpus", settings["data_corpus"]))
     check_outputs(files, reads)
     if figure_file is not None:
         from .evaluation.figure import check_suffix

@@ -48,8 +48,8 @@ def test_kmeans_takes_the_embeddings_as_they_are_and_spherical_their_directions(
     directions = torch.nn.functional.normalize(torch.randn(80, 4).abs() + 2, dim=1)
     labels = np.arange(80) % 2
     embeddings = directions * torch.from_numpy(1.0 + 9 * labels)[:, None]
-    plain = evaluate_clustering("x", embeddings, labels, seeds=[0])
-    by_cosine = evaluate_clustering("x", embeddings, labels, seeds=[0], algorithm="spherical")
+    plain, _ = evaluate_clustering("x", embeddings, labels, seeds=[0])
+    by_cosine, _ = evaluate_clustering("x", embeddings, labels, seeds=[0], algorithm="spherical")
     assert plain["accuracy"]["mean"] == pytest.approx(100)
     assert by_cosine["accuracy"]["mean"] < 80
     assert plain["accuracy"]["std"] is None
@@ -57,12 +57,15 @@ def test_kmeans_takes_the_embeddings_as_they_are_and_spherical_their_directions(
 
 def test_mean_and_spread_are_over_the_seeds() -> None:
     embeddings, labels = blobs(spread=2.5)
-    figures = evaluate_clustering("x", embeddings, labels, seeds=range(4), starts=1)
+    figures, correct = evaluate_clustering("x", embeddings, labels, seeds=range(4), starts=1)
     runs = figures["accuracy"]["runs"]
     assert len(set(runs)) > 1
     assert figures["accuracy"]["mean"] == pytest.approx(np.mean(runs))
     assert figures["accuracy"]["std"] == pytest.approx(np.std(runs, ddof=1))
-    assert evaluate_clustering("x", embeddings, labels, seeds=range(4), starts=1) == figures
+    assert 100 * correct.mean() == pytest.approx(figures["accuracy"]["mean"])
+    assert set(correct) <= {0, 0.25, 0.5, 0.75, 1}
+    assert len(set(correct)) > 2
+    assert evaluate_clustering("x", embeddings, labels, seeds=range(4), starts=1)[0] == figures
 
 
 def test_what_cannot_be_clustered() -> None:

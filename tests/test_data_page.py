@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from clusterns.cli import build_parser
-from clusterns.corpus.labelled import load_labelled_texts
+from clusterns.corpus.judged_files import load_judged
 from clusterns.training.arguments import read_config
 from clusterns.training.task import prepare_task
 
@@ -35,9 +35,10 @@ def test_example(command: str, said: str, tmp_path: Path, monkeypatch: pytest.Mo
         if command.startswith("train"):
             prepare_task(read_config(given), lines.append)
         else:
-            options = {name: getattr(given, name) for name in ("label_column", "delimiter", "header")}
-            (file,) = given.clustering
-            lines.append(load_labelled_texts(file, text_column=given.text_columns, **options).account)
+            options = {name: getattr(given, f"data_{name}") for name in ("kind", "columns", "corpus")}
+            (file,) = given.data
+            options |= {"delimiter": given.delimiter, "header": given.header}
+            lines.append(load_judged(file, **options).account)
     except ValueError as error:
         lines.append(f"error: {error}")
     assert lines[0].split(", for example: ")[0] == said

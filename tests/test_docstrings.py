@@ -1,22 +1,16 @@
-"""Sentences of installed packages: what is taken of a docstring, what is held out, and its score."""
+"""Sentences of installed packages: what is taken of a docstring, and what is held out."""
 
 from __future__ import annotations
 
 import re
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from small_files import cases
 
 from clusterns.corpus.docstrings import (
     docstring_corpus,
     docstrings,
-    retrieval_score,
     summary_and_description,
 )
 
@@ -90,25 +84,7 @@ def test_summary_and_description(text: str, summary: str, description: list[str]
     assert summary_and_description(text) == (summary, description)
 
 
-def test_bad_arguments(tmp_path: Path) -> None:
-    one, corpus = torch.ones(2, 3), partial(docstring_corpus, progress=False)
-    for call, message in (
-        (partial(corpus, roots=[tmp_path / "none"]), "roots: expected a folder with .*, got .*none"),
-        (partial(retrieval_score, one, one[:1]), r"one shape \(N, D\), got \(2, 3\) and \(1, 3\)"),
-    ):
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            call()
-
-
-# Small whole numbers make ties, also of vectors that differ, and zero vectors.
-@settings(max_examples=60)
-@given(st.integers(1, 25), st.integers(0, 10_000), st.integers(1, 30))
-def test_retrieval_score_is_that_of_all_ranks(count: int, seed: int, chunk_size: int) -> None:
-    values = np.random.default_rng(seed).integers(-2, 3, (2, count, 3)).astype(np.float64)
-    queries, documents = values / np.maximum(np.linalg.norm(values, axis=2, keepdims=True), 1e-9)
-    cosines = queries @ documents.T
-    ranks = (cosines >= np.diag(cosines)[:, None] - 1e-9).sum(axis=1)  # a tie ranks before
-    expected = {"mrr": 100 * np.mean(1 / ranks), "accuracy_at_1": 100 * np.mean(ranks <= 1)}
-    expected["accuracy_at_10"] = 100 * np.mean(ranks <= 10)
-    found = retrieval_score(*torch.from_numpy(values).float(), chunk_size=chunk_size)
-    assert found == pytest.approx(expected, abs=1e-9)
+def test_a_missing_root(tmp_path: Path) -> None:
+    message = "roots: expected a folder with .*, got .*none"
+    with pytest.raises(FileNotFoundError, match=message):
+        docstring_corpus(roots=[tmp_path / "none"], progress=False)

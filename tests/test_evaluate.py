@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -53,6 +54,12 @@ def place(tmp_path_factory) -> Path:
     write_varied_sts(root / "sts")
     lines = (f"{word}\ta {word} {other}\n" for word in WORDS[1:4] for other in [*WORDS[4:9], "zzz"])
     (root / "animals.tsv").write_text("".join(lines))
+    generator = np.random.default_rng(1)
+    pairs = ([" ".join(generator.choice(WORDS, 4)) for _ in range(2)] for _ in range(40))
+    rows = [f"{first},{second},{index % 7 - 3}\n" for index, (first, second) in enumerate(pairs)]
+    (root / "likeness.csv").write_text("".join(["text1,text2,similarity\n", *rows]))
+    rows = [f"{row.rpartition(',')[0]}\n" for row in rows]
+    (root / "found.csv").write_text("".join(["query,passage\n", *rows]))
     return root
 
 
@@ -74,7 +81,8 @@ def results(place: Path, models: list[str]) -> dict:
     out.mkdir()
     (out / "a.json").write_text("old")
     files = ["--json", str(out / "a.json"), "--markdown", str(out / "a.md"), "--figure", str(out / "a.png")]
-    data = ["--sts-dir", str(place / "sts"), "--clustering", str(place / "animals.tsv")]
+    own = [str(place / "likeness.csv"), str(place / "found.csv")]
+    data = ["--sts-dir", str(place / "sts"), "--data", str(place / "animals.tsv"), *own]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert main(["evaluate", *models, *data, "--cluster-seeds", "2", "--resamples", "200", *files]) == 0
     return {**json.loads((out / "a.json").read_text()), "printed": printed.getvalue()}
@@ -95,7 +103,7 @@ def test_one_command_writes_json_markdown_and_figure(results: dict, place: Path)
     assert (results["errors"], results["settings"]["resamples"]) == ([], 200)
     for model, label in zip(results["models"], ("one", "two"), strict=True):
         assert (model["label"], model["pooling"], model["max_length"]) == (label, "mean", 24)
-        assert model["clustering"]["animals"]["seeds"] == [42, 43]
+        assert model["data"]["animals"]["seeds"] == [42, 43]
     # Each set is short of its published pairs, and says so.
     assert "STS12: 45 scored pairs, the published set has 3,108" in results["notes"]
 
@@ -135,12 +143,51 @@ def test_figures_are_those_of_their_definitions(results: dict, models: list[str]
 def test_models_are_compared_on_the_same_pairs(results: dict) -> None:
     (comparison,) = results["comparisons"]
     assert (comparison["first"], comparison["second"]) == ("one", "two")
-    assert len(comparison["sets"]) == 10
+    assert list(comparison["sets"])[9:] == ["avg", "animals", "likeness", "found"]
     for name, found in comparison["sets"].items():
-        first, second = ({**model["sts"], "avg": model["avg"]}[name] for model in results["models"])
-        assert found["difference"] == pytest.approx(second["spearman"] - first["spearman"])
+        models = ({**model["sts"], "avg": model["avg"], **model["data"]}[name] for model in results["models"])
+        first, second = (figure[found["figure"]] for figure in models)
+        if name == "animals":
+            first, second = first["mean"], second["mean"]
+        assert found["difference"] == pytest.approx(second - first)
         assert found["low"] <= found["high"]
-        assert 0 < found["p_value"] <= 1
+        assert 2 / 201 <= found["p_floor"] < 2 / 150  # a resample may have no correlation
+        assert found["p_floor"] <= found["p_value"] <= 1
+
+
+def test_data_of_each_kind_is_in_json_and_tables(results: dict, place: Path) -> None:
+    animals, likeness, found = (
+        results["models"][0]["data"][name] for name in ("animals", "likeness", "found")
+    )
+    assert [each["kind"] for each in (animals, likeness, found)] == ["labels", "pairs", "queries"]
+    assert (likeness["pairs"], found["queries"]) == (40, 40)
+    for each, value in (
+        (animals, animals["accuracy"]["mean"]),
+        (likeness, likeness["spearman"]),
+        (found, found["mrr_at_10"]),
+    ):
+        assert each["low"] <= value <= each["high"]
+    markdown = report(results)
+    for title, value in (
+        ("Clustering, accuracy", animals["accuracy"]["mean"]),
+        ("Scored pairs, Spearman", likeness["spearman"]),
+        ("Queries, nDCG@10", found["ndcg_at_10"]),
+    ):
+        section = markdown.split(f"## {title} × 100")[1].split("##")[0]
+        assert f" {value:.2f} " in section
+    assert f"{place / 'likeness.csv'}: csv parted by comma, header; 'text1', 'text2' with" in markdown
+
+
+def test_the_table_prints_no_p_value_below_what_its_resamples_tell(results: dict) -> None:
+    for resamples, p_value, said in (
+        (1000, 2 / 1001, "(p < 0.002)"),
+        (20, 2 / 21, "(p < 0.096)"),
+        (50_000, 2 / 50_001, "(p < 4e-05)"),
+        (1000, 4 / 1001, "(p 0.004)"),
+    ):
+        (comparison,) = copy.deepcopy(results["comparisons"])
+        comparison["sets"]["avg"] |= {"p_value": p_value, "p_floor": 2 / (resamples + 1)}
+        assert said in report({**results, "comparisons": [comparison]})
 
 
 def test_what_cannot_be_evaluated_is_left_out_and_the_rest_is_written(
@@ -166,18 +213,18 @@ def test_what_cannot_be_evaluated_is_left_out_and_the_rest_is_written(
     names = [models[0], str(tmp_path / "absent"), str(tmp_path / "broken")]
     texts = [str(tmp_path / "unlabelled.tsv"), str(place / "animals.tsv")]
     options = ["--sts-dir", str(folder), "--resamples", "20", "--cluster-seeds", "1"]
-    files = ["--json", str(tmp_path / "a.json"), "--clustering", *texts]
+    files = ["--json", str(tmp_path / "a.json"), "--data", *texts]
     assert main(["evaluate", *names, *options, *files]) == 2
     results = json.loads((tmp_path / "a.json").read_text())
     model, broken = results["models"]
     assert list(model["sts"]) == [*SEVEN_SHORT[:2], *SEVEN_SHORT[3:], "STS-B-dev"]
     assert model["avg"] is None
-    assert list(model["clustering"]) == ["animals"]
+    assert list(model["data"]) == ["animals"]
     geometry = model["geometry"]
     assert (geometry.pop("alignment"), geometry.pop("alike_pairs")) == (None, 0)
     assert all(math.isfinite(value) for value in geometry.values())
     assert "STS-B-dev: no pair is scored above 4, so there is no alignment" in results["notes"]
-    assert (broken["sts"], broken["clustering"], broken["geometry"]) == ({}, {}, {})
+    assert (broken["sts"], broken["data"], broken["geometry"]) == ({}, {}, {})
     # One sub-set has no correlation: the others and all pairs together have, their mean has not.
     assert "answer-answer" not in model["sts"]["STS16"]["subsets"]
     assert len(model["sts"]["STS16"]["subsets"]) == 4
@@ -203,11 +250,19 @@ def test_what_cannot_be_evaluated_is_left_out_and_the_rest_is_written(
 
 def test_refusals_before_any_model_is_loaded(models: list[str], place: Path, tmp_path: Path, capsys) -> None:
     file = str(place / "animals.tsv")
-    same = ["--text-columns", "2", "--label-column", "2"]
+    same = ["--data-columns", "2,2"]
     for options, words in (
-        (["--clustering", file, "--json", file], "--json: expected a file that this command does not read"),
-        (["--clustering", file, *same], "--label-column: expected another than --text-columns, got '2' for"),
-        ([], "evaluate: expected --sts-dir or --clustering, got neither"),
+        (["--data", file, "--json", file], "--json: expected a file that this command does not read"),
+        (["--data", file, *same], "evaluate: expected data to evaluate on, got none"),
+        (
+            ["--data", file, "--data-corpus", file],
+            "--data-corpus: expected queries in --data, got labels in a",
+        ),
+        (
+            ["--sts-dir", file, "--data-kind", "labels"],
+            "--data-kind: expected --data, whose files it is about",
+        ),
+        ([], "evaluate: expected --sts-dir or --data, got neither"),
         (["--sts-dir", str(tmp_path / "absent")], "evaluate: expected data to evaluate on, got none"),
     ):
         assert main(["evaluate", "absent/model", *options]) == 2

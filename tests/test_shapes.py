@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pyarrow
@@ -9,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from small_files import cases, refuses, write
 
-from clusterns.corpus.labelled import load_labelled_texts
+from clusterns.corpus.judged_files import load_judged
 from clusterns.corpus.sources import load_rows
 
 # Characters that str.splitlines() splits at and a text file does not.
@@ -196,7 +197,7 @@ def test_rows_left_out_are_counted_told_and_warned_of(tmp_path: Path, recwarn) -
 
 
 LABELLED = [("sport", "a b"), ("7", "c"), ("sport", "d")]
-BY_NUMBER = {"label_column": "2", "text_column": "1"}
+BY_NUMBER = {"columns": "1,2"}
 
 
 @cases(
@@ -209,14 +210,14 @@ BY_NUMBER = {"label_column": "2", "text_column": "1"}
 )
 def test_labelled_texts(tmp_path: Path, name: str, content: object, options: dict, account: str) -> None:
     path = write(tmp_path, name, content)
-    found = load_labelled_texts(path, **options)
+    found = load_judged(path, **options)
     assert [found.classes[label] for label in found.labels] == [label for label, _ in LABELLED]
     assert found.texts == [text for _, text in LABELLED]
     assert account in found.account
     assert found.account.endswith("3 rows of 2 classes")
     # Swapped columns without a header would score 100 %, as each text is a class of its own.
     rows = [f"text {i}\t{i % 3}" for i in range(12)]
-    found = load_labelled_texts(write(tmp_path, "b.tsv", "\n".join(rows)))
+    found = load_judged(write(tmp_path, "b.tsv", "\n".join(rows)))
     assert (found.texts[0], found.classes) == ("text 0", ["0", "1", "2"])
 
 
@@ -225,17 +226,17 @@ def test_labelled_texts(tmp_path: Path, name: str, content: object, options: dic
     [
         ("1\ta\n1\tb\n", "expected at least two classes in '1', got only '1'"),
         ("label\ttext\na\tx\nb\ty\n", "labels that texts share in column 'label', got 2 different ones in 2"),
-        ("".join(f"a{i % 8}\tc{i % 6}\n" for i in range(10)), "10 rows; --label-column 2 --text-columns 1"),
+        ("".join(f"a{i % 8}\tc{i % 6}\n" for i in range(10)), "10 rows; --data-columns 1,2"),
     ],
 )
 def test_malformed_labelled_texts(tmp_path: Path, content: str | bytes, words: str) -> None:
-    refuses(write(tmp_path, "texts.tsv", content), words, load=load_labelled_texts)
+    refuses(write(tmp_path, "texts.tsv", content), words, load=partial(load_judged, kind="labels"))
 
 
 def test_unlabelled_rows_are_said(tmp_path: Path) -> None:
     path = write(tmp_path, "a.tsv", "label\ttext\n1\ta\n2\tb\n\tc\n1\t \n1\td\n")
     with pytest.warns(UserWarning, match="2 of 5 rows are left out, 1 with a blank label .line 4., 1 with"):
-        found = load_labelled_texts(path)
+        found = load_judged(path)
     assert found.texts == ["a", "b", "d"]
     left_out = "1 with a blank label (line 4), 1 with a blank text (line 5)"
     assert found.account.endswith(f"3 rows of 2 classes; left out: {left_out}")

@@ -158,8 +158,8 @@ def test_paired_difference_tells_a_better_model_from_an_equal_one() -> None:
     value = correlation("set", good, scores) - correlation("set", worse, scores)
     found = paired_difference(value, *drawn)
     assert 0 < found.low < found.value < found.high
-    assert found.p_value == pytest.approx(2 / 1001)
-    assert paired_difference(0.0, drawn[0], drawn[0]) == (0, 0, 0, 1)
+    assert found.p_value == found.p_floor == pytest.approx(2 / 1001)
+    assert paired_difference(0.0, drawn[0], drawn[0])[:4] == (0, 0, 0, 1)
     assert paired_difference(0.0, np.array([NAN]), np.array([1.0])) is None
     # An interval leaves out a fortieth at each end.
     assert interval(np.r_[NAN, np.arange(1001.0)]) == pytest.approx((25, 975))

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from itertools import islice, pairwise, takewhile
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 # Tests and vendored copies say little that is new; the other entries lie below one another's roots.
@@ -33,8 +31,6 @@ ALPHABETIC = 0.8
 OVERLAP = 0.5
 # Candidates read per pair that is held out: many are not unique or too alike.
 SPARE = 4
-# Similarities closer than this are one: the last bits of a product depend on how it was blocked.
-TIE = 1e-9
 
 # Where a docstring opens: first thing in a file, or after a line that ends in a colon. A full parse takes
 # over a minute on the packages that torch and transformers bring; this takes seconds and finds the same.
@@ -209,47 +205,6 @@ def is_sentence(text: str) -> bool:
         and text[-1] in ".!?"
         and _FUNCTION_WORDS.search(text) is not None
     )
-
-
-def retrieval_score(
-    query_embeddings: Tensor, document_embeddings: Tensor, *, chunk_size: int = 1024
-) -> dict[str, float]:
-    """How well each query finds the document of its own row by cosine similarity.
-
-    Args:
-        query_embeddings: (N, D), floating point.
-        document_embeddings: (N, D), of the same shape.
-        chunk_size: queries compared at a time.
-
-    Returns "mrr" (mean reciprocal rank), "accuracy_at_1" and "accuracy_at_10", each times 100. Another
-    document as similar as the right one, to 1e-9, ranks before it, so embeddings that are all equal score
-    as the worst.
-
-    Raises ValueError for shapes that are not (N, D) and equal, no rows, or values that are not finite.
-    """
-    shapes = tuple(query_embeddings.shape), tuple(document_embeddings.shape)
-    if query_embeddings.ndim != 2 or shapes[0] != shapes[1] or 0 in shapes[0]:
-        raise ValueError(f"embeddings: expected two of one shape (N, D), got {shapes[0]} and {shapes[1]}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
-    for name, value in (("query", query_embeddings), ("document", document_embeddings)):
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{name}_embeddings: expected finite values, got NaN or infinity")
-    queries, documents = (
-        torch.nn.functional.normalize(value.detach().double(), dim=1)
-        for value in (query_embeddings, document_embeddings)
-    )
-    ranks = []
-    for start in range(0, len(queries), chunk_size):
-        similarity = queries[start : start + chunk_size] @ documents.T
-        own = similarity.diagonal(start).unsqueeze(1)
-        ranks.append((similarity >= own - TIE).sum(dim=1))  # its own document counts: ranks start at 1
-    rank = torch.cat(ranks).double()
-    return {
-        "mrr": 100 * rank.reciprocal().mean().item(),
-        "accuracy_at_1": 100 * (rank <= 1).double().mean().item(),
-        "accuracy_at_10": 100 * (rank <= 10).double().mean().item(),
-    }
 
 
 def _prose(docstring: str) -> Iterator[str]:

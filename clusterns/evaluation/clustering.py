@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import check_choice, check_count, in_short
+from .correlation import Floats, check_finite
 
 # "kmeans" is scikit-learn's, "spherical" our SphericalKMeans, which goes by cosine.
 ALGORITHMS = ("kmeans", "spherical")
@@ -35,9 +36,17 @@ def clustering_accuracy(labels: ArrayLike, clusters: ArrayLike) -> float:
     label_ids, cluster_ids = _count_up("labels", labels), _count_up("clusters", clusters)
     if len(label_ids) != len(cluster_ids):
         raise ValueError(f"clusters: expected {len(label_ids)} as of the labels, got {len(cluster_ids)}")
+    return float(_matched(label_ids, cluster_ids).mean())
+
+
+def _matched(label_ids: NDArray[np.int64], cluster_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether each text's cluster is matched to its class, (N,)."""
     table = np.zeros((cluster_ids.max() + 1, label_ids.max() + 1), dtype=np.int64)
     np.add.at(table, (cluster_ids, label_ids), 1)
-    return float(table[linear_sum_assignment(table, maximize=True)].sum() / len(label_ids))
+    clusters, classes = linear_sum_assignment(table, maximize=True)
+    match = np.full(len(table), -1)
+    match[clusters] = classes
+    return match[cluster_ids] == label_ids
 
 
 def _count_up(name: str, classes: Any) -> NDArray[np.int64]:
@@ -67,7 +76,7 @@ def evaluate_clustering(
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     starts: int = STARTS,
     progress: bool = False,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Floats]:
     """Cluster embeddings (N, D) into as many clusters as there are classes, once for each seed.
 
     Args:
@@ -79,8 +88,9 @@ def evaluate_clustering(
         starts: see seeds.
         progress: show a bar.
 
-    Returns texts, classes, algorithm, starts, seeds, and for each of accuracy, nmi and ami (× 100) its mean,
-    its standard deviation over the seeds (with n − 1; None for one seed) and the runs' values.
+    Returns two. A dict of texts, classes, algorithm, starts, seeds, and for each of accuracy, nmi and ami
+    (× 100) its mean, its standard deviation over the seeds (with n − 1; None for one seed) and the runs'
+    values. And for each text (N,) the share of the runs that match its cluster to its class.
 
     Raises ValueError for embeddings that are not one row a label or not finite, or a single class.
     """
@@ -92,9 +102,7 @@ def evaluate_clustering(
             f"{name}: expected a label for each embedding, got {len(classes)} labels for embeddings of shape "
             f"{tuple(embeddings.shape)}"
         )
-    broken = int((~torch.isfinite(embeddings).all(dim=1)).sum())
-    if broken:
-        raise ValueError(f"{name}: expected finite embeddings, got {broken} texts with NaN or infinity")
+    check_finite(name, embeddings)
     count = int(classes.max()) + 1
     if count < 2:
         raise ValueError(f"{name}: expected at least two classes, got {count}")
@@ -103,10 +111,13 @@ def evaluate_clustering(
 
     points = embeddings.float().cpu().numpy()
     runs: dict[str, list[float]] = {measure: [] for measure in MEASURES}
+    correct = np.zeros(len(classes))
     for seed in tqdm(seeds, desc=f"cluster {name}", unit="run", disable=not progress):
-        for measure, value in _judge(classes, _cluster(points, count, algorithm, seed, starts)).items():
+        clusters = _count_up("clusters", _cluster(points, count, algorithm, seed, starts))
+        correct += _matched(classes, clusters) / len(seeds)
+        for measure, value in _judge(classes, clusters).items():
             runs[measure].append(100 * value)
-    return {
+    figures = {
         "texts": len(classes),
         "classes": count,
         "algorithm": algorithm,
@@ -121,6 +132,7 @@ def evaluate_clustering(
             for measure, values in runs.items()
         },
     }
+    return figures, correct
 
 
 def _cluster(points: NDArray[np.float32], count: int, algorithm: str, seed: int, starts: int) -> NDArray[Any]:

@@ -1,13 +1,13 @@
-"""Spearman correlations with their uncertainty: bootstrap intervals, and a paired test between two models.
+"""Spearman correlations, and how sure figures are: bootstrap intervals, and a paired test of two models.
 
-The bootstrap draws scored pairs with replacement. Rank correlations of many resamples at once need no
-sorting: a resample is a count of each pair, and cumulated counts are ranks.
+The bootstrap draws scored pairs, texts or queries with replacement. Rank correlations of many resamples at
+once need no sorting: a resample is a count of each pair, and cumulated counts are ranks.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +34,13 @@ def pair_cosines(name: str, first: Tensor, second: Tensor) -> Floats:
         count = int((~torch.isfinite(cosines)).sum())
         raise ValueError(f"{name}: expected finite embeddings, got {count} pairs with NaN or infinity")
     return cosines.numpy()
+
+
+def check_finite(name: str, embeddings: Tensor) -> None:
+    """Require embeddings (N, D) without NaN and infinity."""
+    broken = int((~torch.isfinite(embeddings).all(dim=1)).sum())
+    if broken:
+        raise ValueError(f"{name}: expected finite embeddings, got {broken} texts with NaN or infinity")
 
 
 def correlation(name: str, cosines: ArrayLike, scores: ArrayLike) -> float:
@@ -75,16 +82,25 @@ def bootstrap_correlations(
     those of two sets are independent.
     """
     x, y = (_groups(np.asarray(values, dtype=np.float64)) for values in (cosines, scores))
-    pairs = len(x.group)
+    drawn = [_resampled(x, y, counts) for counts in _draws(name, len(x.group), resamples, seed)]
+    return 100 * np.concatenate([np.empty(0), *drawn])
+
+
+def bootstrap_means(name: str, values: ArrayLike, resamples: int = 1000, seed: int = 42) -> Floats:
+    """Mean × 100 of bootstrap resamples of N values, (resamples,), drawn as those of correlations are."""
+    each = np.asarray(values, dtype=np.float64)
+    drawn = [counts @ each / len(each) for counts in _draws(name, len(each), resamples, seed)]
+    return 100 * np.concatenate([np.empty(0), *drawn])
+
+
+def _draws(name: str, size: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """How often each of `size` is in each resample, in parts (R, size)."""
     generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    figures = np.empty(resamples)
-    step = max(1, _CELLS // pairs)
+    step = max(1, _CELLS // size)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
-        drawn = generator.integers(pairs, size=(rows, pairs)) + pairs * np.arange(rows)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=rows * pairs).reshape(rows, pairs).astype(np.float64)
-        figures[start : start + rows] = _resampled(x, y, counts)
-    return 100 * figures
+        drawn = generator.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size).astype(np.float64)
 
 
 class _Groups(NamedTuple):
@@ -136,20 +152,21 @@ def interval(figures: Floats, confidence: float = CONFIDENCE) -> Interval | None
 
 
 class Difference(NamedTuple):
-    """Second minus first model, the bootstrap interval, and the two-sided p-value."""
+    """Second minus first model, the bootstrap interval, the two-sided p-value and the least it can be."""
 
     value: float
     low: float
     high: float
     p_value: float
+    p_floor: float
 
 
 def paired_difference(value: float, first: Floats, second: Floats) -> Difference | None:
     """Test a difference of two models by their figures on the same resamples, (R,) each.
 
     `value` is the difference on the pairs themselves. p is twice the share of resamples, with one added to
-    both counts, in which the difference does not have the sign of most (Efron & Tibshirani 1993, ch. 15-16).
-    None where no resample has a figure.
+    both counts, in which the difference does not have the sign of most (Efron & Tibshirani 1993, ch. 15-16):
+    2/(R + 1) at least, which says no more than that p is below it. None where no resample has a figure.
     """
     differences = second - first
     differences = differences[np.isfinite(differences)]
@@ -157,5 +174,6 @@ def paired_difference(value: float, first: Floats, second: Floats) -> Difference
     if bounds is None:
         return None
     below, above = int((differences <= 0).sum()), int((differences >= 0).sum())
-    p_value = min(1.0, 2 * (min(below, above) + 1) / (len(differences) + 1))
-    return Difference(value, bounds.low, bounds.high, p_value)
+    floor = min(1.0, 2 / (len(differences) + 1))
+    p_value = min(1.0, floor * (min(below, above) + 1))
+    return Difference(value, bounds.low, bounds.high, p_value, floor)

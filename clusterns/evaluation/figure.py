@@ -1,4 +1,4 @@
-"""The picture of an evaluation: STS with intervals, clustering with its spread."""
+"""The picture of an evaluation: STS and the user's data, with intervals."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .judging import first_figure
 from .tables import TEST_SETS
 
 
@@ -22,8 +23,8 @@ def check_suffix(name: str, path: str | os.PathLike[str]) -> None:
 def draw_evaluation(results: Mapping[str, Any], path: Path) -> None:
     """Draw the results of `evaluate` as an image of the path's suffix (png, svg, pdf).
 
-    One panel of Spearman correlations with their 95 % intervals, and one of clustering accuracies with
-    their standard deviation, where there are any; a colour for each model.
+    One panel of the Spearman correlations of STS, and one of the first figures of the user's data, where
+    there are any, with their 95 % intervals; a colour for each model.
     """
     import matplotlib
 
@@ -35,10 +36,10 @@ def draw_evaluation(results: Mapping[str, Any], path: Path) -> None:
     tests = [name for name in sets if name in TEST_SETS]
     columns = [*tests, *(["avg"] if any(model["avg"] for model in models) else [])]
     columns += [name for name in sets if name not in tests]
-    texts = list(dict.fromkeys(name for model in models for name in model["clustering"]))
-    panels = [panel for panel in ("sts", "clustering") if (columns if panel == "sts" else texts)] or ["sts"]
+    data = list(dict.fromkeys(name for model in models for name in model["data"]))
+    panels = [panel for panel in ("sts", "data") if (columns if panel == "sts" else data)] or ["sts"]
     widths = [
-        max(3.5, 0.35 * len(columns if panel == "sts" else texts) * (len(models) + 2)) for panel in panels
+        max(3.5, 0.35 * len(columns if panel == "sts" else data) * (len(models) + 2)) for panel in panels
     ]
     figure, grid = plt.subplots(
         1,
@@ -49,7 +50,7 @@ def draw_evaluation(results: Mapping[str, Any], path: Path) -> None:
         squeeze=False,
     )
     for panel, axes in zip(panels, grid[0], strict=True):
-        names = columns if panel == "sts" else texts
+        names = columns if panel == "sts" else data
         for index, model in enumerate(models):
             shift = (index - (len(models) - 1) / 2) * 0.8 / len(models)
             points = [
@@ -77,7 +78,7 @@ def draw_evaluation(results: Mapping[str, Any], path: Path) -> None:
         axes.margins(y=0.1)  # room for the values
     titles = {
         "sts": ("STS, 95 % bootstrap intervals", "Spearman × 100"),
-        "clustering": ("clustering, std over seeds", "accuracy × 100"),
+        "data": ("data, 95 % bootstrap intervals", "Spearman, accuracy or MRR@10, × 100"),
     }
     for panel, axes in zip(panels, grid[0], strict=True):
         title, label = titles[panel]
@@ -91,13 +92,10 @@ def draw_evaluation(results: Mapping[str, Any], path: Path) -> None:
 
 def _bounds(model: Mapping[str, Any], panel: str, name: str) -> tuple[float, float, float] | None:
     """Value, and how far the bar reaches below and above it."""
-    if panel == "clustering":
-        found = model["clustering"].get(name)
-        return found and (found["accuracy"]["mean"], *[found["accuracy"]["std"] or 0.0] * 2)
-    found = model["avg"] if name == "avg" else model["sts"].get(name)
+    found = model["avg"] if (panel, name) == ("sts", "avg") else model[panel].get(name)
     if not found:
         return None
-    value = found["spearman"]
+    value = found["spearman"] if panel == "sts" else first_figure(found)
     if found["low"] is None:
         return value, 0.0, 0.0
     # The interval of a percentile bootstrap can leave out the value itself, a bar cannot.

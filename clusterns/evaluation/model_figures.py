@@ -1,4 +1,4 @@
-"""All figures of one model: STS with intervals, geometry, clustering. An error leaves out one, not the rest.
+"""All figures of one model: STS with intervals, geometry, data of the user. An error leaves out one alone.
 
 Beside the correlation over all pairs of an STS set stand those of its sub-sets and their mean, plain and
 weighted by pairs, since some papers report those.
@@ -14,14 +14,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..corpus.labelled import LabelledTexts
-from .clustering import evaluate_clustering
+from ..corpus.judged import Judged
 from .correlation import Floats, bootstrap_correlations, correlation, interval, pair_cosines
 from .evaluated_model import EvaluatedModel
 from .geometry import alignment, first_component_share, mean_cosine, uniformity
+from .judging import judge
 from .sts import SEVEN, SHORT_NAMES, StsSet, joined
 from .sts_scores import ALIKE, GEOMETRY_SET, Vectors, sentences_of
 
@@ -68,22 +67,27 @@ class ModelFigures:
         self.drawn: dict[str, Floats] = {}
 
     def all_figures(
-        self, sts: Mapping[str, Subsets], texts: Mapping[str, LabelledTexts], kmeans: str, seeds: range
+        self, sts: Mapping[str, Subsets], data: Mapping[str, Judged], kmeans: str, seeds: range
     ) -> dict[str, Any]:
-        """STS, its average, geometry and clustering, as the JSON holds them."""
-        figures: dict[str, Any] = {"sts": {}, "avg": None, "geometry": {}, "clustering": {}}
+        """STS, its average, geometry and the user's data, as the JSON holds them."""
+        figures: dict[str, Any] = {"sts": {}, "avg": None, "geometry": {}, "data": {}}
         if sts:
             sentences = sentences_of(part for subsets in sts.values() for part in subsets.values())
             with self.problems.leave_out("STS", self.label):
                 vectors = self._encode(sentences)
                 figures |= self._sts_figures(sts, vectors)
-        for name, labelled in texts.items():
+        for name, judged in data.items():
             with self.problems.leave_out(name, self.label):
-                rows = self._encode(labelled.texts).of(labelled.texts)
-                if self.model.normalized:
-                    rows = F.normalize(rows, dim=1)
-                figures["clustering"][name] = evaluate_clustering(
-                    name, rows, labelled.labels, algorithm=kmeans, seeds=seeds, progress=self.progress
+                figures["data"][name], self.drawn[name] = judge(
+                    name,
+                    judged,
+                    self._encode(judged.sentences),
+                    normalized=self.model.normalized,
+                    resamples=self.resamples,
+                    seed=self.seed,
+                    algorithm=kmeans,
+                    seeds=seeds,
+                    progress=self.progress,
                 )
         return figures
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import warn
 from ..models.views import check_texts
-from .correlation import correlation, pair_cosines, spearman
+from .correlation import Floats, correlation, pair_cosines, spearman
 from .evaluated_model import Encoder
 from .geometry import alignment, uniformity
 from .sts import SEVEN, StsSet, load_sts
@@ -102,15 +103,7 @@ def sts_dev(encoder: Encoder, sts_dir: str | os.PathLike[str], batch_size: int =
     vectors = Vectors(encoder, sentences_of([pairs]), batch_size, progress=False)
     first, second = vectors.of(pairs.first), vectors.of(pairs.second)
     cosines = pair_cosines(GEOMETRY_SET, first, second)
-    if len(set(pairs.scores)) > 1 and len(set(cosines.tolist())) == 1:
-        warnings.warn(
-            f"{GEOMETRY_SET}: all cosines are {cosines[0]:g}, which scores {WORST:g}: the embeddings have "
-            "collapsed, or the tokenizer knows none of the words",
-            stacklevel=2,
-        )
-        figures = {"spearman": WORST}
-    else:
-        figures = {"spearman": correlation(GEOMETRY_SET, cosines, pairs.scores)}
+    figures = {"spearman": dev_spearman(GEOMETRY_SET, cosines, pairs.scores)}
     alike = torch.tensor(pairs.scores) > ALIKE
     if bool(alike.any()):
         figures["alignment"] = alignment(first[alike], second[alike])
@@ -121,3 +114,14 @@ def sts_dev(encoder: Encoder, sts_dir: str | os.PathLike[str], batch_size: int =
             stacklevel=2,
         )
     return {**figures, "uniformity": uniformity(vectors.rows)}
+
+
+def dev_spearman(name: str, cosines: Floats, scores: Sequence[float]) -> float:
+    """`correlation` for a checkpoint: where all cosines are equal the worst, -100, with a UserWarning."""
+    if len(set(scores)) > 1 and len(set(cosines.tolist())) == 1:
+        warn(
+            f"{name}: all cosines are {cosines[0]:g}, which scores {WORST:g}: the embeddings have collapsed, "
+            "or the tokenizer knows none of the words"
+        )
+        return WORST
+    return correlation(name, cosines, scores)

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .judging import FIRST
 from .sts import SHORT_NAMES
 
 TEST_SETS = ("STS12", "STS13", "STS14", "STS15", "STS16", "STS-B", "SICK-R")
-MEASURE_NAMES = {"accuracy": "accuracy", "nmi": "NMI", "ami": "AMI"}
+# Of the user's data, by their kind.
+MEASURE_NAMES = {
+    "pairs": {"spearman": "Scored pairs, Spearman"},
+    "labels": {"accuracy": "Clustering, accuracy", "nmi": "Clustering, NMI", "ami": "Clustering, AMI"},
+    "queries": {
+        "mrr_at_10": "Queries, MRR@10",
+        "recall_at_1": "Queries, recall@1",
+        "recall_at_5": "Queries, recall@5",
+        "recall_at_10": "Queries, recall@10",
+        "ndcg_at_10": "Queries, nDCG@10",
+    },
+}
 GEOMETRY_NAMES = {
     "alignment": "alignment",
     "uniformity": "uniformity",
     "mean_cosine": "mean cosine",
     "first_component_share": "first component",
 }
+_SHORT = {key: title.split(", ")[1] for names in MEASURE_NAMES.values() for key, title in names.items()}
 ABSENT = "-"
 
 
@@ -51,9 +65,13 @@ def report(results: Mapping[str, Any], *, details: bool = True) -> str:
         ("STS test sets, Spearman × 100", _sts(results, test=True)),
         ("STS, not for the average, Spearman × 100", _sts(results, test=False)),
         ("Sub-sets, Spearman × 100", _subsets(results) if details else None),
-        ("Differences, Spearman × 100, with the p-value of the paired bootstrap", _comparisons(results)),
+        *(
+            (f"{name} × 100", _data(results, kind, measure))
+            for kind, names in MEASURE_NAMES.items()
+            for measure, name in names.items()
+        ),
+        ("Differences, × 100, with the p-value of the paired bootstrap", _comparisons(results)),
         ("Geometry of the STS-B dev sentences", _geometry(results)),
-        *((f"Clustering, {MEASURE_NAMES[m]} × 100", _clustering(results, m)) for m in MEASURE_NAMES),
         ("Left out", _errors(results)),
         ("How", _settings(results) if details else None),
     ]
@@ -129,13 +147,19 @@ def _comparisons(results: Mapping[str, Any]) -> str | None:
         cells = []
         for name in columns:
             found = comparison["sets"].get(name)
-            cells.append(f"{found['difference']:+.2f} (p {_p_value(found['p_value'])})" if found else ABSENT)
+            cells.append(f"{found['difference']:+.2f} ({_p_value(found)})" if found else ABSENT)
         rows.append([f"{comparison['second']} − {comparison['first']}", *cells])
-    return table(["models", *columns], rows)
+    figures = {name: found["figure"] for row in results["comparisons"] for name, found in row["sets"].items()}
+    return table(["models", *(f"{name} {_SHORT[figures[name]]}" for name in columns)], rows)
 
 
-def _p_value(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+def _p_value(found: Mapping[str, float]) -> str:
+    """At its floor, rounded up, only what it is below: the resamples tell no more."""
+    value, is_least = found["p_value"], found["p_value"] <= found["p_floor"]
+    if is_least:
+        scale = 10 ** max(3, -math.floor(math.log10(value)))
+        value = math.ceil(value * scale) / scale
+    return f"p {'< ' if is_least else ''}{f'{value:.3f}' if value >= 0.001 else f'{value:.0e}'}"
 
 
 def _geometry(results: Mapping[str, Any]) -> str | None:
@@ -153,21 +177,34 @@ def _geometry(results: Mapping[str, Any]) -> str | None:
     return table(["model", *GEOMETRY_NAMES.values()], rows) if rows else None
 
 
-def _clustering(results: Mapping[str, Any], measure: str) -> str | None:
-    columns = _names(results, "clustering")
+def _data(results: Mapping[str, Any], kind: str, measure: str) -> str | None:
+    found = [
+        {name: figure for name, figure in model["data"].items() if figure["kind"] == kind}
+        for model in _models(results)
+    ]
+    columns = list(dict.fromkeys(name for figures in found for name in figures))
     if not columns:
         return None
+    averaged = len(columns) > 1
     rows = []
-    for model in _models(results):
-        found = [model["clustering"].get(name) for name in columns]
-        cells = [_spread(figure[measure]) if figure else ABSENT for figure in found]
-        means = [figure[measure]["mean"] for figure in found if figure]
+    for model, figures in zip(_models(results), found, strict=True):
+        of_model = [figures.get(name) for name in columns]
+        cells = [_spread(figure[measure]) if figure else ABSENT for figure in of_model]
+        means = [_mean(figure[measure]) for figure in of_model if figure]
         average = _number(sum(means) / len(means)) if len(means) == len(columns) else ABSENT
-        rows.append([model["label"], *cells, average])
-    return table(["model", *columns, "avg"], rows)
+        rows.append([model["label"], *cells, *[average] * averaged])
+        if measure == FIRST[kind]:
+            rows.append(["95 % interval", *map(_interval, of_model), *[ABSENT] * averaged])
+    return table(["model", *columns, *["avg"] * averaged], rows)
 
 
-def _spread(measure: Mapping[str, Any]) -> str:
+def _mean(measure: float | Mapping[str, Any]) -> float:
+    return measure["mean"] if isinstance(measure, Mapping) else measure
+
+
+def _spread(measure: float | Mapping[str, Any]) -> str:
+    if not isinstance(measure, Mapping):
+        return _number(measure)
     std = "" if measure["std"] is None else f" ± {measure['std']:.2f}"
     return f"{measure['mean']:.2f}{std}"
 

@@ -108,6 +108,7 @@ def load_checkpoint(run: Any, checkpoint: Checkpoint) -> None:
         )
     for name, now in _content(run).items():
         if progress.get("content", {}).get(name, now) != now:
+            name = "dev" if name == "sts_dir" and run.config.dev is not None else name
             raise ValueError(
                 f"{flag(name)}: expected what {checkpoint.folder} began with, got another, "
                 f"{getattr(run.config, name)}"
@@ -164,7 +165,10 @@ def _rows(run: Any) -> list[Any]:
 
 
 def _content(run: Any) -> dict[str, str]:
-    """What tells the encoder that a run began with, and what judges it, from others, by their settings."""
+    """What tells the encoder that a run began with, and what judges it, from others, by their settings.
+
+    "sts_dir" is whatever judges it, STS or not, so that none goes on by another.
+    """
     return {"model": run.origin, "sts_dir": run.task.dev_content}
 
 

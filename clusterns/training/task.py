@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import xxhash
 
-from ..corpus.docstrings import docstring_corpus, retrieval_score
+from ..corpus.docstrings import docstring_corpus
+from ..corpus.judged import Queries
+from ..corpus.judged_files import load_judged
 from ..corpus.sources import load_rows
 from ..encoder import SentenceEncoder
 from ..evaluation.geometry import alignment, uniformity
+from ..evaluation.judging import dev_scores
+from ..evaluation.retrieval import query_ranks, retrieval_figures
 from ..evaluation.sts import load_sts
-from ..evaluation.sts_scores import GEOMETRY_SET, sts_dev
+from ..evaluation.sts_scores import GEOMETRY_SET, Vectors, sts_dev
 from ..models.saving import savable
 from .config import TrainConfig
 from .scratch import small_bert, train_tokenizer
@@ -35,8 +40,10 @@ class Task:
 
 
 def prepare_task(config: TrainConfig, say: Callable[[str], None]) -> Task:
-    """Rows of text and the dev score: STS-B dev where given, else retrieval on held-out documentation."""
+    """Rows of text and the dev score: of what is given, else retrieval on held-out documentation."""
     dev, dev_content = None, ""
+    if config.dev is not None:
+        dev, dev_content = _own_dev(config, say)
     if config.sts_dir is not None:
         sts_dir = config.sts_dir
         pairs = load_sts(sts_dir, GEOMETRY_SET)
@@ -56,12 +63,13 @@ def prepare_task(config: TrainConfig, say: Callable[[str], None]) -> Task:
         )
         say(f"{rows.account}, for example: {rows[0]}")
         if dev is None:
-            say("no --sts-dir: nothing to choose the best checkpoint by, the last one is kept")
+            say("no --dev or --sts-dir: nothing to choose the best checkpoint by, the last one is kept")
         return Task(rows, dev, dev_content=dev_content)
     corpus = docstring_corpus(seed=config.seed)
     if dev is None:
+        held_out = Queries(corpus.queries, corpus.documents, [[i] for i in range(len(corpus.queries))])
         dev_content = xxhash.xxh3_128_hexdigest(repr((corpus.queries, corpus.documents)).encode())
-        dev = lambda encoder: documentation_scores(encoder, corpus.queries, corpus.documents)  # noqa: E731
+        dev = lambda encoder: documentation_scores(encoder, held_out)  # noqa: E731
         say(f"dev: find the description of each of {len(corpus.queries):,} functions by its summary line")
     if not config.from_scratch:
         say(f"{len(corpus.sentences):,} sentences from documentation strings")
@@ -74,14 +82,32 @@ def prepare_task(config: TrainConfig, say: Callable[[str], None]) -> Task:
     return Task(corpus.neighbours, dev, corpus.sentences, dev_content)
 
 
-def documentation_scores(
-    encoder: SentenceEncoder, queries: list[str], documents: list[str]
-) -> dict[str, float]:
-    """Retrieval of each description by its summary line, × 100, with alignment and uniformity."""
-    embeddings = encoder.encode(queries + documents)
-    x, y = embeddings[: len(queries)], embeddings[len(queries) :]
-    geometry = {"alignment": alignment(x, y), "uniformity": uniformity(embeddings)}
-    return retrieval_score(x, y) | geometry
+def _own_dev(
+    config: TrainConfig, say: Callable[[str], None]
+) -> tuple[Callable[[SentenceEncoder], dict[str, float]], str]:
+    """The score of --dev, and what tells its texts from others."""
+    name = str(config.dev)
+    judged = load_judged(
+        name, kind=config.dev_kind, columns=config.dev_columns, corpus=config.dev_corpus, of="dev"
+    )
+    if config.dev_corpus is not None and not isinstance(judged, Queries):
+        raise ValueError(f"--dev-corpus: expected queries in --dev, got {judged.kind} in {name}")
+    say(f"dev: {judged.account}")
+    content = xxhash.xxh3_128_hexdigest(repr(replace(judged, account="")).encode())
+    return partial(dev_scores, name, judged), content
+
+
+def documentation_scores(encoder: SentenceEncoder, held_out: Queries) -> dict[str, float]:
+    """Retrieval of each description by its summary line, × 100, with alignment and uniformity.
+
+    "mrr" is over all ranks: a network that knows nothing yet seldom ranks one within ten.
+    """
+    vectors = Vectors(encoder, held_out.sentences, 64, progress=False)
+    ranks = query_ranks("dev", held_out, vectors)
+    found = {"mrr": ranks[:, 0].reciprocal().numpy(), **retrieval_figures(ranks, held_out.relevant)}
+    x, y = vectors.of(held_out.queries), vectors.of(held_out.passages)
+    geometry = {"alignment": alignment(x, y), "uniformity": uniformity(vectors.rows)}
+    return {name: 100 * float(values.mean()) for name, values in found.items()} | geometry
 
 
 def prepare_encoder(config: TrainConfig, task: Task) -> SentenceEncoder:
