@@ -24,10 +24,10 @@ from .data import Batches, batches
 from .encoder import SentenceEncoder
 from .files import check_room, replacing
 from .training.checkpoint import Checkpoint, Checkpoints
-from .training.config import FREE_ON_RESUME, TEMPERATURES, TrainConfig
-from .training.devices import Precision, adamw, explained_errors
+from .training.config import FREE_ON_RESUME, TEMPERATURES, TrainConfig, to_dict
+from .training.devices import Precision, adamw, checkpoint_layers, explained_errors
 from .training.figure import draw_run
-from .training.journal import Journal
+from .training.journal import Journal, import_tracker
 from .training.mlm import MaskedLanguageHead, TokenMasker, TrainingModel
 from .training.processes import Processes, freeze_unused, joined
 from .training.resume import changes, find_checkpoint, fingerprint, load_checkpoint, save_checkpoint
@@ -35,7 +35,6 @@ from .training.run_folder import (
     LOG,
     PICTURE,
     STATE,
-    TENSORBOARD,
     Claim,
     begin_anew,
     claimed,
@@ -66,6 +65,8 @@ def train(config: TrainConfig) -> dict[str, Scores]:
     with joined(config.device) as processes, contextlib.ExitStack() as stack:
         claim: Claim | None = None
         if processes.is_first:
+            if config.report_to != "none":
+                import_tracker(config.report_to)  # before the data is read, or anything removed
             overwrite, resume = config.overwrite_output_dir, config.resume
             claim = stack.enter_context(claimed(output, overwrite=overwrite, resume=resume))
         summary = processes.of_first(read_summary(output) if config.resume else {})
@@ -118,6 +119,8 @@ class Run:
         if processes.size > 1:
             views = encoder.view_tokenizer(max_length=config.max_length)
             freeze_unused(encoder, self.to_device(views([task.rows[0]])))
+        if config.gradient_checkpointing:
+            checkpoint_layers(encoder.transformer)
         if config.compile:
             encoder.transformer.compile()
             encoder.by_length = False
@@ -211,7 +214,8 @@ class Run:
             self.output / LOG,
             seconds=checkpoint.progress["seconds"] if checkpoint else None,
             step=self.step,
-            tensorboard=self.output / TENSORBOARD if config.report_to == "tensorboard" else None,
+            report_to=config.report_to,
+            settings=to_dict(config),
             silent=not is_first,
         )
         self.data = self.stream()
