@@ -19,7 +19,7 @@ from .checks import check_choice, check_count, check_seed
 from .corpus.labelled import LabelledTexts, load_labelled_texts
 from .evaluation.clustering import ALGORITHMS
 from .evaluation.correlation import Floats, paired_difference
-from .evaluation.evaluated_model import load_model
+from .evaluation.evaluated_model import PRECISIONS, load_model
 from .evaluation.model_figures import ModelFigures, Problems, Subsets
 from .evaluation.sts import (
     HUB_MTEB,
@@ -35,8 +35,6 @@ from .evaluation.sts_scores import ALIKE, GEOMETRY_SET
 from .evaluation.tables import report
 from .files import Read, check_outputs, replacing
 from .models.folder import MODEL_FILES
-
-PRECISIONS = ("fp32", "bf16")
 
 
 def evaluate(
