@@ -27,17 +27,20 @@ from .training.checkpoint import Checkpoint, Checkpoints
 from .training.config import FREE_ON_RESUME, TEMPERATURES, TrainConfig, to_dict
 from .training.devices import Precision, adamw, checkpoint_layers, explained_errors
 from .training.figure import draw_run
+from .training.hub import check_hub, upload, write_card
 from .training.journal import Journal, import_tracker
 from .training.mlm import MaskedLanguageHead, TokenMasker, TrainingModel
 from .training.processes import Processes, freeze_unused, joined
 from .training.resume import changes, find_checkpoint, fingerprint, load_checkpoint, save_checkpoint
 from .training.run_folder import (
+    CARD,
     LOG,
     PICTURE,
     STATE,
     Claim,
     begin_anew,
     claimed,
+    is_of_user,
     read_summary,
     report,
     write_summary,
@@ -65,6 +68,8 @@ def train(config: TrainConfig) -> dict[str, Scores]:
     with joined(config.device) as processes, contextlib.ExitStack() as stack:
         claim: Claim | None = None
         if processes.is_first:
+            if config.push_to_hub is not None:
+                check_hub()
             if config.report_to != "none":
                 import_tracker(config.report_to)  # before the data is read, or anything removed
             overwrite, resume = config.overwrite_output_dir, config.resume
@@ -72,6 +77,8 @@ def train(config: TrainConfig) -> dict[str, Scores]:
         summary = processes.of_first(read_summary(output) if config.resume else {})
         if summary.get("finished") and not any(changes(config, summary["settings"], FREE_ON_RESUME)):
             processes.say(f"{output}: this training has ended already")
+            if config.push_to_hub is not None and processes.is_first:
+                upload(output, config.push_to_hub)
             return summary["scores"]
         checkpoint = find_checkpoint(config, output, processes, summary)
         set_seed(config.seed)
@@ -89,7 +96,10 @@ def train(config: TrainConfig) -> dict[str, Scores]:
             more = "" if run.checkpoints.last() else "--checkpoint-steps with "
             how = f"{more}--resume {'keeps more' if more else 'goes on from it'}"
             raise KeyboardInterrupt(f"step {run.step}: {run.left()}; {how}") from None
-        return run.finish()
+        scores = run.finish()
+        if config.push_to_hub is not None and processes.is_first:
+            upload(output, config.push_to_hub)
+        return scores
 
 
 class Run:
@@ -210,6 +220,10 @@ class Run:
                 write_summary(self.output, config, finished=False)
             elif removed := begin_anew(self.output, config):
                 self.processes.say(f"{self.output}: removed of an earlier training: {', '.join(removed)}")
+            if is_of_user(self.output / CARD):
+                self.processes.say(
+                    f"{self.output / CARD}: not of a training, it stays; no model card is written"
+                )
         self.journal = Journal(
             self.output / LOG,
             seconds=checkpoint.progress["seconds"] if checkpoint else None,
@@ -421,6 +435,7 @@ class Run:
         if self.processes.is_first:
             state = {**self.loss_fn.state_dict(), "step": torch.tensor(self.step)}
             self.encoder.save(self.output, beside={STATE: state})
+            write_card(self)
 
     def finish(self) -> dict[str, Scores]:
         """The last model where there is no best one; summary, picture and what to do next."""
