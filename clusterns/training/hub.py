@@ -44,7 +44,7 @@ def card(run: Any) -> str:
         base_model=config.model if base == config.model else None,  # not a folder of this machine
     )
     method = "ClusterNS" if config.num_clusters else "SimCSE"
-    start = f"from {base}" if base is not None else "from random weights"
+    start = f"from `{base}`" if base is not None else "from random weights"
     words = ", trust_remote_code=True" if run.encoder.denoises(training=False) else ""
     rows, width = run.task.rows, run.encoder.embedding_dim
     source = "documentation strings of installed Python packages"
@@ -97,7 +97,7 @@ clusterns encode {_NAME} sentences.txt --output embeddings.npy
 
 ## Training data
 
-{len(rows):,} {_ROWS[len(rows[0]) - 1]}. {source}
+{len(rows):,} {_ROWS[len(rows[0]) - 1]}. Read from: {source}
 
 ## Settings
 
