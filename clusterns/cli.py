@@ -16,8 +16,6 @@ from typing import Any, NoReturn
 
 from . import __version__
 
-# The extra that a command's packages are in.
-EXTRAS = {"train": "train", "evaluate": "evaluate", "compare": "train", "report": "evaluate"}
 # What a write says whose file has no room or no reader; it does not name the file.
 _UNWRITTEN = (errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EPIPE)
 
@@ -42,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = " ".join(_words(error).split())
         if isinstance(error, ModuleNotFoundError) and error.name:
             text = f"expected the package {error.name}, which is not installed"
-            extra = next((EXTRAS[word] for word in arguments or sys.argv[1:] if word in EXTRAS), "train")
+            extra = "train" if "train" in (arguments or sys.argv[1:])[:1] else "evaluate"
             text += f'; pip install "clusterns[{extra}]"'
         print(f"clusterns: error: {rank}{text}", file=sys.stderr)
         _forget_output()
@@ -173,6 +171,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_report_arguments(report)
     report.set_defaults(command=_report)
+
+    encode = commands.add_parser(
+        "encode",
+        help="write the embeddings of a file's texts",
+        description="Write the embedding of every text of a file, in the file's order, as numpy or parquet.",
+    )
+    _add_encode_arguments(encode)
+    encode.set_defaults(command=_encode)
     return parser
 
 
@@ -250,12 +256,7 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-length", type=int, metavar="INT", help="tokens; default: what the model takes")
     add("--batch-size", type=int, default=64, metavar="INT", help="default 64")
-    add(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="bf16 autocast is fast where the device computes in it; the second decimal may change",
-    )
+    _add_precision(parser)
     add(
         "--resamples",
         type=int,
@@ -289,6 +290,15 @@ def _add_file_arguments(parser: argparse.ArgumentParser, texts: str | None = Non
         "--header",
         action=argparse.BooleanOptionalAction,
         help="whether the first line names the columns; default: found out",
+    )
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="bf16 autocast is fast where the device computes in it; the second decimal may change",
     )
 
 
@@ -370,6 +380,31 @@ def _report(given: argparse.Namespace) -> int:
     from .evaluation.report import write_report
 
     return write_report(**settings)
+
+
+def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder or hub name of an encoder")
+    add("file", metavar="FILE", help="txt, csv, tsv, json, jsonl or parquet file, or a hub dataset")
+    add(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help=".npy, float32, a row for each text; or .parquet, with the columns text and embedding",
+    )
+    _add_file_arguments(parser, "the texts")
+    add("--pooling", metavar="NAME", help="cls, mean ...; default: what the model's files say")
+    add("--max-length", type=int, metavar="INT", help="tokens; default: what the model's files say")
+    add("--batch-size", type=int, default=64, metavar="INT", help="default 64")
+    _add_precision(parser)
+
+
+def _encode(given: argparse.Namespace) -> None:
+    settings = {name: value for name, value in vars(given).items() if name != "command"}
+    _quiet_transformers()
+    from .encode import encode_file
+
+    encode_file(**settings)
 
 
 def _quiet_transformers() -> None:

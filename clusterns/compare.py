@@ -18,8 +18,9 @@ import numpy as np
 from scipy import stats
 
 from .evaluation.figure import check_suffix
+from .evaluation.judging import first_figures
 from .evaluation.tables import table
-from .files import Read, check_outputs, expanded, replacing
+from .files import Read, check_outputs, expanded, write_results
 from .training.config import FREE_ON_RESUME, flag
 from .training.run_folder import LOG, SUMMARY, read_summary
 
@@ -27,19 +28,6 @@ from .training.run_folder import LOG, SUMMARY, read_summary
 _FREE = FREE_ON_RESUME | {"seed"}
 CONFIDENCE = 0.95
 LEAST_P = 0.001  # smaller ones say no more
-
-
-def number(value):
-    return "-" if value is None else f"{value:.2f}"
-
-
-def p_text(value, floor):
-    return f"< {floor:g}" if value < floor else f"{value:.3f}"
-
-
-def main_figures(model):
-    found = {name: of["spearman"] for name, of in model["sts"].items()}
-    return found | ({"avg": model["avg"]["spearman"]} if model["avg"] else {})
 
 
 class Run(NamedTuple):
@@ -117,7 +105,10 @@ def _with_scores(runs: Sequence[Run], file: Path) -> list[Run]:
     """The runs with the figures that an evaluation gave their models."""
     try:
         models = json.loads(file.read_text(encoding="utf-8"))["models"]
-        known = {Path(model["model"]).resolve(): main_figures(model) for model in models}
+        known = {
+            Path(model["model"]).resolve(): {name: value for name, (_, value) in first_figures(model).items()}
+            for model in models
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--scores: expected what `clusterns evaluate --json` writes, got {file}") from error
     for run in runs:
@@ -244,15 +235,16 @@ def report(results: Mapping[str, Any]) -> str:
 
 
 def _mean(spread: Mapping[str, Any]) -> str:
-    return number(spread["mean"]) + ("" if spread["std"] is None else f" ± {spread['std']:.2f}")
+    return f"{spread['mean']:.2f}" + ("" if spread["std"] is None else f" ± {spread['std']:.2f}")
 
 
 def _difference(found: Mapping[str, Any]) -> list[str]:
     if found["mean"] is None:
         return ["no seed in both", "", ""]
     bounds = "" if found["low"] is None else f"{found['low']:+.2f} to {found['high']:+.2f}"
-    p_value = "" if found["p_value"] is None else p_text(found["p_value"], LEAST_P)
-    return [f"{found['mean']:+.2f}", bounds, p_value]
+    p_value = found["p_value"]
+    told = "" if p_value is None else f"< {LEAST_P}" if p_value < LEAST_P else f"{p_value:.3f}"
+    return [f"{found['mean']:+.2f}", bounds, told]
 
 
 def draw_groups(metrics: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -300,13 +292,5 @@ def run(
         check_suffix("--figure", figure_file)
     results = compare(folders, scores)
     print(text := report(results))
-    if json_file is not None:
-        with replacing(json_file) as path:
-            path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    if markdown_file is not None:
-        with replacing(markdown_file) as path:
-            path.write_text(text + "\n", encoding="utf-8")
-    if figure_file is not None:
-        with replacing(figure_file) as path:
-            draw_groups(results["metrics"], path)
+    write_results(results, text, lambda path: draw_groups(results["metrics"], path), files)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -20,8 +19,9 @@ from .corpus.judged import KINDS, Judged
 from .corpus.judged_files import load_judged
 from .evaluation.clustering import ALGORITHMS
 from .evaluation.correlation import Floats, paired_difference
-from .evaluation.evaluated_model import load_model
-from .evaluation.judging import FIRST, first_figure
+from .evaluation.evaluated_model import PRECISIONS, load_model
+from .evaluation.figure import check_suffix, draw_evaluation
+from .evaluation.judging import first_figures
 from .evaluation.model_figures import ModelFigures, Problems, Subsets
 from .evaluation.sts import (
     HUB_MTEB,
@@ -35,10 +35,8 @@ from .evaluation.sts import (
 )
 from .evaluation.sts_scores import ALIKE, GEOMETRY_SET
 from .evaluation.tables import report
-from .files import Read, check_outputs, replacing
+from .files import Read, check_outputs, write_results
 from .models.folder import MODEL_FILES
-
-PRECISIONS = ("fp32", "bf16")
 
 
 def evaluate(
@@ -201,7 +199,7 @@ def _read_data(
 
 def _compare(models: Sequence[dict[str, Any]], drawn: Sequence[dict[str, Floats]]) -> list[dict[str, Any]]:
     """Every later model against every earlier one, on the sets, the average and the data that both have."""
-    figures = [_first_figures(model) for model in models]
+    figures = [first_figures(model) for model in models]
     rows = []
     for j in range(len(models)):
         for i in range(j):
@@ -218,13 +216,6 @@ def _compare(models: Sequence[dict[str, Any]], drawn: Sequence[dict[str, Floats]
             if sets:
                 rows.append({"first": models[i]["label"], "second": models[j]["label"], "sets": sets})
     return rows
-
-
-def _first_figures(model: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
-    """What a model is compared by on each set, the average and the user's data: its name and value."""
-    sts = {**model["sts"], **({"avg": model["avg"]} if model["avg"] else {})}
-    found = {name: ("spearman", figure["spearman"]) for name, figure in sts.items()}
-    return found | {name: (FIRST[f["kind"]], first_figure(f)) for name, f in model["data"].items()}
 
 
 def _notes(sts: Mapping[str, Subsets]) -> list[str]:
@@ -302,20 +293,8 @@ def run(
         reads.append(Read("--data-corpus", settings["data_corpus"]))
     check_outputs(files, reads)
     if figure_file is not None:
-        from .evaluation.figure import check_suffix
-
         check_suffix("--figure", figure_file)
     results = evaluate(models, **settings)
     print(report(results, details=False))
-    if json_file is not None:
-        with replacing(json_file) as path:
-            path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    if markdown_file is not None:
-        with replacing(markdown_file) as path:
-            path.write_text(report(results) + "\n", encoding="utf-8")
-    if figure_file is not None:
-        from .evaluation.figure import draw_evaluation
-
-        with replacing(figure_file) as path:
-            draw_evaluation(results, path)
+    write_results(results, report(results), lambda path: draw_evaluation(results, path), files)
     return 2 if results["errors"] else 0

@@ -9,17 +9,18 @@ it will write to.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 if sys.platform == "win32":
     import msvcrt
@@ -233,6 +234,24 @@ def check_outputs(
                 raise ValueError(f"{name}: expected another file than {other}, got {target} for both")
         found[name] = target
     return found
+
+
+def write_results(
+    results: Any,
+    text: str,
+    draw: Callable[[Path], None],
+    files: Mapping[str, str | os.PathLike[str] | None],
+) -> None:
+    """Write results as --json, the text as --markdown, a drawing as --figure, where `files` names a file."""
+    content = {"--json": json.dumps(results, indent=2, allow_nan=False), "--markdown": text}
+    for name, file in files.items():
+        if file is None:
+            continue
+        with replacing(file) as path:
+            if name == "--figure":
+                draw(path)
+            else:
+                path.write_text(content[name] + "\n", encoding="utf-8")
 
 
 def check_writable(name: str, path: str | os.PathLike[str]) -> Path:

@@ -21,6 +21,16 @@ from .rules import Pairs, Rule, Side, ask, rule_of
 # A vector shorter than this has no direction: its cosine with everything is 0, and it gets no gradient.
 SHORTEST_NORM = 1e-8
 
+CITATION = """
+@inproceedings{deng-etal-2023-clustering,
+    title = "Clustering-Aware Negative Sampling for Unsupervised Sentence Representation",
+    author = "Deng, Jinghao and Wan, Fanqi and Yang, Tao and Quan, Xiaojun and Wang, Rui",
+    booktitle = "Findings of the Association for Computational Linguistics: ACL 2023",
+    year = "2023",
+    url = "https://arxiv.org/abs/2305.09892",
+}
+"""
+
 
 class Terms(NamedTuple):
     """The loss and its parts, each a 0-dim tensor."""

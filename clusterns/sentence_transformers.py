@@ -33,6 +33,7 @@ from . import loss as _loss
 from .cached import CachedClusterNSLoss
 from .checks import check_count
 from .files import replacing
+from .reference import CITATION
 
 try:
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -40,16 +41,6 @@ except ImportError:  # its place before version 5.4
     from sentence_transformers.models import StaticEmbedding  # type: ignore[no-redef]
 
 STATE_FILE = "clusterns_loss.safetensors"
-
-CITATION = """
-@inproceedings{deng-etal-2023-clustering,
-    title = "Clustering-Aware Negative Sampling for Unsupervised Sentence Representation",
-    author = "Deng, Jinghao and Wan, Fanqi and Yang, Tao and Quan, Xiaojun and Wang, Rui",
-    booktitle = "Findings of the Association for Computational Linguistics: ACL 2023",
-    year = "2023",
-    url = "https://arxiv.org/abs/2305.09892",
-}
-"""
 
 
 class ClusterNSLoss(nn.Module):

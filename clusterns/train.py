@@ -24,10 +24,11 @@ from .data import Batches, batches
 from .encoder import SentenceEncoder
 from .files import check_room, replacing
 from .training.checkpoint import Checkpoint, Checkpoints
-from .training.config import FREE_ON_RESUME, TEMPERATURES, TrainConfig
-from .training.devices import Precision, adamw, explained_errors
+from .training.config import FREE_ON_RESUME, TEMPERATURES, TrainConfig, to_dict
+from .training.devices import Precision, adamw, checkpoint_layers, explained_errors
 from .training.figure import draw_run
-from .training.journal import Journal
+from .training.hub import check_hub, upload, write_card
+from .training.journal import Journal, import_tracker
 from .training.mlm import MaskedLanguageHead, TokenMasker, TrainingModel
 from .training.processes import Processes, freeze_unused, joined
 from .training.resume import (
@@ -39,13 +40,14 @@ from .training.resume import (
     save_checkpoint,
 )
 from .training.run_folder import (
+    CARD,
     LOG,
     PICTURE,
     STATE,
-    TENSORBOARD,
     Claim,
     begin_anew,
     claimed,
+    is_of_user,
     read_summary,
     report,
     write_summary,
@@ -73,11 +75,17 @@ def train(config: TrainConfig) -> dict[str, Scores]:
     with joined(config.device) as processes, contextlib.ExitStack() as stack:
         claim: Claim | None = None
         if processes.is_first:
+            if config.push_to_hub is not None:
+                check_hub()
+            if config.report_to != "none":
+                import_tracker(config.report_to)  # before the data is read, or anything removed
             overwrite, resume = config.overwrite_output_dir, config.resume
             claim = stack.enter_context(claimed(output, overwrite=overwrite, resume=resume))
         summary = processes.of_first(read_summary(output) if config.resume else {})
         if summary.get("finished") and not any(changes(config, summary["settings"], FREE_ON_RESUME)):
             processes.say(f"{output}: this training has ended already")
+            if config.push_to_hub is not None and processes.is_first:
+                upload(output, config.push_to_hub)
             return summary["scores"]
         checkpoint = find_checkpoint(config, output, processes, summary)
         set_seed(config.seed)
@@ -95,7 +103,10 @@ def train(config: TrainConfig) -> dict[str, Scores]:
             more = "" if run.checkpoints.last() else "--checkpoint-steps with "
             how = f"{more}--resume {'keeps more' if more else 'goes on from it'}"
             raise KeyboardInterrupt(f"step {run.step}: {run.left()}; {how}") from None
-        return run.finish()
+        scores = run.finish()
+        if config.push_to_hub is not None and processes.is_first:
+            upload(output, config.push_to_hub)
+        return scores
 
 
 class Run:
@@ -125,6 +136,8 @@ class Run:
         if processes.size > 1:
             views = encoder.view_tokenizer(max_length=config.max_length)
             freeze_unused(encoder, self.to_device(views([task.rows[0]])))
+        if config.gradient_checkpointing:
+            checkpoint_layers(encoder.transformer)
         if config.compile:
             encoder.transformer.compile()
             encoder.by_length = False
@@ -214,11 +227,16 @@ class Run:
                 write_summary(self.output, config, finished=False)
             elif removed := begin_anew(self.output, config):
                 self.processes.say(f"{self.output}: removed of an earlier training: {', '.join(removed)}")
+            if is_of_user(self.output / CARD):
+                self.processes.say(
+                    f"{self.output / CARD}: not of a training, it stays; no model card is written"
+                )
         self.journal = Journal(
             self.output / LOG,
             seconds=checkpoint.progress["seconds"] if checkpoint else None,
             step=self.step,
-            tensorboard=self.output / TENSORBOARD if config.report_to == "tensorboard" else None,
+            report_to=config.report_to,
+            settings=to_dict(config),
             silent=not is_first,
         )
         self.data = self.stream()
@@ -424,6 +442,7 @@ class Run:
         if self.processes.is_first:
             state = {**self.loss_fn.state_dict(), "step": torch.tensor(self.step)}
             self.encoder.save(self.output, beside={STATE: state})
+            write_card(self)
 
     def finish(self) -> dict[str, Scores]:
         """The last model where there is no best one; summary, picture and what to do next."""

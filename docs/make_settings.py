@@ -19,11 +19,11 @@ from clusterns.training.presets import PRESETS
 PAGE = Path(__file__).with_name("settings.md")
 BEGINNING = """# Settings
 
-Made from the code by `python docs/make_settings.py`. The same words stand in `clusterns train --help`, and behind
-each line of `clusterns train --show-config`.
+Made from the code by `python docs/make_settings.py`. The same words stand in `clusterns train --help`, and
+behind each line of `clusterns train --show-config`.
 
-A setting has one name everywhere: `--num-clusters` on the command line, `num_clusters` in a `--config` file and
-in Python, as `TrainConfig.from_settings({"num_clusters": 64})`. `ClusterNSLoss` takes those marked ● too.
+A setting has one name everywhere: `--num-clusters` on the command line, `num_clusters` in a `--config` file
+and in Python, as `TrainConfig.from_settings({"num_clusters": 64})`. `ClusterNSLoss` takes those marked ● too.
 "Published" is what the presets have, where one of them has not the default.
 """
 

@@ -26,8 +26,8 @@ if DEVICE == "cpu":
 # Left out by `make test-fast`: files that start processes or train, test_{name}.py, and single tests.
 SLOW = set(
     """audit bench bench_ablations cached captured checkpoint compile distributed docs evaluate files
-    fused_module killed launch model_settings package report sources spherical_kmeans train
-    train_distributed test_known_score_of_a_test_set test_never_builds_a_square_matrix
+    fused_module hub killed launch model_settings package report sources spherical_kmeans train
+    train_distributed trackers test_known_score_of_a_test_set test_never_builds_a_square_matrix
     test_ranks_equal_one_process test_real_triplets test_resume_keeps_the_clusters""".split()
 )
 

@@ -136,6 +136,28 @@ def test_mini_batches_train_as_the_whole_batch_does(place, clustered, tmp_path, 
     train_problems.assert_trained_alike(place / "still", place / "clustered", tmp_path)
 
 
+@pytest.mark.parametrize("more", ["", " --mini-batch-size 8"])
+def test_gradient_checkpointing_changes_no_bit(place, tmp_path, monkeypatch, more):
+    """With dropout; the activations within the layers are not kept, but when they are computed again."""
+    kept = {}
+    for name in ("plain", "checkpointing"):
+        seen = kept[name] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.nbytes) or t, lambda t: t):  # noqa: B023
+            flag = " --gradient-checkpointing" if name == "checkpointing" else ""
+            run(place, tmp_path / name, f"--max-steps 3{more}{flag}")
+    assert same_bits(tmp_path / "plain", tmp_path / "checkpointing")
+    assert log_of(tmp_path / "plain")[-1]["loss"] == log_of(tmp_path / "checkpointing")[-1]["loss"]
+    assert sum(kept["checkpointing"]) < sum(kept["plain"]) / 2
+
+
+def test_a_model_that_cannot_compute_again(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.BertModel.supports_gradient_checkpointing", False)
+    message = refused(capsys, command(place, tmp_path / "run", "--gradient-checkpointing"))
+    assert "--gradient-checkpointing: expected a model that " in message
+    assert "got BertModel; --mini-batch-size" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_three_columns_are_pairs_and_hard_negatives(place, tmp_path, monkeypatch):
     seen = []
     whole = ClusterNSLoss.forward
@@ -386,7 +408,7 @@ def test_help_and_version(given, monkeypatch):
 
 
 NO_COMMANDS = {
-    "train --batch 8": "unrecognized arguments: --batch 8",  # a part of a flag is no flag
+    "train --batch 8": "--batch: expected a flag or argument of `cluster",  # a part of a flag is no flag
     "report m --out page.html --sentences s.txt": "the following arguments are required: --output",
 }
 

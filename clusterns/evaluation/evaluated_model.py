@@ -19,6 +19,8 @@ from ..models.folder import first_line, read_json, read_modules, resolve
 from ..models.settings import SETTINGS_FILE
 from ..models.views import check_texts
 
+PRECISIONS = ("fp32", "bf16")
+
 
 class Encoder(Protocol):
     """What is evaluated: anything that turns N sentences into an (N, D) tensor."""

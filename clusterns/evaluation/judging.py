@@ -109,3 +109,10 @@ def dev_scores(name: str, judged: Judged, encoder: Encoder, batch_size: int = 64
         return {measure: figures[measure]["mean"] for measure in MEASURES}
     found = retrieval_figures(query_ranks(name, judged, vectors), judged.relevant)
     return {key: 100 * float(values.mean()) for key, values in found.items()}
+
+
+def first_figures(model: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
+    """What a model is compared by on each set, the average and the user's data: its name and value."""
+    sts = {**model["sts"], **({"avg": model["avg"]} if model["avg"] else {})}
+    found = {name: ("spearman", figure["spearman"]) for name, figure in sts.items()}
+    return found | {name: (FIRST[f["kind"]], first_figure(f)) for name, f in model["data"].items()}

@@ -40,6 +40,7 @@ MODEL_FILES = (
     *("config*.json", "clusterns.json", "modules.json", "sentence_bert*.json", "generation_config.json"),
     *(*VOCABULARY_FILES, "tokenizer*", "special_tokens*.json", "added_tokens.json", "merges.txt"),
     *("*.safetensors*", "pytorch_model*", "checkpoints", "training.json", "training.png", "log.jsonl"),
+    "README.md",
 )
 
 # The keys that every sentence-transformers reads: version 6 still maps them to its new ones.

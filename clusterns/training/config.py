@@ -458,6 +458,8 @@ class TrainConfig:
             raise ValueError(
                 "--resume: expected no --overwrite-output-dir with it, which begins anew, got both"
             )
+        if self.push_to_hub is not None:
+            check_hub_name(self.push_to_hub)
         if self.model is not None:
             model, output = (Path(os.path.realpath(path)) for path in (self.model, self.output_dir))
             if model == output or output / "checkpoints" in model.parents:
@@ -561,6 +563,21 @@ class TrainConfig:
             backend=self.backend,
             process_group=process_group,
             gather=self.gather,
+        )
+
+
+def check_hub_name(name: str) -> None:
+    """Require the full name of a repository on the hub."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        is_full = name.count("/") == 1
+    except HFValidationError:
+        is_full = False
+    if not is_full:
+        raise ValueError(
+            f"--push-to-hub: expected USER/MODEL, each of letters, digits, '-', '_' and '.', got {name!r}"
         )
 
 

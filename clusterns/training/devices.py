@@ -1,4 +1,4 @@
-"""Where a run computes, and in which precision."""
+"""Where a run computes, in which precision, and what it keeps in memory."""
 
 from __future__ import annotations
 
@@ -70,6 +70,21 @@ def adamw(*groups: dict[str, Any], learning_rate: float) -> torch.optim.AdamW:
     full = [group for group in groups if group["params"]]
     fused = all(parameter.device.type in _FUSED_ADAMW for group in full for parameter in group["params"])
     return torch.optim.AdamW(full, lr=learning_rate, fused=fused)
+
+
+def checkpoint_layers(transformer: Any) -> None:
+    """Have a model of transformers keep only its layers' inputs in training, and compute the rest again.
+
+    Dropout draws the same then. Raises ValueError, in one line, for a model that cannot.
+    """
+    if not transformer.supports_gradient_checkpointing:
+        raise ValueError(
+            "--gradient-checkpointing: expected a model that transformers can compute again layer by layer, "
+            f"got {type(transformer).__name__}; --mini-batch-size saves memory with every model"
+        )
+    # Its name before transformers 5.23 is an alias there, with a warning.
+    known = getattr(transformer, "activation_checkpointing_enable", None)
+    (known or transformer.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: lines on the terminal, log.jsonl, TensorBoard."""
+"""What a run tells while it goes on: lines on the terminal, log.jsonl, and who charts it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,31 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..models.folder import first_line
+from .run_folder import TENSORBOARD
+
+# Of log.jsonl, where the id of a run is that Weights & Biases gave it.
+_RUN = "wandb run"
+
 
 class Journal:
-    """The log of a run, and its figures for TensorBoard; silent on all ranks but the first.
+    """The log of a run, and its figures for a tracker; silent on all ranks but the first.
 
     Args:
-        path: of log.jsonl, one JSON object a line.
+        path: of log.jsonl, one JSON object a line; its folder names the run.
         seconds: that the run has taken already, whose log then goes on; None begins a new one.
         step: of the run, after which TensorBoard forgets what it was told.
-        tensorboard: folder of its events, or None.
+        report_to: "tensorboard", "trackio" or "wandb", which then chart the figures; or "none".
+        settings: of the run, for trackio and wandb.
         silent: write and say nothing.
 
-    Raises ImportError with one line where TensorBoard is wanted and not installed.
+    Raises what `import_tracker` raises, and ValueError with one line where the tracker begins no run.
     """
 
     def __init__(
@@ -31,21 +39,24 @@ class Journal:
         *,
         seconds: float | None = None,
         step: int = 0,
-        tensorboard: Path | None = None,
+        report_to: str = "none",
+        settings: Mapping[str, Any] | None = None,
         silent: bool = False,
     ) -> None:
         self.path, self.silent = path, silent
         self.began = time.monotonic() - (seconds or 0.0)
         self.records: list[dict[str, Any]] = []
-        self.scalars: Any = None
+        self.tracker: Any = None
         if silent:
             return
         if seconds is None:
             path.write_text("", encoding="utf-8")
         else:
             self.records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if tensorboard is not None:
-            self.scalars = _summary_writer(tensorboard, step)
+        if report_to == "tensorboard":
+            self.tracker = _TensorBoard(path.parent / TENSORBOARD, step)
+        elif report_to != "none":
+            self.tracker = self._begin_run(report_to, dict(settings or {}), is_new=seconds is None)
 
     @property
     def seconds(self) -> float:
@@ -79,9 +90,9 @@ class Journal:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Write what is still on its way to TensorBoard."""
-        if self.scalars is not None:
-            self.scalars.close()
+        """Write what is still on its way to the tracker."""
+        if self.tracker is not None:
+            self.tracker.finish()
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.silent:
@@ -92,24 +103,57 @@ class Journal:
             file.write(json.dumps(record) + "\n")
 
     def _chart(self, step: int, values: Mapping[str, float]) -> None:
-        if self.scalars is not None:
-            for tag, value in values.items():
-                self.scalars.add_scalar(tag, value, step)
+        if self.tracker is not None:
+            self.tracker.log(dict(values), step=step)
+
+    def _begin_run(self, tracker: str, settings: dict[str, Any], *, is_new: bool) -> Any:
+        """A run of trackio, which a resumed one finds by its name, or of wandb, by the id in the log."""
+        module = import_tracker(tracker)
+        name = self.path.parent.resolve().name
+        again: dict[str, Any] = {}
+        if tracker == "trackio":
+            again = {"resume": "never" if is_new else "allow"}
+        elif known := [record["id"] for record in self.records if record.get("event") == _RUN]:
+            again = {"id": known[-1], "resume": "allow"}
+        project = os.environ.get(f"{tracker.upper()}_PROJECT", "clusterns")
+        try:
+            run = module.init(project=project, name=name, config=settings, **again)
+        except Exception as error:  # of the tracker, of what it uses to connect
+            raise ValueError(
+                f"--report-to: expected {tracker} to begin a run, got: {first_line(error)}; --report-to none "
+                "goes without"
+            ) from error
+        if tracker == "wandb" and not again:
+            self._write({"step": 0, "event": _RUN, "id": run.id})
+        return run
 
 
-def _summary_writer(folder: Path, step: int) -> Any:
+class _TensorBoard:
+    """A writer of TensorBoard with the words of the other trackers."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        # What a run that was killed had told beyond its last checkpoint is no longer shown.
+        self.writer = import_tracker("tensorboard").SummaryWriter(str(folder), purge_step=step + 1)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+def import_tracker(name: str) -> Any:
+    """The module of a tracker; ImportError with one line where it is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError as error:
         raise ImportError(
-            f"--report-to: expected TensorBoard, got: {error}; "
-            'pip install "clusterns[train]" or --report-to none'
+            f"--report-to: expected the package {name}, got: {error}; pip install {name}, or --report-to none"
         ) from error
-    # What a run that was killed had told beyond its last checkpoint is no longer shown.
-    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
-# Where a figure of the log stands in TensorBoard, if not under cosine/ or training/.
+# Where a figure of the log stands in a tracker, if not under cosine/ or training/.
 _GROUPS = {
     "loss": ("loss", "info_nce", "bml", "mlm"),
     "clusters": ("empty_clusters", "largest_cluster", "cluster_entropy", "with_mates"),
@@ -118,7 +162,7 @@ _GROUPS = {
 
 
 def tag_of(name: str) -> str:
-    """The TensorBoard tag of a figure of the log."""
+    """The name of a figure of the log in a tracker: a group and itself."""
     if name.endswith("_cosine"):
         return f"cosine/{name.removesuffix('_cosine')}"
     group = next((group for group, names in _GROUPS.items() if name in names), "training")

@@ -2,6 +2,7 @@
 
 model files           the best model so far, as transformers and sentence-transformers load it
 loss.safetensors      the clustering state that belongs to it
+README.md             its card, unless a user has written one
 log.jsonl             one JSON object a line: terms of a step, dev scores, events
 training.json         settings, versions and, once finished, scores
 training.png          the picture of the run
@@ -33,10 +34,12 @@ from .config import TrainConfig, to_dict
 
 LOCK, LOG, SUMMARY, PICTURE = ".lock", "log.jsonl", "training.json", "training.png"
 TENSORBOARD, CHECKPOINTS, STATE = "tensorboard", "checkpoints", "loss.safetensors"
+CARD = "README.md"
+CARD_MARK = "<!-- Of `clusterns train`, which replaces this card as long as this line is in it. -->"
 # Of a run, not of its model.
 _OWN = {LOCK, LOG, SUMMARY, PICTURE, TENSORBOARD, CHECKPOINTS}
 # What another run must not leave beside the summary of one.
-_OUTCOME = ("model.safetensors", HEAD_FILE, STATE, SETTINGS_FILE, PICTURE, TENSORBOARD)
+_OUTCOME = ("model.safetensors", HEAD_FILE, STATE, SETTINGS_FILE, PICTURE, TENSORBOARD, CARD)
 
 
 class Claim:
@@ -128,11 +131,16 @@ def begin_anew(output: Path, config: TrainConfig) -> list[str]:
     for name in (CHECKPOINTS, SUMMARY, *_OUTCOME):
         if name == SUMMARY:
             write_summary(output, config, finished=False)
-        elif was_training and (output / name).exists():
+        elif was_training and (output / name).exists() and not (name == CARD and is_of_user(output / name)):
             with staging(output) as place:
                 os.rename(output / name, place / name)
             removed.append(name)
     return removed
+
+
+def is_of_user(card: Path) -> bool:
+    """Whether a card is there that no training wrote, or that a user has taken over."""
+    return card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace")
 
 
 def model_files(output: Path) -> list[Path]:
@@ -154,15 +162,19 @@ def read_summary(output: Path) -> dict[str, Any]:
     return summary if isinstance(summary, dict) else {}
 
 
-def write_summary(output: Path, config: TrainConfig, *, finished: bool, **facts: Any) -> None:
-    """Write training.json whole or not at all: settings, versions, and the facts."""
-    versions = {
+def versions() -> dict[str, str]:
+    """Of what a model depends on."""
+    return {
         "clusterns": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    summary = {"finished": finished, "settings": to_dict(config), "versions": versions, **facts}
+
+
+def write_summary(output: Path, config: TrainConfig, *, finished: bool, **facts: Any) -> None:
+    """Write training.json whole or not at all: settings, versions, and the facts."""
+    summary = {"finished": finished, "settings": to_dict(config), "versions": versions(), **facts}
     with replacing(output / SUMMARY) as path:
         path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
