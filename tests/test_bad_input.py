@@ -32,7 +32,7 @@ EMBEDDINGS = [
     (GOOD, META, r"positives: expected device cpu to match anchors, got meta"),
 ]
 SETTINGS = [
-    ("num_clusters", 1, "expected 0, or at least 2 with hard_negatives=True.*got 1"),
+    ("num_clusters", 1, "0, or at least 2 with hard_negatives=True.*got 1"),
     ("num_clusters", 2.5, "an integer, got float 2.5"),
     ("embedding_dim", torch.nn.Linear(3, 3), r"an integer, got the model Linear; .*sentence_transformers.Cl"),
     ("temperature", 0, "a finite number above 0, got 0"),

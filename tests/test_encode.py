@@ -16,10 +16,7 @@ from clusterns import encode
 from clusterns.cli import main
 from clusterns.encode import encode_file
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*encoded as the empty text"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 # Repeated, of unlike lengths, with blanks, and more than are sorted at a time.
 TEXTS = [*SENTENCES, "a bird sat on the mat", "  ", *reversed(SENTENCES)] * 5
 
