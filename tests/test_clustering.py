@@ -63,8 +63,7 @@ def test_mean_and_spread_are_over_the_seeds() -> None:
     assert figures["accuracy"]["mean"] == pytest.approx(np.mean(runs))
     assert figures["accuracy"]["std"] == pytest.approx(np.std(runs, ddof=1))
     assert 100 * correct.mean() == pytest.approx(figures["accuracy"]["mean"])
-    assert set(correct) <= {0, 0.25, 0.5, 0.75, 1}
-    assert len(set(correct)) > 2
+    assert (100 * correct.mean(axis=1)).tolist() == pytest.approx(runs)
     assert evaluate_clustering("x", embeddings, labels, seeds=range(4), starts=1)[0] == figures
 
 

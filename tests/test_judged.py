@@ -291,9 +291,13 @@ def test_figures_and_intervals_of_each_kind(kind: str) -> None:
     if kind == "labels":
         _, correct = evaluate_clustering("x", vectors.of(judged.texts), judged.labels, **options)
         assert drawn == pytest.approx(bootstrap_means("x", correct, 200, 1))
-        # As drawing texts one by one gives.
-        spread = np.random.default_rng(0).choice(correct, (4000, 60)).mean(axis=1).std()
-        assert drawn.std() == pytest.approx(100 * spread, rel=0.2)
+        # As drawing runs and texts one by one gives: two runs that differ count beside the texts.
+        unlike = np.stack([np.arange(60) < 20, np.arange(60) < 40])
+        random = np.random.default_rng(0)
+        sums = [unlike[random.integers(2, size=2)][:, random.integers(60, size=60)] for _ in range(4000)]
+        spread = np.mean(sums, axis=(1, 2)).std()
+        assert bootstrap_means("x", unlike, 4000, 1).std() == pytest.approx(100 * spread, rel=0.1)
+        assert spread > 1.5 * bootstrap_means("x", unlike.mean(axis=0), 4000, 1).std() / 100
 
 
 @pytest.mark.parametrize("kind", ["pairs", "labels", "queries"])

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import check_choice, check_count, in_short
-from .correlation import Floats, check_finite
+from .correlation import check_finite
 
 # "kmeans" is scikit-learn's, "spherical" our SphericalKMeans, which goes by cosine.
 ALGORITHMS = ("kmeans", "spherical")
@@ -76,7 +76,7 @@ def evaluate_clustering(
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     starts: int = STARTS,
     progress: bool = False,
-) -> tuple[dict[str, Any], Floats]:
+) -> tuple[dict[str, Any], NDArray[Any]]:
     """Cluster embeddings (N, D) into as many clusters as there are classes, once for each seed.
 
     Args:
@@ -90,7 +90,7 @@ def evaluate_clustering(
 
     Returns two. A dict of texts, classes, algorithm, starts, seeds, and for each of accuracy, nmi and ami
     (× 100) its mean, its standard deviation over the seeds (with n − 1; None for one seed) and the runs'
-    values. And for each text (N,) the share of the runs that match its cluster to its class.
+    values. And whether each of the M runs matches the cluster of each text to its class, (M, N).
 
     Raises ValueError for embeddings that are not one row a label or not finite, or a single class.
     """
@@ -111,10 +111,10 @@ def evaluate_clustering(
 
     points = embeddings.float().cpu().numpy()
     runs: dict[str, list[float]] = {measure: [] for measure in MEASURES}
-    correct = np.zeros(len(classes))
+    correct = []
     for seed in tqdm(seeds, desc=f"cluster {name}", unit="run", disable=not progress):
         clusters = _count_up("clusters", _cluster(points, count, algorithm, seed, starts))
-        correct += _matched(classes, clusters) / len(seeds)
+        correct.append(_matched(classes, clusters))
         for measure, value in _judge(classes, clusters).items():
             runs[measure].append(100 * value)
     figures = {
@@ -132,7 +132,7 @@ def evaluate_clustering(
             for measure, values in runs.items()
         },
     }
-    return figures, correct
+    return figures, np.stack(correct)
 
 
 def _cluster(points: NDArray[np.float32], count: int, algorithm: str, seed: int, starts: int) -> NDArray[Any]:

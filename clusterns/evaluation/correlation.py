@@ -87,10 +87,15 @@ def bootstrap_correlations(
 
 
 def bootstrap_means(name: str, values: ArrayLike, resamples: int = 1000, seed: int = 42) -> Floats:
-    """Mean × 100 of bootstrap resamples of N values, (resamples,), drawn as those of correlations are."""
-    each = np.asarray(values, dtype=np.float64)
-    drawn = [counts @ each / len(each) for counts in _draws(name, len(each), resamples, seed)]
-    return 100 * np.concatenate([np.empty(0), *drawn])
+    """Mean × 100 of bootstrap resamples of N values, (resamples,), drawn as those of correlations are.
+
+    Of the values (M, N) of M runs each resample draws runs too, those of two models independently.
+    """
+    runs = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    generator = np.random.default_rng([seed, zlib.crc32(runs.tobytes())])
+    shares = generator.multinomial(len(runs), [1 / len(runs)] * len(runs), size=resamples) / len(runs)
+    means = [counts @ runs.T / runs.shape[1] for counts in _draws(name, runs.shape[1], resamples, seed)]
+    return 100 * (shares * np.concatenate([np.empty((0, len(runs))), *means])).sum(axis=1)
 
 
 def _draws(name: str, size: int, resamples: int, seed: int) -> Iterator[Floats]:
