@@ -21,6 +21,7 @@ from .evaluation.figure import check_suffix
 from .evaluation.judging import first_figures
 from .evaluation.tables import table
 from .files import Read, check_outputs, expanded, write_results
+from .models.folder import MODEL_FILES
 from .training.config import FREE_ON_RESUME, flag
 from .training.run_folder import LOG, SUMMARY, read_summary
 
@@ -67,10 +68,12 @@ def compare(
         runs = _with_scores(runs, expanded(scores, "--scores"))
     groups = _grouped(runs)
     names = list(dict.fromkeys(name for run in runs for name in run.figures))
+    if not names:
+        raise ValueError("RUN: expected runs with dev scores, got none; --scores compares by other data")
     for run in runs:
         for name in names:
-            if name not in run.figures:
-                raise ValueError(f"{run.folder}: expected the score {name} as of the other runs, got none")
+            if not isinstance(value := run.figures.get(name), (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{run.folder}: expected a number as {name}, got {value}")
     return {
         "groups": {
             group: {run.seed: str(run.folder) for run in members} for group, members in groups.items()
@@ -105,15 +108,15 @@ def _with_scores(runs: Sequence[Run], file: Path) -> list[Run]:
     """The runs with the figures that an evaluation gave their models."""
     try:
         models = json.loads(file.read_text(encoding="utf-8"))["models"]
-        known = {
-            Path(model["model"]).resolve(): {name: value for name, (_, value) in first_figures(model).items()}
-            for model in models
-        }
+        found = [(Path(model["model"]).resolve(), first_figures(model)) for model in models]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--scores: expected what `clusterns evaluate --json` writes, got {file}") from error
+    known = {path: {name: value for name, (_, value) in figures.items()} for path, figures in found}
     for run in runs:
-        if run.folder not in known:
-            raise ValueError(f"--scores: expected a model of each run in {file}, got none of {run.folder}")
+        if (count := sum(path == run.folder for path, _ in found)) != 1:
+            raise ValueError(
+                f"--scores: expected one model of each run in {file}, got {count} of {run.folder}"
+            )
     # What judged them there is the same for all.
     return [run._replace(figures=known[run.folder], data={**run.data, "dev": None}) for run in runs]
 
@@ -139,8 +142,10 @@ def _grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     first, *later = groups.values()
     by_seed = {run.seed: run for run in first}
     for run in (run for members in later for run in members):
-        other = by_seed.get(run.seed, run)
-        if run.figures.keys() == other.figures.keys() and run.data.get("dev") != other.data.get("dev"):
+        # Documentation is parted into training and dev by the seed, a file is one for all.
+        is_file = run.settings.get("dev") or run.settings.get("sts_dir")
+        other = by_seed.get(run.seed, first[0] if is_file else run)
+        if len({run.data.get("dev"), other.data.get("dev")} - {None}) > 1:
             raise ValueError(
                 f"{run.folder}: expected to be judged by the dev data of {other.folder}, got other data; "
                 "--scores compares what `clusterns evaluate` gives on data of your choice"
@@ -264,9 +269,10 @@ def draw_groups(metrics: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             half = 0.0 if of["low"] is None else of["high"] - of["mean"]
             label = "" if place else "mean, 95 % interval"
             axes.errorbar(place + 0.25, of["mean"], half, fmt="_", ms=12, capsize=4, color="k", label=label)
-        axes.set(title=name, ylabel="score × 100", xlim=(-0.6, count - 0.4))
+        axes.set(ylabel="score × 100", xlim=(-0.6, count - 0.4))
+        axes.set_title(name, parse_math=False)
         turned = {"rotation": 35, "ha": "right"} if count > 3 else {}
-        axes.set_xticks(range(count), one["groups"], **turned)
+        axes.set_xticks(range(count), one["groups"], parse_math=False, **turned)
         axes.grid(axis="y", alpha=0.3)
     for axes in panels[len(metrics) :]:
         axes.remove()
@@ -287,7 +293,8 @@ def run(
     Returns 0.
     """
     files = {"--json": json_file, "--markdown": markdown_file, "--figure": figure_file}
-    check_outputs(files, [Read("RUN", folder, (SUMMARY, LOG)) for folder in folders])
+    reads = [Read("RUN", folder, MODEL_FILES) for folder in folders]
+    check_outputs(files, [*reads, *([Read("--scores", scores)] if scores is not None else [])])
     if figure_file is not None:
         check_suffix("--figure", figure_file)
     results = compare(folders, scores)

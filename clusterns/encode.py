@@ -20,7 +20,7 @@ from .corpus.columns import Asked, LeftOut, Tally, choose
 from .corpus.readers import Cells, Table
 from .corpus.sources import column_names, open_source, source_name, with_progress
 from .evaluation.evaluated_model import PRECISIONS, load_model
-from .files import Read, check_outputs, check_room, replacing
+from .files import Read, check_outputs, check_room, expanded, replacing
 from .models.folder import MODEL_FILES
 
 # Batches that are sorted by length together: enough that padding is negligible, few enough for a lively bar.
@@ -76,6 +76,7 @@ def encode_file(
         raise ValueError(f"--text-columns: expected one column, got {len(columns)}: {text_columns}")
     source = source_name(file)
     asked = Asked(columns, sentences=True)
+    at_first = _state(source)
     table = _with_blank_lines(open_source(source, delimiter, header, asked)[0])
     chosen = choose(source, table, asked)
     odd, blank, count = Tally(), Tally(), 0
@@ -108,8 +109,8 @@ def encode_file(
                 yield some, F.normalize(vectors, dim=1) if loaded.normalized else vectors
                 done += len(some)
                 bar.update(len(some))
-        if done != count:
-            raise ValueError(f"{source}: expected the {count:,} rows that were there at first, got {done:,}")
+        if done != count or _state(source) != at_first:
+            raise ValueError(f"{source}: expected a file that stays as it is meanwhile, got another one")
 
     encoded = parts()
     first = next(encoded)
@@ -120,13 +121,20 @@ def encode_file(
     print(f"{count:,} rows of {width} numbers: {path}")
 
 
+def _state(source: str) -> tuple[int, int] | None:
+    """What tells that a file has changed; None of a hub dataset."""
+    path = expanded(source)
+    return (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+
+
 def _with_blank_lines(table: Table) -> Table:
     """Of a file with a sentence a line the blank ones too, which its reader passes over; but for the last."""
     if _BY_LINE not in table.shape:
         return table
 
     def read(names: Sequence[str]) -> Iterator[tuple[int, Cells]]:
-        due = 1 if "no header" in table.shape else None
+        # The rows begin with line 1, or with the first that has a text behind a header.
+        due = None if ", header" in table.shape else 2 if "as its first line says" in table.shape else 1
         for number, values in table.read(names):
             yield from ((blank, ("",)) for blank in range(due or number, number))
             yield number, values

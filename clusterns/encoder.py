@@ -324,7 +324,7 @@ class SentenceEncoder(nn.Module):
         directory: str | os.PathLike[str],
         *,
         beside: Mapping[str, Mapping[str, Tensor]] | None = None,
-    ) -> None:
+    ) -> list[str]:
         """Write the encoder as transformers and sentence-transformers load it, its head and clusterns.json.
 
         A prompt model's own tokenizer is in the folder `tokenizer`; the one beside the weights, for the other
@@ -335,13 +335,17 @@ class SentenceEncoder(nn.Module):
 
         Everything is first written whole to a hidden folder inside `directory` and moved file by file, so an
         error while writing (a full disk) leaves an earlier encoder there as it was. Other files in
-        `directory` stay. Raises OSError where it cannot be written, ValueError for a pooling that
-        sentence-transformers would not load as what it is.
+        `directory` stay. Returns the names of the files, below `directory`.
+
+        Raises OSError where it cannot be written, ValueError for a pooling that sentence-transformers would
+        not load as what it is.
         """
         with replacing(directory) as folder:
             write_encoder(self, folder)
             for name, tensors in (beside or {}).items():
                 save_tensors(tensors, folder / name)
+            files = (path for path in folder.rglob("*") if path.is_file())
+            return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def _check_inputs(inputs: Any) -> None:

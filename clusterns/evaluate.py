@@ -189,7 +189,7 @@ def _read_data(
 ) -> dict[str, Judged]:
     """The user's data by the names of their files, none of them that of an STS set."""
     found: dict[str, Judged] = {}
-    for path in paths:
+    for path in dict.fromkeys(paths):
         with problems.leave_out(str(path)):
             name = Path(path).stem
             name = str(path) if name in {*found, *sts, "avg"} else name

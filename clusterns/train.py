@@ -166,6 +166,7 @@ class Run:
         self.first_scores: Scores = {}
         self.best_scores: Scores = {}
         self.best_step = 0
+        self.saved: list[str] = []  # files of the best model
         self.evaluations_without_gain = 0
         self.bad_step = torch.full((), -1, device=self.device)  # the first with a loss that is no number
 
@@ -441,7 +442,7 @@ class Run:
         """Keep the encoder and the clustering state that belongs to it."""
         if self.processes.is_first:
             state = {**self.loss_fn.state_dict(), "step": torch.tensor(self.step)}
-            self.encoder.save(self.output, beside={STATE: state})
+            self.saved = self.encoder.save(self.output, beside={STATE: state})
             write_card(self)
 
     def finish(self) -> dict[str, Scores]:
@@ -464,6 +465,7 @@ class Run:
             scores=scores,
             best_step=self.best_step,
             data=fingerprints(self),
+            files=self.saved,
             finished=True,
         )
         report(self.config, self.output, scores, self.best_step, self.total_steps)

@@ -66,6 +66,17 @@ def test_row_i_is_text_i(model, tmp_path, capsys, kind):
     np.testing.assert_array_equal(np.stack(table.column("embedding").to_numpy()), found)
 
 
+@pytest.mark.parametrize(("more", "count"), [((), 5), (("--header",), 3)])
+def test_blank_lines_before_the_first_text(model, tmp_path, more, count):
+    """They are rows as those between texts; behind a header the rows begin with the first text."""
+    file = tmp_path / "t.txt"
+    file.write_text("\n\na cat\n\nthe dog\n" if not more else "\ntext\n\na cat\n\nthe dog\n\n")
+    assert main(["encode", str(model), str(file), "--output", str(tmp_path / "x.npy"), *more]) == 0
+    texts = ["", "", "a cat", "", "the dog"][-count:]
+    expected = make_encoder(pooling="mean").encode(texts)
+    np.testing.assert_allclose(np.load(tmp_path / "x.npy"), expected, atol=1e-5)
+
+
 def test_a_model_that_ends_in_normalize(model, tmp_path):
     """By our encoder and by sentence-transformers, and the other settings."""
     modules = pytest.importorskip("sentence_transformers.models")
@@ -130,6 +141,6 @@ def test_bad_input_is_one_line_and_leaves_an_earlier_output(model, tmp_path, cap
         return real(*args, **settings)
 
     monkeypatch.setattr(encode, "load_model", load_slowly)
-    assert f"{file}: expected the 2 rows that were there at first, got 3" in refused(capsys, given)
+    assert f"{file}: expected a file that stays as it is meanwhile" in refused(capsys, given)
     assert output.read_text() == "earlier"
     assert {path.name for path in tmp_path.iterdir()} == {"t.txt", "x.npy", "pairs.csv", "empty.csv"}

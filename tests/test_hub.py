@@ -15,6 +15,7 @@ from train_problems import command, refused, run, summary_of, write_place
 
 from clusterns.cli import main
 from clusterns.encoder import SentenceEncoder
+from clusterns.train import Run
 from clusterns.training.config import TrainConfig
 from clusterns.training.hub import card
 
@@ -97,6 +98,33 @@ def test_whose_card_it_is(place, tmp_path, capsys):
     assert card.read_text(encoding="utf-8") == taken_over
 
 
+def test_files_of_the_user_outlive_a_resumption(place, tmp_path, monkeypatch):
+    output, whole = tmp_path / "run", Run.train_step
+
+    def killed(self, *, watched):
+        if self.step == 4:
+            raise ValueError("killed")
+        return whole(self, watched=watched)
+
+    given = f"{STS} --checkpoint-steps 2 --resume"
+    (tmp_path / "run").mkdir()
+    (output / "notes.txt").write_text("first")
+    (output / "loss.safetensors").touch()  # so that the folder is one of a training
+    (output / "training.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_step", killed)
+        with pytest.raises(AssertionError):  # it ends with another status
+            run(place, output, given)
+    card = (output / "README.md").read_bytes()
+    for name in ("README.md", "notes.txt"):
+        (tmp_path / "new").write_text(f"my own {name}")
+        os.replace(tmp_path / "new", output / name)  # as editors do
+    run(place, output, given)
+    assert (output / "README.md").read_text() == "my own README.md"
+    assert (output / "notes.txt").read_text() == "my own notes.txt"
+    assert b"<!-- Of `clusterns train`" in card
+
+
 class Hub:
     """In place of HfApi."""
 
@@ -144,10 +172,11 @@ def test_the_finished_model_is_uploaded(place, tmp_path, hub, capsys, monkeypatc
         in message
     )
     assert f"the model is safe in {output}" in message
-    assert f"hf upload someone/model {output} . --exclude" in message
     assert "hf_secret" not in message
     assert summary_of(output)["finished"]
-    (output / "notes.csv").write_text("private")
+    for name in ("notes.csv", "tokenizer_private.txt", "notes/config.json"):
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).write_text("private")
     monkeypatch.setattr(hub, "error", None)
     assert main(command(place, output, f"{more} --resume")) == 0
     told = capsys.readouterr().out
@@ -184,8 +213,8 @@ def test_a_hub_model_is_named_as_the_base(trained):
     encoder = SentenceEncoder.from_pretrained(trained)
     config = TrainConfig(model="someone/base", preset=None)
     task = SimpleNamespace(rows=[("a", "b")] * 1200)
-    text = card(
-        SimpleNamespace(config=config, task=task, encoder=encoder, best_scores={}, step=3, total_steps=9)
-    )
+    loss_fn = SimpleNamespace(clustering_active=True)
+    of_run = {"config": config, "task": task, "encoder": encoder, "loss_fn": loss_fn}
+    text = card(SimpleNamespace(**of_run, best_scores={}, step=3, total_steps=9))
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "someone/base"
     assert "1,200 pairs. Read from: documentation strings" in text

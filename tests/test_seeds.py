@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
+import time
 
 import pytest
 from scipy.stats import ttest_rel
@@ -101,6 +104,31 @@ def test_groups_judged_by_different_data(groups):
         compare([groups / "a", groups / "c"])
 
 
+def test_what_compare_reads_is_not_written(groups, capsys):
+    (groups / "scores.json").write_text("{}")
+    for given in (["--scores", "scores.json", "--json", "scores.json"], ["--json", "a/seed-1/training.json"]):
+        arguments = ["compare", "a", *given]
+        arguments = [
+            word if word[0] == "-" or word == "compare" else str(groups / word) for word in arguments
+        ]
+        assert main(arguments) == 2
+        assert "--json: expected a file that this command does not read" in capsys.readouterr().err
+
+
+def test_runs_without_scores_or_without_a_common_seed(groups):
+    write_run(groups / "c" / "seed-7", 7, float("nan"))
+    with pytest.raises(ValueError, match="seed-7: expected a number as dev spearman, got nan"):
+        compare([groups / "c"])
+    write_run(groups / "d" / "seed-8", 8, 1.0, dev="other", sts_dir="s")
+    write_run(groups / "e" / "seed-9", 9, 1.0, sts_dir="s")
+    with pytest.raises(ValueError, match="expected to be judged by the dev data of"):
+        compare([groups / "d", groups / "e"])
+    summary = groups / "e" / "seed-9" / "training.json"
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "scores": {"after": {}}}))
+    with pytest.raises(ValueError, match="RUN: expected runs with dev scores, got none"):
+        compare([groups / "e"])
+
+
 @pytest.mark.parametrize("name", ["nothing", "."])
 def test_no_runs(tmp_path, name):
     with pytest.raises((ValueError, OSError), match="RUN: expected the output folder of a training"):
@@ -128,11 +156,13 @@ shutil.copy(sys.argv[1], place)
 def test_a_process_for_each_seed(monkeypatch, tmp_path):
     start_instead(monkeypatch, tmp_path, NOTES)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.setattr(seeds.torch.cuda, "device_count", lambda: 2)
     config = TrainConfig.from_settings({"output_dir": str(tmp_path / "runs"), "seed": 7, "bml_beta": 0.4})
     folders = seeds.train_seeds(config, 3)
     assert [folder.name for folder in folders] == ["seed-7", "seed-8", "seed-9"]
     assert (tmp_path / "2").exists()
     assert (tmp_path / "5").exists()
+    assert all((tmp_path / "runs" / f"{folder.name}.log").is_file() for folder in folders)
     parser_given = type("Given", (), {"config": str(tmp_path / "8.yaml")})()
     again = read_config(parser_given)
     assert show_config(again) == (tmp_path / "8.yaml").read_text()
@@ -145,6 +175,27 @@ def test_a_seed_that_fails_ends_the_others(monkeypatch, tmp_path):
     config = TrainConfig.from_settings({"output_dir": str(tmp_path / "runs"), "device": "cpu"})
     with pytest.raises(ValueError, match="seed-42: expected a training that ends well, got exit status 3"):
         seeds.train_seeds(config, 2)
+
+
+def test_a_stop_ends_the_runs_too(monkeypatch, tmp_path):
+    """And an occupied folder is known before the first run starts."""
+    write_run(tmp_path / "runs" / "seed-43", 43, 1.0)
+    config = TrainConfig.from_settings({"output_dir": str(tmp_path / "runs"), "device": "cpu"})
+    start_instead(monkeypatch, tmp_path, NOTES.replace("import", "import time,", 1) + "time.sleep(60)")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "x")
+    with pytest.raises(FileExistsError, match="seed-43 holds files"):
+        seeds.train_seeds(config, 2)
+    assert not (tmp_path / "x").exists()
+
+    def stop():
+        while not (tmp_path / "42.yaml").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        seeds.train_seeds(config, 1)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["seed-43"]
 
 
 def test_what_seeds_exclude(tmp_path, monkeypatch):

@@ -98,7 +98,9 @@ def load_judged(
     else:
         read = _queries(source, names, rows, left_out, corpus)
     warn_of_loss(source, left_out, read_rows - _count(left_out), ())
+    unused = [name for name in table.kinds if name not in names]
     account = f"{source}: {table.shape}; {read.account}" + (f"; left out: {left_out}" if left_out else "")
+    account += f"; not used: {quoted(unused)}" if unused else ""
     return replace(read, account=account)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..encoder import SentenceEncoder
 from ..models.folder import first_line, read_json, read_modules, resolve
+from ..models.positions import longest_input
 from ..models.settings import SETTINGS_FILE
 from ..models.views import check_texts
 
@@ -120,6 +121,10 @@ def load_model(
             return EvaluatedModel(encoder, encoder.pooling, encoder.max_length, normalized, "clusterns")
     model = _sentence_transformer(folder, device, reason)
     if max_length is not None:
+        transformer = getattr(model[0], "auto_model", None)
+        most = max_length if transformer is None else longest_input(transformer, model.tokenizer)
+        if max_length > most:
+            raise ValueError(f"max_length: expected at most {most} tokens, got {max_length}")
         model.max_seq_length = max_length
     return EvaluatedModel(
         SentenceTransformerEncoder(model),

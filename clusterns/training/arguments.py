@@ -133,5 +133,5 @@ def show_config(config: TrainConfig) -> str:
         lines.append(f"# {group}")
         for item in (item for item in fields(config) if item.metadata["group"] == group):
             line = yaml.safe_dump({item.name: values[item.name]}, allow_unicode=True, width=math.inf)
-            lines.append(f"{line.rstrip()}  # {meaning(item)}")
+            lines.append(f"{line.removesuffix(chr(10))}  # {meaning(item)}")
     return "\n".join([*lines, ""])

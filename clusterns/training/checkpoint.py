@@ -168,8 +168,8 @@ class Checkpoints:
             ) from error
         return Checkpoint(folder, progress, modules, training)
 
-    def restore_files(self, checkpoint: Checkpoint, log: Path) -> None:
-        """Put the log and the best model back to what they were at the checkpoint."""
+    def restore_files(self, checkpoint: Checkpoint, log: Path) -> list[str]:
+        """Put log and best model back to what they were at the checkpoint; returns the model's files."""
         best = checkpoint.folder / BEST
         found = [path for path in best.rglob("*") if path.is_file()] if best.is_dir() else []
         with staging(self.output) as place:
@@ -184,6 +184,7 @@ class Checkpoints:
                 _link(path, place / "file")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(place / "file", target)
+        return sorted(path.relative_to(best).as_posix() for path in found)
 
     def _drop_oldest(self, place: Path) -> None:
         """Move those beyond `keep` out of sight, one at a blow, to where they go from the disk."""

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..evaluation.tables import format_table, table
-from ..files import Read, replacing
-from ..models.folder import MODEL_FILES, first_line
+from ..files import replacing
+from ..models.folder import first_line
 from ..reference import CITATION
 from .config import FREE_ON_RESUME, TrainConfig
-from .run_folder import CARD, CARD_MARK, PICTURE, SUMMARY, is_of_user, model_files, read_summary, versions
+from .run_folder import CARD, CARD_MARK, PICTURE, SUMMARY, is_of_user, read_summary, versions
 
 # Stands in the card for the model's name, until it has one on the hub.
 _NAME = "path/to/this/model"
@@ -43,7 +42,8 @@ def card(run: Any) -> str:
         tags=["sentence-transformers", "sentence-similarity", "feature-extraction", "clusterns"],
         base_model=config.model if base == config.model else None,  # not a folder of this machine
     )
-    method = "ClusterNS" if config.num_clusters else "SimCSE"
+    clustered = run.loss_fn.clustering_active
+    method = "ClusterNS" if clustered else "SimCSE"
     start = f"from `{base}`" if base is not None else "from random weights"
     words = ", trust_remote_code=True" if run.encoder.denoises(training=False) else ""
     rows, width = run.task.rows, run.encoder.embedding_dim
@@ -51,7 +51,7 @@ def card(run: Any) -> str:
     if config.train_file is not None:
         source = public(config.train_file) + rows.account.removeprefix(config.train_file)
     settings = [
-        (item.name, item.metadata["symbol"], f"`{public(getattr(config, item.name))}`".replace("|", "\\|"))
+        (item.name, item.metadata["symbol"], _code(public(getattr(config, item.name))))
         for item in fields(config)
         if getattr(config, item.name) != item.default and item.name not in FREE_ON_RESUME - {"preset"}
     ]
@@ -113,13 +113,18 @@ Those that are not the defaults of clusterns {__version__}; [{SUMMARY}]({SUMMARY
 
 {", ".join(f"{name} {version}" for name, version in versions().items())}
 """
-    return text + (f"\n## Citation\n\n```bibtex{CITATION}```\n" if config.num_clusters else "")
+    return text + (f"\n## Citation\n\n```bibtex{CITATION}```\n" if clustered else "")
 
 
 def public(value: Any) -> str:
     """A setting in words, of a file or folder of this machine only its own name."""
     is_local = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
-    return Path(value).name if is_local else str(value)
+    return Path(value).resolve().name if is_local else str(value)
+
+
+def _code(text: str) -> str:
+    """In a cell of a table, on one line."""
+    return f"`{' '.join(text.split())}`".replace("|", "\\|")
 
 
 def check_hub() -> None:
@@ -146,11 +151,8 @@ def upload(output: Path, name: str) -> None:
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
-    of_model = Read("MODEL", output, MODEL_FILES)
-    contents: dict[str, Path | bytes] = {
-        path.relative_to(output).as_posix(): path for path in model_files(output) if of_model.holds(path)
-    }
     summary = read_summary(output)
+    contents: dict[str, Path | bytes] = {name: output / name for name in summary["files"]}
     summary["settings"] = {
         key: public(value) if isinstance(value, str) else value for key, value in summary["settings"].items()
     }
@@ -169,10 +171,8 @@ def upload(output: Path, name: str) -> None:
         )
     except Exception as error:  # of the hub, of its client, of what that uses to connect
         line = first_line(error).replace(get_token() or "\n", "...")
-        folder = shlex.quote(str(output))
         raise OSError(
             f"--push-to-hub: expected {name} on the hub to take the model, got {type(error).__name__}: "
-            f"{line}; the model is safe in {output}: the same command with --resume tries again, or by hand "
-            f"hf upload {name} {folder} . --exclude 'checkpoints/*' --exclude 'tensorboard/*'"
+            f"{line}; the model is safe in {output}, and the same command with --resume tries again"
         ) from error
     print(f"uploaded: {commit.commit_url}")

@@ -15,9 +15,6 @@ from tqdm.auto import tqdm
 from ..models.folder import first_line
 from .run_folder import TENSORBOARD
 
-# Of log.jsonl, where the id of a run is that Weights & Biases gave it.
-_RUN = "wandb run"
-
 
 class Journal:
     """The log of a run, and its figures for a tracker; silent on all ranks but the first.
@@ -56,7 +53,7 @@ class Journal:
         if report_to == "tensorboard":
             self.tracker = _TensorBoard(path.parent / TENSORBOARD, step)
         elif report_to != "none":
-            self.tracker = self._begin_run(report_to, dict(settings or {}), is_new=seconds is None)
+            self.tracker = self._begin_run(report_to, dict(settings or {}))
 
     @property
     def seconds(self) -> float:
@@ -106,25 +103,27 @@ class Journal:
         if self.tracker is not None:
             self.tracker.log(dict(values), step=step)
 
-    def _begin_run(self, tracker: str, settings: dict[str, Any], *, is_new: bool) -> Any:
-        """A run of trackio, which a resumed one finds by its name, or of wandb, by the id in the log."""
+    def _begin_run(self, tracker: str, settings: dict[str, Any]) -> Any:
+        """A run of trackio or wandb; a resumed one goes on, by the name or the id that the log has of it."""
         module = import_tracker(tracker)
-        name = self.path.parent.resolve().name
-        again: dict[str, Any] = {}
-        if tracker == "trackio":
-            again = {"resume": "never" if is_new else "allow"}
-        elif known := [record["id"] for record in self.records if record.get("event") == _RUN]:
-            again = {"id": known[-1], "resume": "allow"}
+        folder = self.path.parent.resolve()
+        name = f"{folder.parent.name}/{folder.name}" if folder.name.startswith("seed-") else folder.name
+        known = [record["id"] for record in self.records if record.get("event") == tracker]
+        again: dict[str, Any] = {"name": name}
+        if known:
+            again = {"name" if tracker == "trackio" else "id": known[-1], "resume": "allow"}
+        elif tracker == "trackio":
+            again["resume"] = "never"  # it gives another name where this one is taken
         project = os.environ.get(f"{tracker.upper()}_PROJECT", "clusterns")
         try:
-            run = module.init(project=project, name=name, config=settings, **again)
+            run = module.init(project=project, config=settings, **again)
         except Exception as error:  # of the tracker, of what it uses to connect
             raise ValueError(
                 f"--report-to: expected {tracker} to begin a run, got: {first_line(error)}; --report-to none "
                 "goes without"
             ) from error
-        if tracker == "wandb" and not again:
-            self._write({"step": 0, "event": _RUN, "id": run.id})
+        if not known:
+            self._write({"step": 0, "event": tracker, "id": run.name if tracker == "trackio" else run.id})
         return run
 
 

@@ -14,8 +14,9 @@ from ..encoder import SentenceEncoder
 from .checkpoint import Checkpoint, Checkpoints
 from .config import COMPARED_BY_CONTENT, FREE_ON_RESUME, LENGTH, TrainConfig, flag, to_dict
 from .devices import random_states, restore_random_states
+from .hub import write_card
 from .processes import Processes
-from .run_folder import LOG, model_files
+from .run_folder import LOG
 
 # Attributes of the run that JSON holds as they are.
 _PROGRESS = ("epoch batch deferred first_scores best_scores best_step evaluations_without_gain").split()
@@ -91,7 +92,7 @@ def save_checkpoint(run: Any) -> None:
             "settings": to_dict(run.config),
         },
         log=run.journal.path,
-        best=model_files(run.output) if run.task.dev is not None else [],
+        best=[run.output / name for name in run.saved],
     )
 
 
@@ -131,7 +132,9 @@ def load_checkpoint(run: Any, checkpoint: Checkpoint) -> None:
         setattr(run, name, progress[name])
     run.watch.load_state_dict(progress["watch"])
     if run.processes.is_first:
-        run.checkpoints.restore_files(checkpoint, run.output / LOG)
+        run.saved = run.checkpoints.restore_files(checkpoint, run.output / LOG)
+        if run.saved:
+            write_card(run)
     restore_random_states(checkpoint.training["random"][run.processes.rank], run.device)
     run.processes.say(f"going on after step {run.step}, from {checkpoint.folder}")
     quiet = COMPARED_BY_CONTENT | {"output_dir", "overwrite_output_dir", "resume"}

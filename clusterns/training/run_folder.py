@@ -36,8 +36,6 @@ LOCK, LOG, SUMMARY, PICTURE = ".lock", "log.jsonl", "training.json", "training.p
 TENSORBOARD, CHECKPOINTS, STATE = "tensorboard", "checkpoints", "loss.safetensors"
 CARD = "README.md"
 CARD_MARK = "<!-- Of `clusterns train`, which replaces this card as long as this line is in it. -->"
-# Of a run, not of its model.
-_OWN = {LOCK, LOG, SUMMARY, PICTURE, TENSORBOARD, CHECKPOINTS}
 # What another run must not leave beside the summary of one.
 _OUTCOME = ("model.safetensors", HEAD_FILE, STATE, SETTINGS_FILE, PICTURE, TENSORBOARD, CARD)
 
@@ -141,16 +139,6 @@ def begin_anew(output: Path, config: TrainConfig) -> list[str]:
 def is_of_user(card: Path) -> bool:
     """Whether a card is there that no training wrote, or that a user has taken over."""
     return card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace")
-
-
-def model_files(output: Path) -> list[Path]:
-    """The files of the model that was saved there."""
-    found = []
-    for path in output.iterdir():
-        if path.name in _OWN or path.name.startswith("."):
-            continue
-        found += [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sorted(found)
 
 
 def read_summary(output: Path) -> dict[str, Any]:
