@@ -214,7 +214,7 @@ def test_labelled_texts(tmp_path: Path, name: str, content: object, options: dic
     assert [found.classes[label] for label in found.labels] == [label for label, _ in LABELLED]
     assert found.texts == [text for _, text in LABELLED]
     assert account in found.account
-    assert found.account.endswith("3 rows of 2 classes")
+    assert "; 3 rows of 2 classes" in found.account
     # Swapped columns without a header would score 100 %, as each text is a class of its own.
     rows = [f"text {i}\t{i % 3}" for i in range(12)]
     found = load_judged(write(tmp_path, "b.tsv", "\n".join(rows)))
