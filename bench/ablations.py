@@ -211,7 +211,7 @@ def write_tables(runs: pandas.DataFrame, wanted: argparse.Namespace) -> None:
         if name in runs
     }
     seeds = {variant: dict.fromkeys(rows.index) for variant, rows in groups.items()}
-    lines = [report({"groups": seeds, "metrics": metrics, "differing": {}}), ""]
+    lines = [report({"groups": seeds, "metrics": metrics, "differing": {}, "never_clustered": {}}), ""]
     lines += ["This table was written by (commits of the runs: in the CSV)", "", "```json"]
     origin = json.dumps(protocol(wanted) | machine())
     write(wanted.table.with_suffix(".md"), "\n".join([*lines, origin, "```", ""]))

@@ -38,6 +38,8 @@ class Run(NamedTuple):
     settings: dict[str, Any]
     data: dict[str, Any]
     figures: dict[str, float]
+    # It was to have clusters, and clustering never started.
+    never_clustered: bool
 
     @property
     def seed(self) -> int:
@@ -54,10 +56,11 @@ def compare(
         folders: output folders of `clusterns train`, or folders of such; those that lie in one are a group.
         scores: what `clusterns evaluate --json` wrote of their models, to compare in place of dev scores.
 
-    Returns what the JSON holds: groups (folders by seed), differing (settings that tell the groups apart, by
-    group), and metrics: for each figure the groups (values by seed, mean, standard deviation with n − 1, 95 %
-    interval of the mean; None for one seed) and the difference of each later group to the first, over the
-    seeds of both.
+    Returns what the JSON holds: groups (folders by seed); never_clustered (runs of each group whose
+    clustering was to start and did not); differing (settings that tell the groups apart, by group); and
+    metrics: for each figure the groups (values by seed, mean, standard deviation with n − 1, 95 % interval
+    of the mean; None for one seed) and the difference of each later group to the first, over the seeds of
+    both.
 
     Raises ValueError or OSError in one line for a folder that is no finished training, runs of a group that
     differ by more than the seed, a seed that comes twice, and groups judged by different data.
@@ -77,6 +80,9 @@ def compare(
     return {
         "groups": {
             group: {run.seed: str(run.folder) for run in members} for group, members in groups.items()
+        },
+        "never_clustered": {
+            group: sum(run.never_clustered for run in members) for group, members in groups.items()
         },
         "differing": _differing({group: members[0] for group, members in groups.items()}),
         "metrics": {
@@ -101,7 +107,8 @@ def _read(folder: Path) -> Run:
     if not summary.get("finished"):
         raise ValueError(f"{folder}: expected a training that has ended, got one without scores in {SUMMARY}")
     figures = {f"dev {name}": value for name, value in list(summary["scores"]["after"].items())[:1]}
-    return Run(folder, summary["settings"], summary.get("data", {}), figures)
+    never = bool(summary["settings"].get("num_clusters")) and summary.get("clustered") is False
+    return Run(folder, summary["settings"], summary.get("data", {}), figures, never)
 
 
 def _with_scores(runs: Sequence[Run], file: Path) -> list[Run]:
@@ -132,7 +139,8 @@ def _grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
         for one, other in itertools.pairwise(members):
             if one.seed == other.seed:
                 raise ValueError(
-                    f"{other.folder}: expected another seed than {one.folder} has, got {one.seed} in both"
+                    f"{other.folder}: expected another seed than {one.folder} has, got {one.seed} in both; "
+                    "those of one folder are a group: give each group a folder of its own"
                 )
             for name, before, now in _changes(one, other):
                 raise ValueError(
@@ -236,6 +244,12 @@ def report(results: Mapping[str, Any]) -> str:
         groups = list(results["groups"])
         rows = [[name, *(str(of[group]) for group in groups)] for name, of in results["differing"].items()]
         parts.append(table(["what differs", *groups], rows))
+    for group, count in results["never_clustered"].items():
+        if count:
+            of = len(results["groups"][group])
+            parts.append(
+                f"{group}: clustering never started in {count} of {of} runs, which are plain SimCSE."
+            )
     return "\n\n".join(parts)
 
 

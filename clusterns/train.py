@@ -466,6 +466,7 @@ class Run:
             best_step=self.best_step,
             data=fingerprints(self),
             files=self.saved,
+            clustered=self.loss_fn.clustering_active,
             finished=True,
         )
         report(self.config, self.output, scores, self.best_step, self.total_steps)

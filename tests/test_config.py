@@ -153,7 +153,7 @@ def test_bad_config_file(tmp_path, content, message):
 BAD_FLAGS = {
     "--seed -1": "--seed: expected at least 0, got -1",
     "--learn-temperature --temperature 2": "number at least 0.01 and at most 1, got 2.0",
-    "--batch-size 16 --num-clusters 32": "num_clusters: expected at most batch_size 16, of which the",
+    "--batch-size 16 --num-clusters 32": "--num-clusters: expected at most --batch-size 16, of which the",
     "--prompt bert --template [X][MASK]": "template: expected none with the prompt 'bert'",
     "--denoise frozen": "denoise: expected 'none' without a prompt",
     "--mlm-weight 0.1 --mini-batch-size 8": "mlm_weight: expected 0 with mini_batch_size",

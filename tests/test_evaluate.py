@@ -169,12 +169,16 @@ def test_data_of_each_kind_is_in_json_and_tables(results: dict, place: Path) -> 
         assert each["low"] <= value <= each["high"]
     markdown = report(results)
     for title, value in (
-        ("Clustering, accuracy", animals["accuracy"]["mean"]),
-        ("Scored pairs, Spearman", likeness["spearman"]),
-        ("Queries, nDCG@10", found["ndcg_at_10"]),
+        ("Clustering: animals", animals["accuracy"]["mean"]),
+        ("Scored pairs: likeness", likeness["spearman"]),
+        ("Queries: found", found["ndcg_at_10"]),
     ):
-        section = markdown.split(f"## {title} × 100")[1].split("##")[0]
+        section = markdown.split(f"## {title}, × 100")[1].split("##")[0]
         assert f" {value:.2f} " in section
+    for model in (again := copy.deepcopy(results))["models"]:
+        model["data"]["more"] = model["data"]["found"]
+    section = report(again).split("## Queries, nDCG@10 × 100")[1].split("##")[0]
+    assert section.count(f" {found['ndcg_at_10']:.2f} ") == 3  # of both sets, and their average
     assert f"{place / 'likeness.csv'}: csv parted by comma, header; 'text1', 'text2' with" in markdown
 
 

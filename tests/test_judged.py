@@ -151,6 +151,11 @@ UNTOLD = "expected scored pairs, labelled texts or queries, got"
             ("expected numbers in column 'label', got 'yes'",),
         ),
         (
+            "sentence1;sentence2;score\na;b;4,75\nc;d;1,25\ne;f;3\n",
+            {},
+            ("expected numbers in column 'score', as 4.75, got '4,75' and the like in 2 of 3 rows",),
+        ),
+        (
             "sentence1,sentence2,score\na,b,2\nc,d,2\n",
             {},
             ("expected scores that differ in 'score', got only 2",),

@@ -81,6 +81,13 @@ def test_scores_of_an_evaluation(groups):
     assert results["metrics"]["STS12"]["groups"]["a"]["seeds"] == {1: 35.0, 2: 35.75, 3: 34.5}
 
 
+def test_clustering_that_never_started_is_said(groups, capsys):
+    summary = groups / "b" / "seed-1" / "training.json"
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "clustered": False}))
+    assert main(["compare", str(groups / "a"), str(groups / "b")]) == 0
+    assert "b: clustering never started in 1 of 4 runs, which are plain SimCSE." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

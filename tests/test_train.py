@@ -93,7 +93,7 @@ def test_the_default_run_in_short(tmp_path, monkeypatch, capsys):
     assert (settings["pooling"], settings["learning_rate"], settings["batch_size"]) == ("mean", 1e-3, 32)
     printed = capsys.readouterr().out
     assert "clustering starts with 8 centroids" in printed
-    assert "clusterns train --preset bert-base" in printed
+    assert "clusterns train --model MODEL --train-file FILE" in printed
 
 
 def test_the_same_bits_again_whoever_tokenises(place, tmp_path):

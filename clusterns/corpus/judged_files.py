@@ -85,7 +85,10 @@ def load_judged(
     )
     if delimiter is None and Path(source).suffix.lower() == ".txt":
         delimiter = "tab"
-    table, _ = open_source(source, delimiter, header, Asked(None if asked is None else tuple(asked)))
+    try:
+        table, _ = open_source(source, delimiter, header, Asked(None if asked is None else tuple(asked)))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--{of}: {error}") from error
     kind, names = _chosen(source, table, kind, asked, of)
     left_out = Tally()
     rows = list(_rows(source, table, names, left_out))
@@ -233,6 +236,11 @@ def _pairs(source: str, names: list[str], rows: list[_Row], left_out: Tally) -> 
             left_out.add(LeftOut(f"{NO_NUMBER}{names[2]}", place))
     if not scores and other:
         raise ValueError(f"{source}: expected numbers in column {names[2]!r}, got {other!r}")
+    if (lost := left_out.get(f"{NO_NUMBER}{names[2]}", (0, []))[0]) > len(scores):
+        raise ValueError(
+            f"{source}: expected numbers in column {names[2]!r}, as 4.75, got {other!r} and the like in "
+            f"{lost:,} of {lost + len(scores):,} rows"
+        )
     if len(scores) < 2:
         raise ValueError(f"{source}: expected at least two scored pairs, got {len(scores)}")
     if len(set(scores)) < 2:

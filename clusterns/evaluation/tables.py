@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .judging import FIRST
@@ -65,11 +65,7 @@ def report(results: Mapping[str, Any], *, details: bool = True) -> str:
         ("STS test sets, Spearman × 100", _sts(results, test=True)),
         ("STS, not for the average, Spearman × 100", _sts(results, test=False)),
         ("Sub-sets, Spearman × 100", _subsets(results) if details else None),
-        *(
-            (f"{name} × 100", _data(results, kind, measure))
-            for kind, names in MEASURE_NAMES.items()
-            for measure, name in names.items()
-        ),
+        *(section for kind in MEASURE_NAMES for section in _data(results, kind)),
         ("Differences, × 100, with the p-value of the paired bootstrap", _comparisons(results)),
         ("Geometry of the STS-B dev sentences", _geometry(results)),
         ("Left out", _errors(results)),
@@ -177,25 +173,47 @@ def _geometry(results: Mapping[str, Any]) -> str | None:
     return table(["model", *GEOMETRY_NAMES.values()], rows) if rows else None
 
 
-def _data(results: Mapping[str, Any], kind: str, measure: str) -> str | None:
+def _data(results: Mapping[str, Any], kind: str) -> Iterator[tuple[str, str]]:
+    """Titles and tables: of a single set one of all measures, else for each measure one of all sets."""
     found = [
         {name: figure for name, figure in model["data"].items() if figure["kind"] == kind}
         for model in _models(results)
     ]
-    columns = list(dict.fromkeys(name for figures in found for name in figures))
-    if not columns:
-        return None
-    averaged = len(columns) > 1
+    sets = list(dict.fromkeys(name for figures in found for name in figures))
+    measures = list(MEASURE_NAMES[kind])
+    if len(sets) == 1:
+        title = MEASURE_NAMES[kind][measures[0]].split(",")[0]
+        columns = [_SHORT[measure] for measure in measures]
+        yield (
+            f"{title}: {sets[0]}, × 100",
+            _measured(results, found, columns, [(sets[0], m) for m in measures]),
+        )
+    elif sets:
+        for measure, title in MEASURE_NAMES[kind].items():
+            cells = [(name, measure) for name in sets]
+            yield f"{title} × 100", _measured(results, found, [*sets, "avg"], cells)
+
+
+def _measured(
+    results: Mapping[str, Any],
+    found: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    cells: Sequence[tuple[str, str]],
+) -> str:
+    """Measures of sets, and their mean where `columns` has one more; the first measure with its interval."""
     rows = []
     for model, figures in zip(_models(results), found, strict=True):
-        of_model = [figures.get(name) for name in columns]
-        cells = [_spread(figure[measure]) if figure else ABSENT for figure in of_model]
-        means = [_mean(figure[measure]) for figure in of_model if figure]
-        average = _number(sum(means) / len(means)) if len(means) == len(columns) else ABSENT
-        rows.append([model["label"], *cells, *[average] * averaged])
-        if measure == FIRST[kind]:
-            rows.append(["95 % interval", *map(_interval, of_model), *[ABSENT] * averaged])
-    return table(["model", *columns, *["avg"] * averaged], rows)
+        values = [figures[name][measure] if name in figures else None for name, measure in cells]
+        row = [ABSENT if value is None else _spread(value) for value in values]
+        bounds = [_interval(figures.get(n)) if m in FIRST.values() else ABSENT for n, m in cells]
+        if len(columns) > len(cells):
+            means = [_mean(value) for value in values if value is not None]
+            row.append(_number(sum(means) / len(means)) if len(means) == len(cells) else ABSENT)
+            bounds.append(ABSENT)
+        rows.append([model["label"], *row])
+        if any(measure in FIRST.values() for _, measure in cells):
+            rows.append(["95 % interval", *bounds])
+    return table(["model", *columns], rows)
 
 
 def _mean(measure: float | Mapping[str, Any]) -> float:

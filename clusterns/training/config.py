@@ -207,7 +207,7 @@ class TrainConfig:
         1e-4,
         "of the two-sided margin loss (BML) on false negatives",
         symbol="λ",
-        when="raise it where λ·BML stays far below InfoNCE and mates drift apart",
+        when="raise it where mates drift far below the positives, beyond β",
     )
     bml_alpha: float = setting(
         "objective",
@@ -233,7 +233,7 @@ class TrainConfig:
         128,
         "clusters; 0 is plain SimCSE",
         symbol="K",
-        when="your batch is small: a fifth to a half of it, so that mates meet",
+        when="your batch is small: a quarter to a half of it, so that mates meet",
     )
     start_cosine: float = setting(
         "clustering",
@@ -443,8 +443,8 @@ class TrainConfig:
             check_count("num_workers", self.num_workers, at_least=0)
         if self.num_clusters > self.batch_size:
             raise ValueError(
-                f"num_clusters: expected at most batch_size {self.batch_size}, of which the first centroids "
-                f"are taken, got {self.num_clusters}"
+                f"--num-clusters: expected at most --batch-size {self.batch_size}, of which the first "
+                f"centroids are taken, got {self.num_clusters}; a quarter to a half of it is usual"
             )
         check_number("learning_rate", self.learning_rate, above=0)
         if self.learn_temperature:

@@ -174,8 +174,13 @@ def report(
     print()
     if scores["after"]:
         print(f"{format_table(scores)}\n\nbest dev score at step {best_step} of {total_steps}")
+    if scores["after"] and best_step == 0:
+        print("no step beat the start: the model that is kept is the one that the training began with")
     print(f"model, log and picture: {output} ({LOG}, {PICTURE})")
+    print(
+        f"next: clusterns encode {output} FILE --output X.npy; clusterns report {output} --sentences FILE ..."
+    )
     if config.from_scratch:
         print(
-            "a real run, on the paper's sentences:\n  clusterns train --preset bert-base --sts-dir STS_FOLDER"
+            "a real run, on your own sentences:\n  clusterns train --model MODEL --train-file FILE --dev FILE"
         )
