@@ -99,6 +99,8 @@ def load_model(
     folder = resolve(name_or_path)
     modules = read_modules(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not modules and not (folder / "config.json").exists():
+        raise ValueError(f"model: expected the folder of a model, got {folder}, which has no config.json")
     if pooling is None and not _states_pooling(folder, modules):
         raise ValueError(
             f"model: expected files that state a pooling in {folder}, got none: "
