@@ -47,7 +47,8 @@ def train_seeds(config: TrainConfig, count: int) -> list[Path]:
     waiting, free = list(zip(seeds, folders, strict=True)), [*gpus] or [None]
     running: dict[subprocess.Popen, tuple[Path, str | None]] = {}
     # In the background of a script a process is deaf to SIGINT, and so are those that it starts.
-    end = signal.SIGTERM if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else signal.SIGINT
+    is_deaf = sys.platform == "win32" or signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    end = signal.SIGTERM if is_deaf else signal.SIGINT
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         with staging(output) as place:
