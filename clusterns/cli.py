@@ -182,6 +182,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _settings(given: argparse.Namespace) -> dict[str, Any]:
+    """What a command was given, by the names of its function's arguments."""
+    return {name: value for name, value in vars(given).items() if name != "command"}
+
+
 def _train(given: argparse.Namespace) -> None:
     from .training.arguments import read_config, show_config
 
@@ -303,7 +308,7 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> int:
-    settings = {name: value for name, value in vars(given).items() if name != "command"}
+    settings = _settings(given)
     _quiet_transformers()
     from .evaluate import run  # late: --help should not load transformers
 
@@ -322,7 +327,7 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(given: argparse.Namespace) -> int:
-    settings = {name: value for name, value in vars(given).items() if name != "command"}
+    settings = _settings(given)
     from .compare import run
 
     return run(settings.pop("folders"), **settings)
@@ -375,7 +380,7 @@ def _rows(text: str) -> int | None:
 
 
 def _report(given: argparse.Namespace) -> int:
-    settings = {name: value for name, value in vars(given).items() if name != "command"}
+    settings = _settings(given)
     _quiet_transformers()
     from .evaluation.report import write_report
 
@@ -400,7 +405,7 @@ def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _encode(given: argparse.Namespace) -> None:
-    settings = {name: value for name, value in vars(given).items() if name != "command"}
+    settings = _settings(given)
     _quiet_transformers()
     from .encode import encode_file
 

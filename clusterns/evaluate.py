@@ -189,8 +189,10 @@ def _read_data(
 ) -> dict[str, Judged]:
     """The user's data by the names of their files, none of them that of an STS set."""
     found: dict[str, Judged] = {}
-    for path in dict.fromkeys(paths):
+    for number, path in enumerate(paths):
         with problems.leave_out(str(path)):
+            if path in paths[:number]:
+                raise ValueError("expected each file once, got it twice")
             name = Path(path).stem
             name = str(path) if name in {*found, *sts, "avg"} else name
             found[name] = load_judged(path, **reading)

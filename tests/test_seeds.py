@@ -45,7 +45,7 @@ def test_comparison(groups, capsys):
     given = ["--json", files["json"], "--markdown", files["md"], "--figure", files["png"]]
     assert main(["compare", *map(str, [groups / "a", groups / "b", *given])]) == 0
     printed = capsys.readouterr().out
-    assert printed == files["md"].read_text()
+    assert printed == files["md"].read_text(encoding="utf-8")
     assert "70.17 ± 1.26" in printed
     results = json.loads(files["json"].read_text())
     metric = results["metrics"]["dev spearman"]
@@ -172,7 +172,7 @@ def test_a_process_for_each_seed(monkeypatch, tmp_path):
     assert all((tmp_path / "runs" / f"{folder.name}.log").is_file() for folder in folders)
     parser_given = type("Given", (), {"config": str(tmp_path / "8.yaml")})()
     again = read_config(parser_given)
-    assert show_config(again) == (tmp_path / "8.yaml").read_text()
+    assert show_config(again) == (tmp_path / "8.yaml").read_text(encoding="utf-8")
     expected = to_dict(config) | {"seed": 8, "output_dir": str(folders[1])}
     assert to_dict(again) == expected
 
