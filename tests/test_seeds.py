@@ -160,6 +160,11 @@ shutil.copy(sys.argv[1], place)
 """
 
 
+LATE = """time.sleep(20)
+(place / "not stopped").touch()
+"""
+
+
 def test_a_process_for_each_seed(monkeypatch, tmp_path):
     start_instead(monkeypatch, tmp_path, NOTES)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
@@ -188,7 +193,7 @@ def test_a_stop_ends_the_runs_too(monkeypatch, tmp_path):
     """And an occupied folder is known before the first run starts."""
     write_run(tmp_path / "runs" / "seed-43", 43, 1.0)
     config = TrainConfig.from_settings({"output_dir": str(tmp_path / "runs"), "device": "cpu"})
-    start_instead(monkeypatch, tmp_path, NOTES.replace("import", "import time,", 1) + "time.sleep(60)")
+    start_instead(monkeypatch, tmp_path, NOTES.replace("import", "import time,", 1) + LATE)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "x")
     with pytest.raises(FileExistsError, match="seed-43 holds files"):
         seeds.train_seeds(config, 2)
@@ -202,6 +207,7 @@ def test_a_stop_ends_the_runs_too(monkeypatch, tmp_path):
     threading.Thread(target=stop, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         seeds.train_seeds(config, 1)
+    assert not (tmp_path / "not stopped").exists()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["seed-43"]
 
 
