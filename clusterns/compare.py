@@ -163,7 +163,7 @@ def _grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def _changes(one: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
     """Settings and data, but for the seed, in which two runs differ; what they are in both."""
-    for name in one.settings.keys() | other.settings.keys():
+    for name in sorted(one.settings.keys() | other.settings.keys()):
         values = one.settings.get(name), other.settings.get(name)
         if name not in _FREE and values[0] != values[1]:
             yield flag(name), *values
