@@ -69,7 +69,7 @@ def test_the_example_script_runs(place):
     assert "nearest_cosine" in printed  # clustering is under way
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "encode", "report"])
 def test_flags_exist(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
