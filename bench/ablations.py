@@ -1,17 +1,17 @@
-"""Does ClusterNS beat SimCSE on a small encoder, and which part of it matters? Over several seeds.
+"""Does clustering help, and which part or rule of it? Variants of the loss × seeds, in the time there is.
 
-    python bench/ablations.py --data ../shared/data --output runs/ablations [--seeds 5] [--layers 2]
-    python bench/ablations.py … --search --variants num_clusters=8 num_clusters=8,start_cosine=0.9
+    python bench/ablations.py --data ../shared/data --output runs/wiki [--minutes 60] [--seeds 10]
+    python bench/ablations.py … --search --variants SimCSE rules ClusterNS,start_cosine=0.8
 
-Each run is a `clusterns train` on Wikipedia sentences from the first layers of a small pretrained encoder; it
-keeps the best checkpoint by STS-B dev, and scores that on the seven test sets. A run that has its result is
-not run again: start the command anew and it goes on where it stopped, and more seeds join the old ones.
-Started twice at once it shares the runs out, which on few cores is the faster way (OMP_NUM_THREADS=1). Ends
-with every run as CSV, a table (mean ± standard deviation over seeds, paired t-test against SimCSE), and a
-figure.
+Each run is the loop of `clusterns train`, in this process: encoder, sentences and judged sets are loaded
+once, the best weights stay in memory, and a run costs its steps and evaluations. It keeps the best checkpoint
+by dev, and scores that on the test sets. All variants have the first seed, then the second. A run that has
+its result is not run again: start the command anew and it goes on where it stopped. `--minutes` begins no run
+that would end later. Ends with every run as CSV, a table (mean ± standard deviation over seeds, paired tests
+against the first variant, the difference that so many seeds can show), and a figure.
 
-Nothing is chosen by a test set: `--search` sees STS-B dev only and trains with seeds that the comparison
-does not use. The settings here were chosen so, the learning rate as the best of SimCSE, not of ClusterNS.
+Nothing is chosen by a test set: `--search` sees dev only, and trains with seeds that the comparison does not
+use. DATA is a folder with models, wiki_sentences.txt, snli_triplets.csv, sts_raw and clustering.
 """
 
 from __future__ import annotations
@@ -21,125 +21,228 @@ import contextlib
 import io
 import itertools
 import json
+import math
+import os
 import re
-import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pandas  # comes with datasets
 import torch
+import torch.nn.functional as F
 from report import machine, write, write_json
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
+from variants import GROUPS, PUBLISHED, Variant, chosen
 
 from clusterns import ClusterNSLoss
 from clusterns.compare import draw_groups, metric, report
+from clusterns.corpus.judged import LabelledTexts
+from clusterns.corpus.judged_files import load_judged
 from clusterns.encoder import SentenceEncoder
-from clusterns.evaluation.sts import SEVEN
+from clusterns.evaluation.judging import dev_scores
 from clusterns.evaluation.sts_scores import evaluate_sts
 from clusterns.files import holding, replacing
-from clusterns.objective.problem import Clusters
-from clusterns.train import train
+from clusterns.train import Run
 from clusterns.training.config import TrainConfig
+from clusterns.training.devices import choose_device
+from clusterns.training.processes import Processes
+from clusterns.training.run_folder import SUMMARY
+from clusterns.training.task import Task, prepare_task
 
 SEARCH_SEED = 1000
-TITLES = {"dev": "STS-B dev", "avg": "seven test sets, mean"}
-Choice = tuple[type[ClusterNSLoss], dict[str, Any]]
+MOST_SEEDS = 1000
+MODEL = "models/distilbert-base-cased-gec"
+# What is trained on; short texts in halves, the other of which is for dev and test.
+TEXTS = {"wiki": "wiki_sentences.txt", "snli": "snli_triplets.csv"}
+SHORT = {name: f"clustering/{name}.tsv" for name in ("AgNews", "SearchSnippets", "StackOverflow")}
+STS_TITLES = {"dev": "STS-B dev", "avg": "seven test sets, mean"}
+SHORT_TITLES = {"dev": "dev accuracy", "accuracy": "test accuracy"}
+PROTOCOL = "text layers batch steps eval_steps learning_rate max_length".split()
 
 
-class NearestAsHardNegative(ClusterNSLoss):
-    """The nearest centroid is the hard negative, not the runner-up."""
-
-    def assign(self, points: Tensor, **options: Any) -> Clusters:
-        """See `OnlineKMeans.assign`."""
-        found = super().assign(points, **options)
-        return found._replace(hard_ids=found.ids, runner_up_cosine=found.nearest_cosine)
+# --- what all runs share -----------------------------------------------------------------------------------
 
 
-class RandomClusters(ClusterNSLoss):
-    """Sentences belong to clusters at random, and any other centroid is their hard negative."""
+class OnlyFirst(nn.Module):
+    """A last block of DistilBERT that computes the first token alone, the one that [CLS] pooling reads."""
 
-    def assign(self, points: Tensor, **options: Any) -> Clusters:
-        """See `OnlineKMeans.assign`."""
-        found = super().assign(points, **options)
-        ids = torch.randint_like(found.ids, self.num_clusters)
-        step = torch.randint_like(ids, 1, self.num_clusters)
-        return found._replace(ids=ids, hard_ids=(ids + step) % self.num_clusters)
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.block = block
 
-
-# The published BERT-base row but for K, which must fit a small batch.
-PUBLISHED: dict[str, Any] = {"num_clusters": 32, "bml_weight": 1e-3, "bml_alpha": 0.0, "bml_beta": 0.3}
-# The best on dev of --search, in place of those.
-TUNED: dict[str, Any] = {"start_cosine": 0.9, "num_clusters": 8}
-VARIANTS: dict[str, Choice] = {
-    "SimCSE": (ClusterNSLoss, {"num_clusters": 0}),
-    "ClusterNS": (ClusterNSLoss, TUNED),
-    "published settings": (ClusterNSLoss, {}),
-    "no BML": (ClusterNSLoss, TUNED | {"bml_weight": 0.0}),
-    "no hard negatives": (ClusterNSLoss, TUNED | {"hard_negatives": False}),
-    "nearest centroid": (NearestAsHardNegative, TUNED),
-    "random clusters": (RandomClusters, TUNED),
-    "exclude, not BML": (ClusterNSLoss, TUNED | {"false_negatives": "exclude"}),
-    "mean update": (ClusterNSLoss, TUNED | {"centroid_update": "mean"}),
-}
+    def forward(self, states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
+        """States of all tokens (rows, T, D) to that of the first (rows, 1, D)."""
+        attention, first = self.block.attention, states[:, :1]
+        inputs = ((attention.q_lin, first), (attention.k_lin, states), (attention.v_lin, states))
+        heads = [layer(x).unflatten(2, (attention.n_heads, -1)).transpose(1, 2) for layer, x in inputs]
+        mask = None if attention_mask is None else attention_mask[:, :, :1]
+        drops = attention.dropout.p if self.training else 0.0
+        found = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=drops)
+        found = attention.out_lin(found.transpose(1, 2).flatten(2))
+        found = self.block.sa_layer_norm(found + first)
+        return self.block.output_layer_norm(self.block.ffn(found) + found)
 
 
-def choice(name: str) -> Choice:
-    """What a variant is: one of the list, or settings as "start_cosine=0.8,num_clusters=16"."""
-    if name in VARIANTS:
-        return VARIANTS[name]
-    pairs = (each.partition("=") for each in name.split(","))
-    try:
-        return ClusterNSLoss, {key: json.loads(value) for key, _, value in pairs}
-    except ValueError:
-        expected = f"some of {', '.join(VARIANTS)}, or settings as num_clusters=8,bml_beta=0.5"
-        raise SystemExit(f"--variants: expected {expected}, got {name}") from None
+class TokenisedOnce:
+    """A tokenizer that keeps the ids of each text it has seen."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.known = tokenizer, {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __call__(
+        self, texts: list[str], *, max_length: int, padding: bool = False, **_: Any
+    ) -> dict[str, Any]:
+        """Ids and masks, truncated to max_length: tensors padded on the right, or lists as they are."""
+        new = [text for text in dict.fromkeys(texts) if (text, max_length) not in self.known]
+        if new:
+            ids = self.tokenizer(new, truncation=True, max_length=max_length)["input_ids"]
+            self.known.update(zip([(text, max_length) for text in new], ids, strict=True))
+        found = {"input_ids": [self.known[text, max_length] for text in texts]}
+        found["attention_mask"] = [[1] * len(row) for row in found["input_ids"]]
+        if not padding:
+            return found
+        fill = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0}
+        return {
+            name: pad_sequence([*map(torch.tensor, rows)], batch_first=True, padding_value=fill[name])
+            for name, rows in found.items()
+        }
 
 
-def truncated(data: Path, layers: int, folder: Path) -> Path:
-    """The first layers of the shared DistilBERT as a model of its own."""
-    if not (folder / "config.json").is_file():
-        encoder = SentenceEncoder.from_pretrained(
-            data / "models/distilbert-base-cased-gec", pooling="cls", head="none"
-        )
-        blocks = encoder.transformer.transformer.layer
-        encoder.transformer.transformer.layer = blocks[:layers]
-        encoder.transformer.config.n_layers = layers
-        encoder.save(folder)
-    return folder
+class Prepared(NamedTuple):
+    """What every run begins with, and what judges its end."""
+
+    task: Task
+    encoder: SentenceEncoder
+    start: dict[str, Tensor]
+    processes: Processes
+    test: Callable[[Any], dict[str, float]]
+
+
+def prepare(wanted: argparse.Namespace) -> Prepared:
+    """Load everything once."""
+    config, device = configured(wanted, Variant(ClusterNSLoss, {}), 0, Path()), choose_device("auto")
+    test: Callable[[Any], dict[str, float]]
+    if wanted.text in SHORT:
+        name = Path(SHORT[wanted.text]).name
+        judged = load_judged(wanted.data / SHORT[wanted.text], kind="labels")
+        order = torch.randperm(len(judged.texts), generator=torch.Generator().manual_seed(0)).tolist()
+        train, dev, held = (order[i::4] for i in (0, 2, 3))
+        train += order[1::4]
+        parts = [
+            LabelledTexts([judged.texts[i] for i in part], [judged.labels[i] for i in part], judged.classes)
+            for part in (dev, held)
+        ]
+        task = Task([(judged.texts[i],) for i in train], partial(dev_scores, name, parts[0]))
+        test = partial(dev_scores, name, parts[1])
+    else:
+        task = prepare_task(config, lambda _: None)
+        test = lambda encoder: evaluate_sts(encoder, wanted.data / "sts_raw", batch_size=128, progress=False)  # noqa: E731
+    encoder = SentenceEncoder.from_pretrained(wanted.data / MODEL, pooling="cls", head="none")
+    stack = encoder.transformer.transformer
+    stack.layer = stack.layer[: wanted.layers]
+    stack.layer[-1] = OnlyFirst(stack.layer[-1])
+    encoder.transformer.config.n_layers = len(stack.layer)
+    encoder.tokenizer = TokenisedOnce(encoder.tokenizer)
+    encoder.to(device)
+    start = {name: value.clone() for name, value in encoder.state_dict().items()}
+    return Prepared(task, encoder, start, Processes(0, 1, device), test)
+
+
+def configured(wanted: argparse.Namespace, variant: Variant, seed: int, folder: Path) -> TrainConfig:
+    """Settings of one run."""
+    # The fused kernels assign on their own.
+    fused = torch.cuda.is_available() and variant.loss is ClusterNSLoss
+    given = {"model": str(wanted.data / MODEL), "pooling": "cls", "head": "none", "seed": seed, "patience": 0}
+    given |= {"train_file": str(wanted.data / {**TEXTS, **SHORT}[wanted.text]), "report_to": "none"}
+    given |= {"sts_dir": str(wanted.data / "sts_raw")} if wanted.text in TEXTS else {}
+    given |= {"output_dir": str(folder), "num_workers": 0, "log_steps": 10}
+    given |= {"batch_size": wanted.batch, "max_steps": wanted.steps, "eval_steps": wanted.eval_steps}
+    given |= {"learning_rate": wanted.learning_rate, "max_length": wanted.max_length}
+    given |= {"backend": "auto" if fused else "torch"}
+    given |= {"num_clusters": wanted.batch // 2, **PUBLISHED, **variant.settings}
+
+    class Config(TrainConfig):
+        loss_class: ClassVar[type[ClusterNSLoss]] = variant.loss
+
+    return Config.from_settings(given)
+
+
+# --- one run -----------------------------------------------------------------------------------------------
+
+
+class TimeIsUp(Exception):
+    """The budget ended within a run, after so much of it."""
+
+
+class Trial(Run):
+    """The loop of `clusterns train`; its best weights stay in memory, and a deadline ends it."""
+
+    deadline = math.inf  # by time.time()
+    best: dict[str, Tensor]
+
+    def save(self) -> None:
+        """Keep the best weights."""
+        self.best = {name: value.clone() for name, value in self.encoder.state_dict().items()}
+
+    def train_step(self, *, watched: bool) -> dict[str, Tensor]:
+        """See `Run.train_step`."""
+        if time.time() > self.deadline:
+            raise TimeIsUp((self.step - 1) / self.total_steps)
+        return super().train_step(watched=watched)
 
 
 def one_run(
-    loss: type[ClusterNSLoss], settings: dict[str, Any], seed: int, folder: Path, wanted: argparse.Namespace
-) -> None:
-    """Make a run, unless there is its result already or another process is at it.
-
-    Train, score, keep the figures and the log, drop the weights.
-    """
-    file = folder / "result.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(BlockingIOError), holding(folder / ".lock"):
-        if not file.is_file():
-            began = time.perf_counter()
-            result = trained(loss, settings, seed, folder, wanted)
-            if not wanted.search:
-                result["test"] = seven_sets(folder / "model", wanted.data / "sts_raw")
-            result |= {"seconds": round(time.perf_counter() - began, 1), "machine": machine()}
-            shutil.move(folder / "model" / "log.jsonl", folder / "log.jsonl")
-            shutil.rmtree(folder / "model")
-            write_json(file, result)
-    if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))["protocol"]
-        if found != protocol(wanted):
-            raise SystemExit(f"--output: expected runs of {protocol(wanted)}, got {file} of {found}")
+    prepared: Prepared, wanted: argparse.Namespace, variant: Variant, seed: int, folder: Path, deadline: float
+) -> dict[str, Any]:
+    """Train and score; what there is to say of it. The log is in the folder."""
+    began, encoder = time.perf_counter(), prepared.encoder
+    encoder.load_state_dict(prepared.start)
+    config = configured(wanted, variant, seed, folder)
+    set_seed(seed)
+    result: dict[str, Any] = {"protocol": protocol(wanted), "seed": seed}
+    # Without the training's own lines and bars.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        run = Trial(config, folder, prepared.task, encoder, prepared.processes, None)
+        run.deadline = deadline
+        run.begin(None)
+        try:
+            run.loop()
+        except ValueError as error:  # of a rule that trains to no number; the others go on
+            return {**result, "failed": str(error)}
+        finally:
+            run.data.close()
+            run.journal.close()
+            (folder / SUMMARY).unlink()
+    records = run.journal.records
+    started = [r["step"] for r in records if r.get("event") == "clustering starts"]
+    result |= {"dev": next(iter(run.best_scores.values())), "best_step": run.best_step}
+    result |= {"clustering_started": started[0] if started else None}
+    result["last"] = next(record for record in reversed(records) if "loss" in record)
+    if not wanted.search:
+        encoder.load_state_dict(run.best)
+        half = partial(encoder.encode, dtype=run.precision.dtype)  # as in training
+        encoder.__dict__["encode"] = half
+        try:
+            result["test"] = prepared.test(encoder)
+        finally:
+            del encoder.__dict__["encode"]
+    return {**result, "seconds": round(time.perf_counter() - began, 1), "machine": machine()}
 
 
 def protocol(wanted: argparse.Namespace) -> dict[str, Any]:
     """What all runs of one table have in common."""
-    return {name: getattr(wanted, name) for name in "layers batch steps eval_steps learning_rate".split()}
+    return {name: getattr(wanted, name) for name in PROTOCOL}
 
 
 def slug(name: str) -> str:
@@ -147,111 +250,169 @@ def slug(name: str) -> str:
     return re.sub(r"[ ,=]+", "-", name).lower()
 
 
-def trained(
-    loss: type[ClusterNSLoss], settings: dict[str, Any], seed: int, folder: Path, wanted: argparse.Namespace
-) -> dict[str, Any]:
-    """Train into folder/model; what the training says."""
-    # The fused kernels assign on their own.
-    fused = torch.cuda.is_available() and loss is ClusterNSLoss
-    given = {"model": str(wanted.model), "pooling": "cls", "head": "none", "seed": seed, "patience": 0}
-    given |= {"train_file": str(wanted.data / "wiki_sentences.txt"), "sts_dir": str(wanted.data / "sts_raw")}
-    given |= {"output_dir": str(folder / "model"), "overwrite_output_dir": True, "report_to": "none"}
-    given |= {"batch_size": wanted.batch, "max_steps": wanted.steps, "eval_steps": wanted.eval_steps}
-    given |= {"learning_rate": wanted.learning_rate, "backend": "auto" if fused else "torch"}
-    given |= PUBLISHED | settings
-
-    class Config(TrainConfig):
-        loss_class: ClassVar[type[ClusterNSLoss]] = loss
-
-    # Without the training's own lines and bars.
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        scores = train(Config.from_settings(given))
-    log = (folder / "model" / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in log]
-    return {
-        "protocol": protocol(wanted),
-        "settings": settings,
-        "seed": seed,
-        "dev": scores["after"]["spearman"],
-        "dev_before": scores["before"]["spearman"],
-        "clustering_started": next((r["step"] for r in records if r.get("event") == "clustering starts"), ""),
-        "last": next(r for r in reversed(records) if "loss" in r),
-    }
+def planned(wanted: argparse.Namespace) -> Iterator[tuple[int, str, Path]]:
+    """Seed, variant and folder of each run, in order: an interruption leaves whole seeds."""
+    first, count = SEARCH_SEED if wanted.search else 1, wanted.seeds or (MOST_SEEDS if wanted.minutes else 5)
+    for seed, name in itertools.product(range(first, first + count), chosen(wanted.variants)):
+        yield seed, name, folder_of(wanted) / slug(name) / str(seed)
 
 
-def seven_sets(model: Path, sts_dir: Path) -> dict[str, float]:
-    """Spearman × 100 of each test set and their mean; bfloat16 autocast, as in training."""
-    encoder = SentenceEncoder.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
-    encoder.encode = partial(encoder.encode, dtype=torch.bfloat16)
-    return evaluate_sts(encoder, sts_dir, batch_size=128, progress=False)
+def folder_of(wanted: argparse.Namespace) -> Path:
+    """Where the runs are."""
+    return wanted.output / "search" if wanted.search else wanted.output
+
+
+def work(_: int, wanted: argparse.Namespace, deadline: float) -> None:
+    """One of the processes that share the runs out: make those that nobody has made or is at."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // wanted.processes))
+    disable_progress_bar()
+    variants, prepared, longest = chosen(wanted.variants), None, 0.0
+    for seed, name, folder in planned(wanted):
+        file = folder / "result.json"
+        if file.is_file():
+            continue
+        if time.time() + longest > deadline:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(BlockingIOError), holding(folder / ".lock"):
+            if file.is_file():
+                continue
+            prepared = prepared or prepare(wanted)
+            began = time.time()
+            try:
+                result = one_run(prepared, wanted, variants[name], seed, folder, deadline)
+            except TimeIsUp as error:
+                if not longest and error.args[0]:
+                    needed = (time.time() - began) / error.args[0] / 60
+                    raise SystemExit(
+                        f"--minutes: expected at least {math.ceil(needed) + 1} for one such run here, "
+                        f"got {wanted.minutes:g}"
+                    ) from None
+                tqdm.write(f"the time is up within {name}, seed {seed}, which is not kept", sys.stderr)
+                return
+            write_json(file, result)
+            longest = max(longest, 1.05 * (time.time() - began))
 
 
 # --- table and figure --------------------------------------------------------------------------------------
 
 
-def runs_in(folder: Path, names: list[str]) -> pandas.DataFrame:
-    """A row a run, by variant and then by seed; those that another process made meanwhile, too."""
-    rows: list[dict[str, Any]] = []
-    for name in names:
-        runs = [json.loads(file.read_text("utf-8")) for file in (folder / slug(name)).glob("*/result.json")]
-        runs.sort(key=lambda run: run["seed"])
-        rows += [{"variant": name, **run.pop("machine"), **run.pop("test", {}), **run} for run in runs]
-    return pandas.DataFrame(rows)
+def results_of(wanted: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Runs there are, by variant and then by seed; those of other settings are refused with one line."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in chosen(wanted.variants):
+        files = (folder_of(wanted) / slug(name)).glob("*/result.json")
+        runs = [(file, json.loads(file.read_text(encoding="utf-8"))) for file in files]
+        for file, run in runs:
+            if run["protocol"] != protocol(wanted):
+                raise SystemExit(
+                    f"--output: expected runs of {protocol(wanted)}, got {file} of {run['protocol']}"
+                )
+        if runs:
+            found[name] = sorted((run for _, run in runs), key=lambda run: run["seed"])
+    return found
 
 
-def write_tables(runs: pandas.DataFrame, wanted: argparse.Namespace) -> None:
+def write_tables(found: dict[str, list[dict[str, Any]]], wanted: argparse.Namespace) -> None:
     """CSV of the runs, Markdown and figure of what there is so far; the first variant is the baseline."""
-    columns = ["variant", "seed", "dev", *SEVEN, "avg", "clustering_started", "seconds", "commit", "cpu"]
-    columns = [name for name in columns if name in runs]
-    write(wanted.table.with_suffix(".csv"), runs.to_csv(columns=columns, index=False))
-    groups = {variant: rows.set_index("seed") for variant, rows in runs.groupby("variant", sort=False)}
+    good = {name: [run for run in runs if "failed" not in run] for name, runs in found.items()}
+    failed = [(name, run) for name, runs in found.items() for run in runs if "failed" in run]
+    rows = [
+        {"variant": name, **run["last"], **run["machine"], **run.get("test", {}), **run}
+        for name, runs in good.items()
+        for run in runs
+    ]
+    if not rows:
+        return
+    table = pandas.DataFrame(rows)
+    tests = list(dict.fromkeys(key for row in rows for key in row.get("test", {})))
+    columns = ["variant", "seed", "dev", *tests, "best_step", "clustering_started", "nearest_cosine"]
+    columns += ["hard_negative_cosine", "centroids_cosine", "mean_cosine", "empty_clusters", "with_mates"]
+    columns += ["seconds", "commit", "cpu", "gpu"]
+    columns = [name for name in columns if name in table]
+    path = wanted.output / ("search" if wanted.search else "comparison")
+    write(path.with_suffix(".csv"), table.to_csv(columns=columns, index=False, float_format="%.6g"))
+    titles = STS_TITLES if wanted.text in TEXTS else SHORT_TITLES
+    groups = {variant: rows.set_index("seed") for variant, rows in table.groupby("variant", sort=False)}
     metrics = {
         title: metric({variant: rows[name].to_dict() for variant, rows in groups.items()})
-        for name, title in TITLES.items()
-        if name in runs
+        for name, title in titles.items()
+        if name in table
     }
     seeds = {variant: dict.fromkeys(rows.index) for variant, rows in groups.items()}
     lines = [report({"groups": seeds, "metrics": metrics, "differing": {}, "never_clustered": {}}), ""]
+    lines += [f"{name}, seed {run['seed']}, has no figures: {run['failed']}\n" for name, run in failed]
     lines += ["This table was written by (commits of the runs: in the CSV)", "", "```json"]
-    origin = json.dumps(protocol(wanted) | machine())
-    write(wanted.table.with_suffix(".md"), "\n".join([*lines, origin, "```", ""]))
-    with replacing(wanted.table.with_suffix(".png")) as temporary:
+    write(path.with_suffix(".md"), "\n".join([*lines, json.dumps(protocol(wanted) | machine()), "```", ""]))
+    with replacing(path.with_suffix(".png")) as temporary:
         draw_groups(metrics, temporary)
 
 
 # --- as a script -------------------------------------------------------------------------------------------
 
 
+def checked(wanted: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse with one line what no run can begin with."""
+    chosen(wanted.variants)
+    needed = [f"{MODEL}/config.json", {**TEXTS, **SHORT}[wanted.text]]
+    needed += ["sts_raw/STS"] if wanted.text in TEXTS else []
+    for name in needed:
+        if not (wanted.data / name).exists():
+            parser.error(f"--data: expected a folder with {name}, got {wanted.data}")
+    layers = json.loads((wanted.data / MODEL / "config.json").read_text(encoding="utf-8"))["n_layers"]
+    for name, most in (("layers", layers), ("processes", math.inf), ("seeds", MOST_SEEDS)):
+        if (given := getattr(wanted, name)) is not None and not 1 <= given <= most:
+            parser.error(
+                f"--{name}: expected 1{f' to {most}' if most < math.inf else ' or more'}, got {given}"
+            )
+    if wanted.minutes is not None and not wanted.minutes > 0:
+        parser.error(f"--minutes: expected a number above 0, got {wanted.minutes:g}")
+
+
 def main() -> int:
-    """Run what is missing, seed after seed so that an interruption leaves whole seeds; tables after each."""
+    """Share out what is missing; tables after each run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with models, sentences, sts_raw")
+    parser.add_argument("--data", type=Path, required=True, help="folder with models, texts and judged sets")
     parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
-    parser.add_argument("--search", action="store_true")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--variants", nargs="*", help="by name or by settings, default all that have names")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--eval-steps", type=int, default=20)
+    parser.add_argument("--text", choices=[*TEXTS, *SHORT], default="wiki", help="what is trained on")
+    parser.add_argument("--search", action="store_true", help="by dev alone, with seeds of its own")
+    parser.add_argument("--minutes", type=float, help="begin no run that would end later")
+    parser.add_argument("--seeds", type=int, help="default 5, or as many as --minutes allow")
+    parser.add_argument(
+        "--variants", nargs="+", default=["parts"], help=f"names, with settings, or {', '.join(GROUPS)}"
+    )
+    on_gpu = torch.cuda.is_available()
+    cores = os.cpu_count() or 1
+    parser.add_argument(
+        "--processes", type=int, default=max(1, min(4, cores // 2)) if on_gpu else cores, help="side by side"
+    )
+    parser.add_argument("--layers", type=int, default=6 if on_gpu else 2)
+    parser.add_argument("--batch", type=int, default=256 if on_gpu else 64)
+    parser.add_argument("--steps", type=int, default=500 if on_gpu else 60)
+    parser.add_argument("--eval-steps", type=int, default=125 if on_gpu else 20)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--max-length", type=int, default=32)
     wanted = parser.parse_args()
-    if not (wanted.data / "wiki_sentences.txt").is_file():
-        parser.error(f"--data: expected a folder with wiki_sentences.txt, got {wanted.data}")
-    choices = {name: choice(name) for name in wanted.variants or VARIANTS}
+    checked(wanted, parser)
+    deadline = time.time() + 60 * (wanted.minutes or math.inf)
+    found = results_of(wanted)
     wanted.output.mkdir(parents=True, exist_ok=True)
-    wanted.model = truncated(wanted.data, wanted.layers, wanted.output / f"start-{wanted.layers}")
-    wanted.table = wanted.output / ("search" if wanted.search else "comparison")
-    folder = wanted.output / "search" if wanted.search else wanted.output
-    first = SEARCH_SEED if wanted.search else 1
-    with tqdm(list(itertools.product(range(first, first + wanted.seeds), choices)), unit="run") as bar:
-        for seed, name in bar:
-            bar.set_postfix_str(f"{name}, seed {seed}")
-            one_run(*choices[name], seed, folder / slug(name) / str(seed), wanted)
-            if not (runs := runs_in(folder, list(choices))).empty:
-                write_tables(runs, wanted)
-    if not runs.empty:
-        print(wanted.table.with_suffix(".md").read_text(encoding="utf-8"))
+    total, ended = len(list(planned(wanted))) if wanted.seeds or not wanted.minutes else None, False
+    context = torch.multiprocessing.spawn(work, (wanted, deadline), nprocs=wanted.processes, join=False)
+    with tqdm(total=total, unit="run") as bar:
+        while not ended:
+            try:
+                ended = context.join(timeout=1)
+            except torch.multiprocessing.ProcessExitedException:  # it has said why
+                return 1
+            count, found = bar.n, results_of(wanted)
+            bar.update(sum(map(len, found.values())) - count)
+            if bar.n > count:
+                write_tables(found, wanted)
+    path = wanted.output / ("search.md" if wanted.search else "comparison.md")
+    if not found:
+        return 1
+    print(path.read_text(encoding="utf-8"))
     return 0
 
 

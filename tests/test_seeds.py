@@ -9,11 +9,12 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp, ttest_rel
 
 from clusterns.cli import main
-from clusterns.compare import compare
+from clusterns.compare import compare, detectable, metric, report
 from clusterns.training import seeds
 from clusterns.training.arguments import read_config, show_config
 from clusterns.training.config import TrainConfig, to_dict
@@ -56,9 +57,34 @@ def test_comparison(groups, capsys):
     assert difference["seeds"] == [1, 2, 3]
     assert difference["p_value"] == pytest.approx(expected.pvalue)
     assert (difference["low"], difference["high"]) == pytest.approx((interval.low, interval.high))
+    assert difference["detectable"] == pytest.approx(detectable(difference["std"], 3))
     assert metric["groups"]["b"]["seeds"]["9"] == 60.0
     assert results["differing"] == {"--learning-rate": {"a": 5e-5, "b": 1e-4}}
     assert files["png"].stat().st_size > 5000
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 20])
+def test_what_is_detectable_is_found_by_four_experiments_of_five(count):
+    drawn = np.random.default_rng(0).normal(detectable(2.0, count), 2.0, (20_000, count))
+    assert (ttest_1samp(drawn, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.02)
+
+
+def test_p_values_are_corrected_for_all_groups():
+    noise = {seed: (seed * 7 % 5) / 10 for seed in range(6)}
+    groups = {"first": dict.fromkeys(noise, 0.0)}
+    for name, shift in (("one", 0.5), ("two", 0.05), ("three", 0.2), ("same", None)):
+        groups[name] = {seed: 0.0 if shift is None else value - 0.2 + shift for seed, value in noise.items()}
+    found = {each["second"]: each for each in metric(groups)["differences"]}
+    one, two, three = (found[name]["p_value"] for name in ("one", "two", "three"))
+    assert one < three < two
+    # Holm: the least times as many as there are, and none below one before it.
+    expected = [3 * one, max(3 * one, 2 * three), max(3 * one, 2 * three, two)]
+    assert [found[name]["p_holm"] for name in ("one", "three", "two")] == pytest.approx(expected)
+    assert found["same"]["p_value"] is None
+    text = report(
+        {"groups": groups, "metrics": {"dev": metric(groups)}, "differing": {}, "never_clustered": {}}
+    )
+    assert "p (Holm)" in text
 
 
 def test_runs_named_one_by_one_and_one_seed(groups):

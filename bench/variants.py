@@ -1,0 +1,309 @@
+"""What bench/ablations.py compares: settings of the loss, and rules as a few lines over its public functions.
+
+A rule stands here, and not in the library, until one wins against SimCSE on fresh seeds, on dev and on test.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clusterns import ClusterNSLoss, cosine_similarity_matrix, info_nce
+from clusterns.objective.problem import Clusters
+from clusterns.reference import unit
+from clusterns.rules import Decision, GuidedMargin, Pairs
+
+
+class Variant(NamedTuple):
+    """A loss, and settings of `clusterns train` over those that all variants share."""
+
+    loss: type[ClusterNSLoss]
+    settings: dict[str, Any]
+
+
+# --- other clusters, other hard negatives ------------------------------------------------------------------
+
+
+class NearestAsHardNegative(ClusterNSLoss):
+    """The nearest centroid is the hard negative, not the runner-up."""
+
+    def assign(self, points: Tensor, **options: Any) -> Clusters:
+        """See `OnlineKMeans.assign`."""
+        found = super().assign(points, **options)
+        return found._replace(hard_ids=found.ids, runner_up_cosine=found.nearest_cosine)
+
+
+class RandomHardNegative(ClusterNSLoss):
+    """Any other centroid than the nearest is the hard negative."""
+
+    def assign(self, points: Tensor, **options: Any) -> Clusters:
+        """See `OnlineKMeans.assign`."""
+        found = super().assign(points, **options)
+        step = torch.randint_like(found.ids, 1, self.num_clusters)
+        return found._replace(hard_ids=(found.ids + step) % self.num_clusters)
+
+
+class RandomClusters(RandomHardNegative):
+    """Sentences belong to clusters at random, and any other centroid is their hard negative."""
+
+    def assign(self, points: Tensor, **options: Any) -> Clusters:
+        """See `OnlineKMeans.assign`."""
+        found = ClusterNSLoss.assign(self, points, **options)
+        ids = torch.randint_like(found.ids, self.num_clusters)
+        step = torch.randint_like(ids, 1, self.num_clusters)
+        return found._replace(ids=ids, hard_ids=(ids + step) % self.num_clusters)
+
+
+class MeanAsHardNegative(ClusterNSLoss):
+    """The mean of the batch, as often as it has sentences: what all centroids have in common, no clusters."""
+
+    def forward(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
+        """See `ClusterNSLoss.forward`."""
+        mean = positives.detach().mean(dim=0).expand_as(positives)
+        return super().forward(
+            anchors, positives, mean if negatives is None else torch.cat([negatives, mean])
+        )
+
+
+class GaussianNegatives(ClusterNSLoss):
+    """As many random directions as sentences are negatives too (Wu et al., COLING 2022, GS-InfoNCE)."""
+
+    def forward(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
+        """See `ClusterNSLoss.forward`."""
+        noise = torch.randn_like(anchors)
+        return super().forward(
+            anchors, positives, noise if negatives is None else torch.cat([negatives, noise])
+        )
+
+
+def close_mates_out(pairs: Pairs) -> Decision:
+    """Only cluster-mates of a cosine above 0.5 are false negatives, and leave the denominator."""
+    return Decision(out=pairs.same_cluster & (pairs.cosines > 0.5))
+
+
+def close_mates_held(pairs: Pairs) -> Decision:
+    """Only cluster-mates of a cosine above 0.5 are false negatives, and the margin loss holds them."""
+    return Decision(held=pairs.same_cluster & (pairs.cosines > 0.5))
+
+
+# --- other terms of the loss -------------------------------------------------------------------------------
+
+
+class AngularMargin(ClusterNSLoss):
+    """The positive's angle counts as 10 degrees wider (Zhang et al., ACL 2022, ArcCSE)."""
+
+    margin = math.radians(10)
+
+    def forward(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
+        """See `ClusterNSLoss.forward`."""
+        super().forward(anchors, positives, negatives)
+        others = positives if negatives is None else torch.cat([positives, negatives])
+        cosines = cosine_similarity_matrix(anchors, others)
+        own = cosines.diagonal().clamp(-1 + 1e-6, 1 - 1e-6)
+        logits = cosines.diagonal_scatter((own.acos() + self.margin).cos()) / self.temperature
+        loss = F.cross_entropy(logits, torch.arange(len(anchors), device=anchors.device))
+        self.last["loss"] = loss.detach()
+        return loss
+
+
+class OverDimensions(ClusterNSLoss):
+    """A second InfoNCE, whose rows are the dimensions of the batch (Xu et al., EMNLP 2023, SimCSE++)."""
+
+    weight, dimensions_temperature = 0.1, 0.5
+
+    def forward(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
+        """See `ClusterNSLoss.forward`."""
+        loss = super().forward(anchors, positives, negatives)
+        across = (anchors.T.contiguous(), positives.T.contiguous())
+        loss = loss + self.weight * info_nce(
+            *across, temperature=self.dimensions_temperature, backend="torch"
+        )
+        self.last["loss"] = loss.detach()
+        return loss
+
+
+class RankConsistency(ClusterNSLoss):
+    """Both views rank the others alike: their softmax rows' divergence (Liu et al., ACL 2023, RankCSE)."""
+
+    def forward(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
+        """See `ClusterNSLoss.forward`."""
+        loss = super().forward(anchors, positives, negatives)
+        logits = cosine_similarity_matrix(anchors, positives, self.temperature)
+        views = [side.log_softmax(dim=1) for side in (logits, logits.T)]
+        middle = torch.logaddexp(*views) - math.log(2)
+        divergence = sum(F.kl_div(middle, view, reduction="batchmean", log_target=True) for view in views)
+        loss = loss + divergence / 2
+        self.last["loss"] = loss.detach()
+        return loss
+
+
+# --- where the spread over seeds comes from ----------------------------------------------------------------
+
+
+class OwnStream(ClusterNSLoss):
+    """The first pick takes nothing from the stream of the dropout masks, which is then that of SimCSE."""
+
+    picks_from: int | None = None  # else the seed of the run
+
+    def seed(self, anchors: Tensor, positives: Tensor, **options: Any) -> Tensor:
+        """See `OnlineKMeans.seed`."""
+        if self.picks_from is not None:
+            options["generator"] = torch.Generator().manual_seed(self.picks_from)
+        with torch.random.fork_rng([]):
+            return super().seed(anchors, positives, **options)
+
+
+class FirstPick1(OwnStream):
+    """The first pick is the same whatever the seed of the run, and others in `FirstPick2` and on."""
+
+    picks_from = 1
+
+
+class FirstPick2(OwnStream):
+    """See `FirstPick1`."""
+
+    picks_from = 2
+
+
+class FirstPick3(OwnStream):
+    """See `FirstPick1`."""
+
+    picks_from = 3
+
+
+class FirstPick4(OwnStream):
+    """See `FirstPick1`."""
+
+    picks_from = 4
+
+
+class CentralPick(ClusterNSLoss):
+    """The chain begins at the sentence nearest to the mean of the batch, so nothing of it is random."""
+
+    def seed(self, anchors: Tensor, positives: Tensor, **_: Any) -> Tensor:
+        """See `OnlineKMeans.seed`."""
+        mean = unit(anchors.detach().float()).mean(dim=0, keepdim=True)
+        first = int(cosine_similarity_matrix(anchors.detach().float(), mean).argmax())
+        return super().seed(anchors, positives, first=first)
+
+
+class BestChain(ClusterNSLoss):
+    """Of the chains from eight first picks, the one whose centroids are least alike."""
+
+    chains = 8
+
+    def seed(self, anchors: Tensor, positives: Tensor, **_: Any) -> Tensor:
+        """See `OnlineKMeans.seed`."""
+        first = range(0, len(anchors), max(1, len(anchors) // self.chains))
+        found = [(super(BestChain, self).seed(anchors, positives, first=f), f) for f in first]
+
+        def likeness(picks: Tensor) -> float:
+            rows = anchors.detach()[picks].float()
+            return float(cosine_similarity_matrix(rows, rows).mean())
+
+        best = min(found, key=lambda each: likeness(each[0]))[1]
+        return super().seed(anchors, positives, first=best)
+
+
+class BufferedSeeds(CentralPick):
+    """The chain runs over the last four batches, each by the encoder of its step."""
+
+    batches = 4
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.held: collections.deque[tuple[Tensor, Tensor]] = collections.deque(maxlen=self.batches)
+
+    def forward(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
+        """See `ClusterNSLoss.forward`."""
+        if self.training and not self.clustering_active:
+            self.held.append((anchors.detach(), positives.detach()))
+        return super().forward(anchors, positives, negatives)
+
+    def seed(self, anchors: Tensor, positives: Tensor, **options: Any) -> Tensor:
+        """See `OnlineKMeans.seed`."""
+        return super().seed(*(torch.cat(side) for side in zip(*self.held, strict=True)), **options)
+
+
+class SeededAnew(ClusterNSLoss):
+    """Every step takes its centroids from the batch before, so none is stale."""
+
+    def forward(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
+        """See `ClusterNSLoss.forward`."""
+        loss, was_active = super().forward(anchors, positives, negatives), self.clustering_active
+        if self.training and was_active:
+            with torch.random.fork_rng([]):
+                self.seed(anchors, positives)
+        return loss
+
+
+# --- all of them -------------------------------------------------------------------------------------------
+
+# The published BERT-base row but for K, which is a half of the published batch and so of ours.
+PUBLISHED: dict[str, Any] = {"bml_weight": 1e-3, "bml_alpha": 0.0, "bml_beta": 0.3}
+SIMCSE: dict[str, Any] = {"num_clusters": 0}
+EARLY: dict[str, Any] = {"start_cosine": 0.9, "num_clusters": 8}
+GROUPS: dict[str, dict[str, Variant]] = {
+    # The paper's own ablations.
+    "parts": {
+        "SimCSE": Variant(ClusterNSLoss, SIMCSE),
+        "ClusterNS": Variant(ClusterNSLoss, {}),
+        "random clusters": Variant(RandomClusters, {}),
+        "no BML": Variant(ClusterNSLoss, {"bml_weight": 0.0}),
+        "no hard negatives": Variant(ClusterNSLoss, {"hard_negatives": False}),
+        "nearest centroid": Variant(NearestAsHardNegative, {}),
+        "random centroid": Variant(RandomHardNegative, {}),
+        "exclude": Variant(ClusterNSLoss, {"false_negatives": "exclude"}),
+    },
+    "rules": {
+        "early start": Variant(ClusterNSLoss, EARLY),
+        "mean update": Variant(ClusterNSLoss, {"centroid_update": "mean", "centroid_momentum": 0.1}),
+        "close mates out": Variant(ClusterNSLoss, {"false_negatives": close_mates_out}),
+        "close mates held": Variant(ClusterNSLoss, {"false_negatives": close_mates_held}),
+        "guided margin": Variant(ClusterNSLoss, {"false_negatives": GuidedMargin(-0.1)}),
+        "seeded anew": Variant(SeededAnew, {}),
+        "batch mean": Variant(MeanAsHardNegative, SIMCSE),
+        "Gaussian negatives": Variant(GaussianNegatives, SIMCSE),
+        "angular margin": Variant(AngularMargin, SIMCSE),
+        "over dimensions": Variant(OverDimensions, SIMCSE),
+        "rank consistency": Variant(RankConsistency, SIMCSE),
+    },
+    "spread": {
+        "own stream": Variant(OwnStream, {}),
+        "first pick 1": Variant(FirstPick1, {}),
+        "first pick 2": Variant(FirstPick2, {}),
+        "first pick 3": Variant(FirstPick3, {}),
+        "first pick 4": Variant(FirstPick4, {}),
+        "central pick": Variant(CentralPick, {}),
+        "best chain": Variant(BestChain, {}),
+        "buffered seeds": Variant(BufferedSeeds, {}),
+    },
+}
+VARIANTS = {name: variant for group in GROUPS.values() for name, variant in group.items()}
+
+
+def chosen(names: list[str]) -> dict[str, Variant]:
+    """Variants by their name, that of a group, or settings as "ClusterNS,start_cosine=0.8,num_clusters=16".
+
+    Raises SystemExit with one line for what is none of these.
+    """
+    found: dict[str, Variant] = {}
+    for name in names:
+        if name in GROUPS:
+            found |= GROUPS[name]
+            continue
+        base, *pairs = name.split(",")
+        try:
+            settings = {key: json.loads(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+            loss, given = VARIANTS[base]
+        except (ValueError, KeyError):
+            expected = f"some of {', '.join([*GROUPS, *VARIANTS])}, with settings as ClusterNS,bml_beta=0.5"
+            raise SystemExit(f"--variants: expected {expected}, got {name}") from None
+        found[name] = Variant(loss, {**given, **settings})
+    return found
