@@ -27,14 +27,14 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import pandas  # comes with datasets
 import torch
 import torch.nn.functional as F
-from report import machine, write, write_json
+from report import machine, write, write_csv, write_json
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -65,6 +65,8 @@ TEXTS = {"wiki": "wiki_sentences.txt", "snli": "snli_triplets.csv"}
 SHORT = {name: f"clustering/{name}.tsv" for name in ("AgNews", "SearchSnippets", "StackOverflow")}
 STS_TITLES = {"dev": "STS-B dev", "avg": "seven test sets, mean"}
 SHORT_TITLES = {"dev": "dev accuracy", "accuracy": "test accuracy"}
+COLUMNS = """best_step clustering_started mean_cosine nearest_cosine hard_negative_cosine centroids_cosine
+    empty_clusters with_mates seconds commit cpu gpu""".split()
 PROTOCOL = "text layers batch steps eval_steps learning_rate max_length".split()
 
 
@@ -125,6 +127,7 @@ class Prepared(NamedTuple):
     task: Task
     encoder: SentenceEncoder
     start: dict[str, Tensor]
+    at_start: dict[str, float]  # what dev says of it
     processes: Processes
     test: Callable[[Any], dict[str, float]]
 
@@ -156,7 +159,7 @@ def prepare(wanted: argparse.Namespace) -> Prepared:
     encoder.tokenizer = TokenisedOnce(encoder.tokenizer)
     encoder.to(device)
     start = {name: value.clone() for name, value in encoder.state_dict().items()}
-    return Prepared(task, encoder, start, Processes(0, 1, device), test)
+    return Prepared(task, encoder, start, task.dev(encoder), Processes(0, 1, device), test)
 
 
 def configured(wanted: argparse.Namespace, variant: Variant, seed: int, folder: Path) -> TrainConfig:
@@ -186,10 +189,25 @@ class TimeIsUp(Exception):
 
 
 class Trial(Run):
-    """The loop of `clusterns train`; its best weights stay in memory, and a deadline ends it."""
+    """The loop of `clusterns train`; its best weights stay in memory, and a deadline ends it.
+
+    What the loss draws at random is not taken from the stream of the encoder's dropout masks: all variants
+    have those of their seed, and differ by what the loss does alone.
+    """
 
     deadline = math.inf  # by time.time()
     best: dict[str, Tensor]
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        forward, devices = self.loss_fn.forward, [self.device] if self.device.type == "cuda" else []
+
+        def forked(*views: Tensor) -> Tensor:
+            with torch.random.fork_rng(devices):
+                return forward(*views)
+
+        if getattr(self.loss_fn, "shares_masks", True):
+            self.loss_fn.__dict__["forward"] = forked
 
     def save(self) -> None:
         """Keep the best weights."""
@@ -197,7 +215,7 @@ class Trial(Run):
 
     def train_step(self, *, watched: bool) -> dict[str, Tensor]:
         """See `Run.train_step`."""
-        if time.time() > self.deadline:
+        if time.time() > self.deadline and self.step > 1:  # of one step it is known what a run takes
             raise TimeIsUp((self.step - 1) / self.total_steps)
         return super().train_step(watched=watched)
 
@@ -210,10 +228,12 @@ def one_run(
     encoder.load_state_dict(prepared.start)
     config = configured(wanted, variant, seed, folder)
     set_seed(seed)
+    known = iter([prepared.at_start])
+    task = replace(prepared.task, dev=lambda encoder: next(known, None) or prepared.task.dev(encoder))
     result: dict[str, Any] = {"protocol": protocol(wanted), "seed": seed}
     # Without the training's own lines and bars.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        run = Trial(config, folder, prepared.task, encoder, prepared.processes, None)
+        run = Trial(config, folder, task, encoder, prepared.processes, None)
         run.deadline = deadline
         run.begin(None)
         try:
@@ -271,7 +291,7 @@ def work(_: int, wanted: argparse.Namespace, deadline: float) -> None:
         file = folder / "result.json"
         if file.is_file():
             continue
-        if time.time() + longest > deadline:
+        if longest and time.time() + longest > deadline:
             return
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(BlockingIOError), holding(folder / ".lock"):
@@ -282,7 +302,7 @@ def work(_: int, wanted: argparse.Namespace, deadline: float) -> None:
             try:
                 result = one_run(prepared, wanted, variants[name], seed, folder, deadline)
             except TimeIsUp as error:
-                if not longest and error.args[0]:
+                if not longest:
                     needed = (time.time() - began) / error.args[0] / 60
                     raise SystemExit(
                         f"--minutes: expected at least {math.ceil(needed) + 1} for one such run here, "
@@ -315,33 +335,31 @@ def results_of(wanted: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
 def write_tables(found: dict[str, list[dict[str, Any]]], wanted: argparse.Namespace) -> None:
     """CSV of the runs, Markdown and figure of what there is so far; the first variant is the baseline."""
-    good = {name: [run for run in runs if "failed" not in run] for name, runs in found.items()}
-    failed = [(name, run) for name, runs in found.items() for run in runs if "failed" in run]
     rows = [
         {"variant": name, **run["last"], **run["machine"], **run.get("test", {}), **run}
-        for name, runs in good.items()
+        for name, runs in found.items()
         for run in runs
+        if "failed" not in run
     ]
     if not rows:
         return
-    table = pandas.DataFrame(rows)
-    tests = list(dict.fromkeys(key for row in rows for key in row.get("test", {})))
-    columns = ["variant", "seed", "dev", *tests, "best_step", "clustering_started", "nearest_cosine"]
-    columns += ["hard_negative_cosine", "centroids_cosine", "mean_cosine", "empty_clusters", "with_mates"]
-    columns += ["seconds", "commit", "cpu", "gpu"]
-    columns = [name for name in columns if name in table]
     path = wanted.output / ("search" if wanted.search else "comparison")
-    write(path.with_suffix(".csv"), table.to_csv(columns=columns, index=False, float_format="%.6g"))
-    titles = STS_TITLES if wanted.text in TEXTS else SHORT_TITLES
-    groups = {variant: rows.set_index("seed") for variant, rows in table.groupby("variant", sort=False)}
+    tests = list(dict.fromkeys(key for row in rows for key in row.get("test", {})))
+    write_csv(path.with_suffix(".csv"), ["variant", "seed", "dev", *tests, *COLUMNS], rows)
+    names = list(dict.fromkeys(row["variant"] for row in rows))
     metrics = {
-        title: metric({variant: rows[name].to_dict() for variant, rows in groups.items()})
-        for name, title in titles.items()
-        if name in table
+        title: metric({n: {row["seed"]: row[key] for row in rows if row["variant"] == n} for n in names})
+        for key, title in (STS_TITLES if wanted.text in TEXTS else SHORT_TITLES).items()
+        if key in rows[0]
     }
-    seeds = {variant: dict.fromkeys(rows.index) for variant, rows in groups.items()}
+    seeds = {n: of["seeds"] for n, of in next(iter(metrics.values()))["groups"].items()}
     lines = [report({"groups": seeds, "metrics": metrics, "differing": {}, "never_clustered": {}}), ""]
-    lines += [f"{name}, seed {run['seed']}, has no figures: {run['failed']}\n" for name, run in failed]
+    lines += [
+        f"{name}, seed {run['seed']}, has no figures: {run['failed']}\n"
+        for name, runs in found.items()
+        for run in runs
+        if "failed" in run
+    ]
     lines += ["This table was written by (commits of the runs: in the CSV)", "", "```json"]
     write(path.with_suffix(".md"), "\n".join([*lines, json.dumps(protocol(wanted) | machine()), "```", ""]))
     with replacing(path.with_suffix(".png")) as temporary:

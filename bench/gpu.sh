@@ -2,7 +2,8 @@
 # Tests and benchmarks of the GPU path in one call, with no network: bash bench/gpu.sh
 #   OUT                folder for the log and the JSON files (default bench/results/gpu)
 #   CLUSTERNS_SECONDS  time for everything (default 540); a stage gets an equal part of what is left
-#   CLUSTERNS_STAGES   some of "tests step large exactness training" (default the first three)
+#   CLUSTERNS_STAGES   some of "tests step large exactness training ablations" (default the first three)
+#   CLUSTERNS_DATA     the folder of the ablations (default .gpu/data.tar.xz, unpacked)
 #   CLUSTERNS_COMMIT   the commit, where the tree is a copy without .git
 #   PYTHON             the interpreter that has torch (default python3)
 # Killed at any moment it leaves every row measured so far, and the log. Status 1: a test or a row of ours
@@ -14,8 +15,8 @@ cd "$(dirname "$0")/.." || exit 2
 total=${CLUSTERNS_SECONDS:-540}
 read -ra stages <<<"${CLUSTERNS_STAGES:-tests step large}"
 for stage in "${stages[@]}"; do
-    [[ " tests step large exactness training " == *" $stage "* ]] && continue
-    echo "CLUSTERNS_STAGES: expected some of 'tests step large exactness training', got $stage" >&2 && exit 2
+    [[ " tests step large exactness training ablations " == *" $stage "* ]] && continue
+    echo "CLUSTERNS_STAGES: expected some of 'tests step large exactness training ablations', got $stage" >&2 && exit 2
 done
 device=$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")') || exit 2
 out=${OUT:-$([[ $device == cuda ]] && echo bench/results/gpu || echo runs/gpu-machinery)}
@@ -36,7 +37,7 @@ measure() { # the stage's command, which ends by itself, or is interrupted and r
 }
 
 main() {
-    local stage seconds status=0 left=${#stages[@]} workers parallel=() tiny=() sizes
+    local stage seconds status=0 left=${#stages[@]} workers parallel=() tiny=() sizes data
     [[ $device == cuda ]] || tiny=(--batch 16 32 --dim 64 --clusters 8 --layers 1 --steps 6 --rounds 1)
     "$python" -P - <<'PY' || return 2
 import json, os, pathlib, shutil, sys, sysconfig
@@ -63,6 +64,17 @@ PY
         local budget=(--device "$device" --output "$out" --seconds "$((seconds - 30))")
         case $stage in
             tests) measure -P -m pytest -p no:cacheprovider -vv -ra "${parallel[@]}" "${gpu_tests[@]}" ;;
+            ablations)
+                sizes=() data=${CLUSTERNS_DATA:-runs/gpu-data}
+                [[ -d $data ]] || { mkdir -p "$data" && tar xJf .gpu/data.tar.xz -C "$data"; }
+                [[ $device == cuda ]] ||
+                    sizes=(--layers 1 --batch 16 --steps 2 --eval-steps 2 --seeds 1 --variants SimCSE ClusterNS)
+                # $OUT takes few files: the runs come back as one
+                measure bench/ablations.py --data "$data" --output runs/gpu-ablations \
+                    --minutes "$(awk "BEGIN { print ($seconds - 30) / 60 }")" "${sizes[@]}"
+                cp runs/gpu-ablations/comparison.* "$out"
+                tar czf "$out/gpu-ablations.tar.gz" -C runs gpu-ablations
+                ;;
             *)
                 sizes=() # each question's own, but:
                 [[ $stage == exactness ]] && sizes=(--batch 64 300 1024 4096 16384 65536)

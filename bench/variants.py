@@ -17,7 +17,7 @@ from torch import Tensor
 from clusterns import ClusterNSLoss, cosine_similarity_matrix, info_nce
 from clusterns.objective.problem import Clusters
 from clusterns.reference import unit
-from clusterns.rules import Decision, GuidedMargin, Pairs
+from clusterns.rules import Decision, GuidedMargin, Pairs, Rule
 
 
 class Variant(NamedTuple):
@@ -92,6 +92,16 @@ def close_mates_held(pairs: Pairs) -> Decision:
     return Decision(held=pairs.same_cluster & (pairs.cosines > 0.5))
 
 
+def with_rule(rule: Rule) -> type[ClusterNSLoss]:
+    """A loss with a rule of one's own, which the settings of `clusterns train` have no word for."""
+
+    class WithRule(ClusterNSLoss):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **{**settings, "false_negatives": rule})
+
+    return WithRule
+
+
 # --- other terms of the loss -------------------------------------------------------------------------------
 
 
@@ -146,41 +156,25 @@ class RankConsistency(ClusterNSLoss):
 # --- where the spread over seeds comes from ----------------------------------------------------------------
 
 
-class OwnStream(ClusterNSLoss):
-    """The first pick takes nothing from the stream of the dropout masks, which is then that of SimCSE."""
+class OtherMasks(ClusterNSLoss):
+    """Draws a number at every step, so that the encoder's dropout masks are others than those of the seed."""
 
-    picks_from: int | None = None  # else the seed of the run
+    shares_masks = False  # see bench/ablations.py
 
-    def seed(self, anchors: Tensor, positives: Tensor, **options: Any) -> Tensor:
-        """See `OnlineKMeans.seed`."""
-        if self.picks_from is not None:
-            options["generator"] = torch.Generator().manual_seed(self.picks_from)
-        with torch.random.fork_rng([]):
-            return super().seed(anchors, positives, **options)
+    def forward(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
+        """See `ClusterNSLoss.forward`."""
+        torch.rand(1, device=anchors.device)
+        return super().forward(anchors, positives, negatives)
 
 
-class FirstPick1(OwnStream):
-    """The first pick is the same whatever the seed of the run, and others in `FirstPick2` and on."""
+def first_pick(number: int) -> type[ClusterNSLoss]:
+    """A loss whose chain begins at another sentence for each number, and is otherwise the same."""
 
-    picks_from = 1
+    class FirstPick(ClusterNSLoss):
+        def seed(self, anchors: Tensor, positives: Tensor, **_: Any) -> Tensor:
+            return super().seed(anchors, positives, first=number * len(anchors) // 4 % len(anchors))
 
-
-class FirstPick2(OwnStream):
-    """See `FirstPick1`."""
-
-    picks_from = 2
-
-
-class FirstPick3(OwnStream):
-    """See `FirstPick1`."""
-
-    picks_from = 3
-
-
-class FirstPick4(OwnStream):
-    """See `FirstPick1`."""
-
-    picks_from = 4
+    return FirstPick
 
 
 class CentralPick(ClusterNSLoss):
@@ -238,8 +232,7 @@ class SeededAnew(ClusterNSLoss):
         """See `ClusterNSLoss.forward`."""
         loss, was_active = super().forward(anchors, positives, negatives), self.clustering_active
         if self.training and was_active:
-            with torch.random.fork_rng([]):
-                self.seed(anchors, positives)
+            self.seed(anchors, positives)
         return loss
 
 
@@ -264,9 +257,9 @@ GROUPS: dict[str, dict[str, Variant]] = {
     "rules": {
         "early start": Variant(ClusterNSLoss, EARLY),
         "mean update": Variant(ClusterNSLoss, {"centroid_update": "mean", "centroid_momentum": 0.1}),
-        "close mates out": Variant(ClusterNSLoss, {"false_negatives": close_mates_out}),
-        "close mates held": Variant(ClusterNSLoss, {"false_negatives": close_mates_held}),
-        "guided margin": Variant(ClusterNSLoss, {"false_negatives": GuidedMargin(-0.1)}),
+        "close mates out": Variant(with_rule(close_mates_out), {}),
+        "close mates held": Variant(with_rule(close_mates_held), {}),
+        "guided margin": Variant(with_rule(GuidedMargin(-0.1)), {}),
         "seeded anew": Variant(SeededAnew, {}),
         "batch mean": Variant(MeanAsHardNegative, SIMCSE),
         "Gaussian negatives": Variant(GaussianNegatives, SIMCSE),
@@ -275,11 +268,9 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "rank consistency": Variant(RankConsistency, SIMCSE),
     },
     "spread": {
-        "own stream": Variant(OwnStream, {}),
-        "first pick 1": Variant(FirstPick1, {}),
-        "first pick 2": Variant(FirstPick2, {}),
-        "first pick 3": Variant(FirstPick3, {}),
-        "first pick 4": Variant(FirstPick4, {}),
+        "other masks": Variant(OtherMasks, SIMCSE),
+        "ClusterNS and other masks": Variant(OtherMasks, {}),
+        **{f"first pick {number}": Variant(first_pick(number), {}) for number in range(4)},
         "central pick": Variant(CentralPick, {}),
         "best chain": Variant(BestChain, {}),
         "buffered seeds": Variant(BufferedSeeds, {}),

@@ -192,7 +192,7 @@ def _differing(firsts: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
 def metric(groups: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
     """What `compare` says of one figure, from its values by seed in each group."""
     first, *later = groups
-    differences = []
+    differences: list[dict[str, Any]] = []
     for group in later:
         seeds = sorted(groups[first].keys() & groups[group].keys())
         values = [groups[group][seed] - groups[first][seed] for seed in seeds]
@@ -204,6 +204,7 @@ def metric(groups: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
                 "seeds": seeds,
                 **_spread(values),
                 "p_value": float(stats.ttest_1samp(values, 0).pvalue) if differs else None,
+                "p_holm": None,
                 "detectable": detectable(float(np.std(values, ddof=1)), len(values)) if differs else None,
             }
         )
@@ -294,7 +295,7 @@ def _difference(found: Mapping[str, Any], of: int) -> list[str]:
     if found["detectable"] is not None:
         shown = f"{found['detectable']:.2f}"
     mean = "no seed in both" if found["mean"] is None else f"{found['mean']:+.2f}"
-    return [mean, bounds, shown, *map(_p, (found["p_value"], found.get("p_holm"))[: 1 + (of > 1)])]
+    return [mean, bounds, shown, *map(_p, (found["p_value"], found["p_holm"])[: 1 + (of > 1)])]
 
 
 def _p(value: float | None) -> str:

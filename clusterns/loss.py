@@ -401,10 +401,12 @@ class ClusterNSLoss(OnlineKMeans):
                 f"num_clusters={self.num_clusters}; use a larger batch or fewer clusters",
             )
             return
-        if ranks is None:
-            self.seed(anchors, positives)
-        else:
+        # Not of the stream of dropout masks, which are so those of SimCSE with the same seed.
+        with torch.random.fork_rng([]):
             first = int(torch.randint(batch, (1,)))
+        if ranks is None:
+            self.seed(anchors, positives, first=first)
+        else:
             self.start_from(seeding_chain(anchors, positives, self.num_clusters, first, ranks)[0])
 
     def _describe(self, clusters: Clusters, ranks: Ranks | None) -> dict[str, Tensor]:
