@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import json
 import math
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from clusterns import ClusterNSLoss, cosine_similarity_matrix, info_nce
 from clusterns.objective.problem import Clusters
 from clusterns.reference import unit
 from clusterns.rules import Decision, GuidedMargin, Pairs, Rule
+from clusterns.training.config import TrainConfig
 
 
 class Variant(NamedTuple):
@@ -49,12 +51,12 @@ class RandomHardNegative(ClusterNSLoss):
         return found._replace(hard_ids=(found.ids + step) % self.num_clusters)
 
 
-class RandomClusters(RandomHardNegative):
+class RandomClusters(ClusterNSLoss):
     """Sentences belong to clusters at random, and any other centroid is their hard negative."""
 
     def assign(self, points: Tensor, **options: Any) -> Clusters:
         """See `OnlineKMeans.assign`."""
-        found = ClusterNSLoss.assign(self, points, **options)
+        found = super().assign(points, **options)
         ids = torch.randint_like(found.ids, self.num_clusters)
         step = torch.randint_like(ids, 1, self.num_clusters)
         return found._replace(ids=ids, hard_ids=(ids + step) % self.num_clusters)
@@ -106,9 +108,9 @@ def with_rule(rule: Rule) -> type[ClusterNSLoss]:
 
 
 class AngularMargin(ClusterNSLoss):
-    """The positive's angle counts as 10 degrees wider (Zhang et al., ACL 2022, ArcCSE)."""
+    """The positive's angle counts as so much wider (Zhang et al., ACL 2022, ArcCSE)."""
 
-    margin = math.radians(10)
+    degrees = 10.0
 
     def forward(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
         """See `ClusterNSLoss.forward`."""
@@ -116,7 +118,7 @@ class AngularMargin(ClusterNSLoss):
         others = positives if negatives is None else torch.cat([positives, negatives])
         cosines = cosine_similarity_matrix(anchors, others)
         own = cosines.diagonal().clamp(-1 + 1e-6, 1 - 1e-6)
-        logits = cosines.diagonal_scatter((own.acos() + self.margin).cos()) / self.temperature
+        logits = cosines.diagonal_scatter((own.acos() + math.radians(self.degrees)).cos()) / self.temperature
         loss = F.cross_entropy(logits, torch.arange(len(anchors), device=anchors.device))
         self.last["loss"] = loss.detach()
         return loss
@@ -280,8 +282,9 @@ VARIANTS = {name: variant for group in GROUPS.values() for name, variant in grou
 
 
 def chosen(names: list[str]) -> dict[str, Variant]:
-    """Variants by their name, that of a group, or settings as "ClusterNS,start_cosine=0.8,num_clusters=16".
+    """Variants by their name or that of a group, or with settings, as "ClusterNS,start_cosine=0.8".
 
+    A setting is one of `clusterns train`, or what the rule's own class has, as "angular margin,degrees=20".
     Raises SystemExit with one line for what is none of these.
     """
     found: dict[str, Variant] = {}
@@ -296,5 +299,12 @@ def chosen(names: list[str]) -> dict[str, Variant]:
         except (ValueError, KeyError):
             expected = f"some of {', '.join([*GROUPS, *VARIANTS])}, with settings as ClusterNS,bml_beta=0.5"
             raise SystemExit(f"--variants: expected {expected}, got {name}") from None
-        found[name] = Variant(loss, {**given, **settings})
+        own = {
+            key: settings.pop(key) for key in [*settings] if loss is not ClusterNSLoss and key in vars(loss)
+        }
+        if unknown := settings.keys() - {field.name for field in fields(TrainConfig)}:
+            raise SystemExit(
+                f"--variants: expected settings of clusterns train, got {unknown.pop()} in {name}"
+            )
+        found[name] = Variant(type(loss.__name__, (loss,), own) if own else loss, {**given, **settings})
     return found

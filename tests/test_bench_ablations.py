@@ -18,7 +18,8 @@ from clusterns.files import holding
 from clusterns.train import train
 from clusterns.training.config import TrainConfig
 
-GROUPS = runpy.run_path(str(BENCH / "variants.py"))["GROUPS"]
+SCRIPT = runpy.run_path(str(BENCH / "variants.py"))
+GROUPS = SCRIPT["GROUPS"]
 VARIANTS = {name: variant for group in GROUPS.values() for name, variant in group.items()}
 SMALL = "--layers 1 --batch 32 --steps 4 --eval-steps 2 --learning-rate 1e-3 --processes 1".split()
 # Those that are the loss of another one in all but where their random numbers or centroids come from.
@@ -89,6 +90,13 @@ def test_every_variant_trains_and_differs(name):
     found = losses(name)
     for other in {"SimCSE", "ClusterNS", "no hard negatives"} - {name, LIKE.get(name)}:
         assert found[1:] != pytest.approx(losses(other)[1:], abs=1e-6)
+
+
+def test_settings_of_a_variant():
+    name = "angular margin,degrees=20,max_grad_norm=0.5"
+    loss, settings = SCRIPT["chosen"]([name])[name]
+    assert (loss.degrees, VARIANTS["angular margin"].loss.degrees) == (20, 10)
+    assert settings == {"num_clusters": 0, "max_grad_norm": 0.5}
 
 
 def test_runs_are_those_of_train(data, tmp_path):
@@ -192,6 +200,7 @@ def test_minutes(data, tmp_path):
     ("arguments", "words"),
     [
         (["--variants", "SimSCE"], "--variants: expected some of parts"),
+        (["--variants", "SimCSE,foo=1"], "expected settings of clusterns train, got foo"),
         (["--text", "SearchSnippets"], "--data: expected a folder with clustering/SearchSnippets.tsv"),
         (["--layers", "3"], "--layers: expected 1 to 2, got 3"),
         (["--minutes", "0"], "--minutes: expected a number above 0"),
