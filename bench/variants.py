@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clusterns import ClusterNSLoss, cosine_similarity_matrix, info_nce
+from clusterns import ClusterNSLoss, cosine_similarity_matrix
 from clusterns.objective.problem import Clusters
 from clusterns.reference import unit
 from clusterns.rules import Decision, GuidedMargin, Pairs, Rule
@@ -120,22 +120,6 @@ class AngularMargin(ClusterNSLoss):
         own = cosines.diagonal().clamp(-1 + 1e-6, 1 - 1e-6)
         logits = cosines.diagonal_scatter((own.acos() + math.radians(self.degrees)).cos()) / self.temperature
         loss = F.cross_entropy(logits, torch.arange(len(anchors), device=anchors.device))
-        self.last["loss"] = loss.detach()
-        return loss
-
-
-class OverDimensions(ClusterNSLoss):
-    """A second InfoNCE, whose rows are the dimensions of the batch (Xu et al., EMNLP 2023, SimCSE++)."""
-
-    weight, dimensions_temperature = 0.1, 0.5
-
-    def forward(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
-        """See `ClusterNSLoss.forward`."""
-        loss = super().forward(anchors, positives, negatives)
-        across = (anchors.T.contiguous(), positives.T.contiguous())
-        loss = loss + self.weight * info_nce(
-            *across, temperature=self.dimensions_temperature, backend="torch"
-        )
         self.last["loss"] = loss.detach()
         return loss
 
@@ -266,7 +250,7 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "batch mean": Variant(MeanAsHardNegative, SIMCSE),
         "Gaussian negatives": Variant(GaussianNegatives, SIMCSE),
         "angular margin": Variant(AngularMargin, SIMCSE),
-        "over dimensions": Variant(OverDimensions, SIMCSE),
+        "over dimensions": Variant(ClusterNSLoss, {**SIMCSE, "dimension_weight": 3.0}),
         "rank consistency": Variant(RankConsistency, SIMCSE),
     },
     "spread": {

@@ -21,7 +21,7 @@ from .checks import (
     under_functorch,
     warn,
 )
-from .functional import check_options, evaluate
+from .functional import check_options, evaluate, info_nce
 from .objective.operators import shares
 from .objective.problem import Batch, Clusters, Options
 from .objective.ranks import GATHERS, Ranks, meet, seeding_chain
@@ -63,6 +63,10 @@ class ClusterNSLoss(OnlineKMeans):
         bml_weight, bml_alpha, bml_beta: λ, α, β of the margin loss.
         directions: "one" has anchors look for positives; "both" is the mean of that and of positives looking
             for anchors, see `info_nce`. The margin loss stays that of the anchors, as in the paper.
+        dimension_weight, dimension_temperature: weight ≥ 0 and temperature of a second InfoNCE, over the D
+            dimensions: what each says of the B sentences in one view, against what each says in the other,
+            which keeps them apart. After SimCSE++ (Xu et al., EMNLP 2023), by cosine. Not with a process
+            group.
         backend: "auto" (Triton on a GPU, torch elsewhere), "triton", "torch" or "reference".
         workspace_bytes: memory for logits and their temporaries, whatever the batch size; if None 256 MiB, on
             a GPU 896 MiB or less where that is over a quarter of what is free.
@@ -77,7 +81,8 @@ class ClusterNSLoss(OnlineKMeans):
     Attributes:
         centroids, initialized: buffers, see `OnlineKMeans`.
         last: detached terms of the last call, 0-d tensors on the device: `loss`, `info_nce`, `bml`,
-            `mean_cosine` (all B² pairs), `positive_cosine`; with clustering active also `nearest_cosine`,
+            `mean_cosine` (all B² pairs), `positive_cosine`; with a dimension weight `dimensions`; with
+            clustering active also `nearest_cosine`,
             `hard_negative_cosine` and `with_mates` (share of sentences that have a cluster-mate).
 
     """
@@ -101,6 +106,8 @@ class ClusterNSLoss(OnlineKMeans):
         bml_alpha: float = 0.2,
         bml_beta: float = 0.5,
         directions: str = "one",
+        dimension_weight: float = 0.0,
+        dimension_temperature: float = 0.5,
         backend: str = "auto",
         process_group: torch.distributed.ProcessGroup | None = None,
         gather: str = "all",
@@ -119,6 +126,10 @@ class ClusterNSLoss(OnlineKMeans):
         check_number("start_cosine", start_cosine, at_least=-1, at_most=1)
         check_backend(backend)
         check_choice("gather", gather, GATHERS)
+        check_number("dimension_weight", dimension_weight, at_least=0)
+        check_number("dimension_temperature", dimension_temperature, above=0)
+        if process_group is not None and dimension_weight:
+            raise ValueError(f"dimension_weight: expected 0 with a process_group, got {dimension_weight:g}")
         if process_group is not None and backend == "reference":
             raise ValueError(
                 "backend: expected 'auto', 'triton' or 'torch' with a process_group, got 'reference'"
@@ -139,6 +150,8 @@ class ClusterNSLoss(OnlineKMeans):
         self.bml_alpha = bml_alpha
         self.bml_beta = bml_beta
         self.directions = directions
+        self.dimension_weight = dimension_weight
+        self.dimension_temperature = dimension_temperature
         self.backend = backend
         self.process_group = process_group
         self.gather = gather
@@ -200,17 +213,27 @@ class ClusterNSLoss(OnlineKMeans):
             for name, term in zip(terms._fields, terms, strict=True)
             if term is not None
         }
+        loss = terms.loss
+        if self.dimension_weight:
+            across = info_nce(
+                anchors.T.contiguous(),
+                positives.T.contiguous(),
+                temperature=self.dimension_temperature,
+                backend="reference" if backend == "reference" else "torch" if backend == "torch" else "auto",
+            )
+            loss = loss + self.dimension_weight * across
+            found |= {"loss": loss.detach(), "dimensions": across.detach()}
         self.last = found | cosines
         after_step = self._after_step
         if torch.compiler.is_compiling():
             if not (self.training and self.num_clusters and not clustered):
-                return terms.loss
+                return loss
             torch._dynamo.graph_break(msg=_NOT_STARTED)
             # Else the K picks are unrolled into a graph. No decorator: it would load Triton at import.
             after_step = torch.compiler.disable(after_step)
         if self.training:
             after_step(*inputs, terms.mean_cosine, ranks)
-        return terms.loss
+        return loss
 
     def capture(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> None:
         """Record a step as CUDA graphs, one forward and one backward, which later calls replay.
@@ -438,6 +461,7 @@ class ClusterNSLoss(OnlineKMeans):
             f"centroid_update={self.centroid_update!r}, hard_negatives={self.hard_negatives}, "
             f"false_negatives={self.false_negatives!r}, bml_weight={self.bml_weight}, "
             f"bml_alpha={self.bml_alpha}, bml_beta={self.bml_beta}, directions={self.directions!r}, "
+            f"dimension_weight={self.dimension_weight}, dimension_temperature={self.dimension_temperature}, "
             f"backend={self.backend!r}"
         )
 

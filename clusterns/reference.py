@@ -136,6 +136,11 @@ def info_nce(
     return of_anchors if directions == "one" else (of_anchors + F.cross_entropy(logits.T, labels)) / 2
 
 
+def dimension_info_nce(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """InfoNCE over the D dimensions, each a row of its B values: z1's c-th looks for z2's c-th."""
+    return info_nce(cosine_similarity_matrix(z1.T, z2.T), temperature)
+
+
 def bidirectional_margin_loss(S: Tensor, M: Tensor, alpha: float, beta: float) -> Tensor:
     """BML: mean over all B² cells of relu(Δ+α) + relu(−Δ−β), Δ_ij = (S_ij − s_i)·M_ij (Eq. 9 and 10)."""
     delta = (S - S.diagonal()[:, None]) * M

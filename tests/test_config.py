@@ -26,6 +26,8 @@ TABLE = {
     "prompt-bert-large": ("bert-large-uncased", 256, 3e-5, 96, 1e-4, 0.2, True, 5e-4, 0.25, 0.3),
     "prompt-roberta-base": ("roberta-base", 512, 5e-5, 128, 1e-3, 0.4, False, 1e-2, 0.2, 0.6),
     "simcse-bert-base": ("bert-base-uncased", 64, 3e-5, 0, None, None, None, None, None, None),
+    # Ours: the row above, and a second InfoNCE.
+    "dimensions-bert-base": ("bert-base-uncased", 64, 3e-5, 0, None, None, None, None, None, None),
     "promptbert-base": ("bert-base-uncased", 256, 1e-5, 0, None, None, None, None, None, None),
 }
 NAMES = (
@@ -120,6 +122,7 @@ def test_each_column_of_the_table(name, capsys):
     config = TrainConfig.from_settings({"preset": name})
     loss, clusters = config.build_loss(8), settings["num_clusters"]
     assert settings["patience"] == (3 if clusters else 0)
+    assert loss.dimension_weight == (3 if name == "dimensions-bert-base" else 0)
     assert (loss.num_clusters, loss.hard_negatives) == (clusters, clusters > 0 and settings["hard_negatives"])
     assert (config.build_prompt() == Prompt("auto", denoising="trained")) == name.startswith("prompt")
     assert settings["pooling"] == ("mask" if name.startswith("prompt") else "cls")

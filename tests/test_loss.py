@@ -239,3 +239,36 @@ def test_active_step_never_asks_the_device():
         assert loss_fn.centroids.device.type == "meta"
     with pytest.raises(RuntimeError):  # the check can fail: before the start the rule does read a value
         two().to("meta")(*batch)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("clusters", [0, 6])
+def test_dimensions_are_told_apart(backend, clusters):
+    """The second InfoNCE is the formula's, in value and gradient, whatever the first one is."""
+    make = partial(started if clusters else ClusterNSLoss, *([clusters] if clusters else [12, 0]))
+    without = make(backend=backend).eval()
+    with_it = make(backend=backend, dimension_weight=0.5, dimension_temperature=0.3).eval()
+    with_it.load_state_dict(without.state_dict())
+    pair = [view.requires_grad_() for view in views(40)]
+    wide = [view.detach().double().requires_grad_() for view in pair]
+    expected = reference.dimension_info_nce(*wide, 0.3)
+    across = with_it(*pair) - without(*pair)
+    assert_close_to_truth(across, 0.5 * expected, condition=100)
+    assert_close_to_truth(with_it.last["dimensions"], expected, condition=24)
+    assert with_it.last["loss"] > with_it.last["info_nce"]
+    for found, true in zip(
+        torch.autograd.grad(across, pair), torch.autograd.grad(0.5 * expected, wide), strict=True
+    ):
+        assert (found - true).norm() < 1e-4 * true.norm()
+
+
+def test_dimensions_in_parts_and_with_ranks():
+    pair = views(40)
+    whole = plain(dimension_weight=2.0)
+    parts = CachedClusterNSLoss(12, 0, mini_batch_size=7, dimension_weight=2.0)
+    inputs = [view.detach() for view in pair]
+    assert_close_to_truth(parts(lambda x: x, *inputs), whole(*pair).detach(), condition=100)
+    with pytest.raises(ValueError, match="dimension_weight: expected 0 with a process_group, got 2"):
+        plain(dimension_weight=2.0, process_group=object())
+    with pytest.raises(ValueError, match="dimension_weight"):
+        plain(dimension_weight=-1.0)

@@ -154,7 +154,7 @@ def import_tracker(name: str) -> Any:
 
 # Where a figure of the log stands in a tracker, if not under cosine/ or training/.
 _GROUPS = {
-    "loss": ("loss", "info_nce", "bml", "mlm"),
+    "loss": ("loss", "info_nce", "bml", "dimensions", "mlm"),
     "clusters": ("empty_clusters", "largest_cluster", "cluster_entropy", "with_mates"),
     "negatives": ("effective_negatives",),
 }
