@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ import torch
 from report import machine, write, write_csv, write_json
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
-from trial import MODEL, SHORT, TEXTS, TimeIsUp, one_run, prepare, protocol
+from trial import MODEL, SHORT, TEXTS, TimeIsUp, configured, one_run, prepare, protocol, varied
 from variants import GROUPS, chosen
 
 from clusterns.compare import draw_groups, metric, report
@@ -42,7 +43,7 @@ from clusterns.evaluation.sts_scores import GEOMETRY_SET
 from clusterns.files import holding, replacing
 
 SEARCH_SEED = 1000
-MOST_SEEDS = 1000
+MOST_SEEDS = 999
 STS_TITLES = {"dev": "STS-B dev", "avg": "seven test sets, mean"}
 SHORT_TITLES = {"dev": "dev accuracy", "accuracy": "test accuracy"}
 COLUMNS = """best_step clustering_started mean_cosine nearest_cosine hard_negative_cosine centroids_cosine
@@ -72,6 +73,8 @@ def folder_of(wanted: argparse.Namespace) -> Path:
 def work(_: int, wanted: argparse.Namespace, deadline: float) -> None:
     """One of the processes that share the runs out: make those that nobody has made or is at."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // wanted.processes))
+    # In the background of a script it would be ignored, also where it says that the first process is gone.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     disable_progress_bar()
     variants, prepared, longest = chosen(wanted.variants), None, 0.0
     for seed, name, folder in planned(wanted):
@@ -84,23 +87,20 @@ def work(_: int, wanted: argparse.Namespace, deadline: float) -> None:
         with contextlib.suppress(BlockingIOError), holding(folder / ".lock"):
             if file.is_file():
                 continue
-            prepared = prepared or prepare(wanted)
-            began = time.time()
             try:
+                prepared = prepared or prepare(wanted)
+                began = time.time()
                 result = one_run(prepared, wanted, variants[name], seed, folder, deadline)
             except TimeIsUp as error:
-                if not longest:
-                    needed = (time.time() - began) / error.args[0] / 60
-                    raise SystemExit(
-                        f"--minutes: expected at least {math.ceil(needed) + 1} for one such run here, "
-                        f"got {wanted.minutes:g}"
-                    ) from None
-                tqdm.write(f"the time is up within {name}, seed {seed}, which is not kept", sys.stderr)
+                needed = math.ceil((time.time() - began) / error.args[0] / 60) + 1
+                text = f"--minutes: expected at least {needed} for one such run here, got {wanted.minutes:g}"
+                if longest or results_of(wanted):
+                    text = f"the time is up within {name}, seed {seed}, which is not kept"
+                tqdm.write(text, sys.stderr)
                 return
-            except ValueError as error:
-                raise SystemExit(
-                    f"{name}, seed {seed}: {error}; fewer --processes leave more memory"
-                ) from None
+            except (OSError, ValueError) as error:
+                cure = "; fewer --processes leave more for each" if "out of memory" in str(error) else ""
+                raise SystemExit(f"{name}, seed {seed}: {error}{cure}") from None
             write_json(file, result)
             longest = max(longest, 1.05 * (time.time() - began))
 
@@ -111,17 +111,21 @@ def work(_: int, wanted: argparse.Namespace, deadline: float) -> None:
 def results_of(wanted: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Runs there are, by variant and then by seed; those of other settings are refused with one line."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for name in chosen(wanted.variants):
+    for name, variant in chosen(wanted.variants).items():
         files = (folder_of(wanted) / slug(name)).glob("*/result.json")
         runs = [(file, json.loads(file.read_text(encoding="utf-8"))) for file in files]
         for file, run in runs:
-            if run["protocol"] != protocol(wanted):
-                raise SystemExit(
-                    f"--output: expected runs of {protocol(wanted)}, got {file} of {run['protocol']}"
-                )
+            for key, expected in (("protocol", protocol(wanted)), ("settings", varied(variant))):
+                if run.get(key) != expected:
+                    raise SystemExit(f"--output: expected runs of {expected}, got {file} of {run.get(key)}")
         if runs:
             found[name] = sorted((run for _, run in runs), key=lambda run: run["seed"])
     return found
+
+
+def table_of(wanted: argparse.Namespace) -> Path:
+    """The table; CSV and figure are beside it."""
+    return wanted.output / ("search.md" if wanted.search else "comparison.md")
 
 
 def write_tables(found: dict[str, list[dict[str, Any]]], wanted: argparse.Namespace) -> None:
@@ -132,9 +136,16 @@ def write_tables(found: dict[str, list[dict[str, Any]]], wanted: argparse.Namesp
         for run in runs
         if "failed" not in run
     ]
+    lines = [
+        f"{name}, seed {run['seed']}, has no figures: {run['failed']}\n"
+        for name, runs in found.items()
+        for run in runs
+        if "failed" in run
+    ]
+    path = table_of(wanted)
     if not rows:
+        write(path, "\n".join(lines))
         return
-    path = wanted.output / ("search" if wanted.search else "comparison")
     tests = list(dict.fromkeys(key for row in rows for key in row.get("test", {})))
     write_csv(path.with_suffix(".csv"), ["variant", "seed", "dev", *tests, *COLUMNS], rows)
     names = list(dict.fromkeys(row["variant"] for row in rows))
@@ -144,15 +155,16 @@ def write_tables(found: dict[str, list[dict[str, Any]]], wanted: argparse.Namesp
         if key in rows[0]
     }
     seeds = {n: of["seeds"] for n, of in next(iter(metrics.values()))["groups"].items()}
-    lines = [report({"groups": seeds, "metrics": metrics, "differing": {}, "never_clustered": {}}), ""]
-    lines += [
-        f"{name}, seed {run['seed']}, has no figures: {run['failed']}\n"
-        for name, runs in found.items()
-        for run in runs
-        if "failed" in run
+    found_out = report({"groups": seeds, "metrics": metrics, "differing": {}, "never_clustered": {}})
+    lines = [
+        found_out,
+        "",
+        *lines,
+        "This table was written by (commits of the runs: in the CSV)",
+        "",
+        "```json",
     ]
-    lines += ["This table was written by (commits of the runs: in the CSV)", "", "```json"]
-    write(path.with_suffix(".md"), "\n".join([*lines, json.dumps(protocol(wanted) | machine()), "```", ""]))
+    write(path, "\n".join([*lines, json.dumps(protocol(wanted) | machine()), "```", ""]))
     with replacing(path.with_suffix(".png")) as temporary:
         draw_groups(metrics, temporary)
 
@@ -162,7 +174,6 @@ def write_tables(found: dict[str, list[dict[str, Any]]], wanted: argparse.Namesp
 
 def checked(wanted: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse with one line what no run can begin with."""
-    chosen(wanted.variants)
     needed = [f"{MODEL}/config.json", {**TEXTS, **SHORT}[wanted.text]]
     needed += ["sts_raw/STS"] if wanted.text in TEXTS else []
     for name in needed:
@@ -180,6 +191,13 @@ def checked(wanted: argparse.Namespace, parser: argparse.ArgumentParser) -> None
             parser.error(
                 f"--{name}: expected 1{f' to {most}' if most < math.inf else ' or more'}, got {given}"
             )
+    for name, variant in chosen(wanted.variants).items():
+        try:
+            config = configured(wanted, variant, 1, wanted.output)
+            config.check()
+            config.build_loss(8)
+        except (TypeError, ValueError) as error:
+            parser.error(f"--variants {name}: {error}")
     if wanted.minutes is not None and not wanted.minutes > 0:
         parser.error(f"--minutes: expected a number above 0, got {wanted.minutes:g}")
 
@@ -214,23 +232,24 @@ def main() -> int:
     wanted.output.mkdir(parents=True, exist_ok=True)
     total, ended = len(list(planned(wanted))) if wanted.seeds or not wanted.minutes else None, False
     context = torch.multiprocessing.spawn(work, (wanted, deadline), wanted.processes, join=False, daemon=True)
-    with tqdm(total=total, unit="run") as bar:
-        while not ended:
-            try:
+    try:
+        with tqdm(total=total, unit="run") as bar:
+            while not ended:
                 ended = context.join(timeout=1)
-            except torch.multiprocessing.ProcessExitedException:  # it has said why
-                return 1
-            except KeyboardInterrupt:
-                tqdm.write(f"interrupted; what has ended is kept in {folder_of(wanted)}", sys.stderr)
-                return 130
-            count, found = bar.n, results_of(wanted)
-            bar.update(sum(map(len, found.values())) - count)
-            if bar.n > count:
-                write_tables(found, wanted)
-    path = wanted.output / ("search.md" if wanted.search else "comparison.md")
+                count, found = bar.n, results_of(wanted)
+                bar.update(sum(map(len, found.values())) - count)
+                if bar.n > count:
+                    write_tables(found, wanted)
+    except torch.multiprocessing.ProcessExitedException as error:
+        if error.exit_code < 0:  # else it has said why
+            print(f"a process was ended by signal {-error.exit_code}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; what has ended is kept in {folder_of(wanted)}", file=sys.stderr)
+        return 130
     if not found:
         return 1
-    print(path.read_text(encoding="utf-8"))
+    print(table_of(wanted).read_text(encoding="utf-8"))
     return 0
 
 

@@ -66,11 +66,11 @@ PY
             tests) measure -P -m pytest -p no:cacheprovider -vv -ra "${parallel[@]}" "${gpu_tests[@]}" ;;
             ablations)
                 sizes=() data=${CLUSTERNS_DATA:-runs/gpu-data}
-                [[ -d $data ]] || { mkdir -p "$data" && tar xJf .gpu/data.tar.xz -C "$data"; }
+                [[ -f $data/wiki_sentences.txt ]] || { mkdir -p "$data" && tar xJf .gpu/data.tar.xz -C "$data"; }
                 [[ $device == cuda ]] ||
-                    sizes=(--layers 1 --batch 16 --steps 2 --eval-steps 2 --seeds 1 --variants SimCSE ClusterNS)
+                    sizes=(--layers 1 --batch 16 --steps 2 --eval-steps 2 --seeds 1)
                 # $OUT takes few files: the runs come back as one
-                measure bench/ablations.py --data "$data" --output runs/gpu-ablations \
+                measure bench/ablations.py --data "$data" --output runs/gpu-ablations --variants parts "over dimensions" \
                     --minutes "$(awk "BEGIN { print ($seconds - 30) / 60 }")" "${sizes[@]}"
                 cp runs/gpu-ablations/comparison.* "$out"
                 tar czf "$out/gpu-ablations.tar.gz" -C runs gpu-ablations

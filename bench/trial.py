@@ -30,7 +30,7 @@ from clusterns.evaluation.judging import dev_scores
 from clusterns.evaluation.sts_scores import evaluate_sts
 from clusterns.train import Run
 from clusterns.training.config import TrainConfig
-from clusterns.training.devices import choose_device
+from clusterns.training.devices import choose_device, explained_errors
 from clusterns.training.processes import Processes
 from clusterns.training.run_folder import SUMMARY
 from clusterns.training.task import Task, prepare_task
@@ -99,6 +99,7 @@ class Prepared(NamedTuple):
     at_start: dict[str, float]  # what dev says of it
     processes: Processes
     test: Callable[[Any], dict[str, float]]
+    machine: dict[str, object]
 
 
 def prepare(wanted: argparse.Namespace) -> Prepared:
@@ -128,7 +129,7 @@ def prepare(wanted: argparse.Namespace) -> Prepared:
     encoder.tokenizer = TokenisedOnce(encoder.tokenizer)
     encoder.to(device)
     start = {name: value.clone() for name, value in encoder.state_dict().items()}
-    return Prepared(task, encoder, start, task.dev(encoder), Processes(0, 1, device), test)
+    return Prepared(task, encoder, start, task.dev(encoder), Processes(0, 1, device), test, machine())
 
 
 def configured(wanted: argparse.Namespace, variant: Variant, seed: int, folder: Path) -> TrainConfig:
@@ -179,6 +180,10 @@ class Trial(Run):
         """Keep the best weights."""
         self.best = {name: value.clone() for name, value in self.encoder.state_dict().items()}
 
+    def left(self) -> str:
+        """See `Run.left`."""
+        return "no model is kept"
+
     def train_step(self, *, watched: bool) -> dict[str, Tensor]:
         """See `Run.train_step`."""
         if time.time() > self.deadline and self.step > 1:  # of one step it is known what a run takes
@@ -196,14 +201,15 @@ def one_run(
     set_seed(seed)
     known = iter([prepared.at_start])
     task = replace(prepared.task, dev=lambda encoder: next(known, None) or prepared.task.dev(encoder))
-    result: dict[str, Any] = {"protocol": protocol(wanted), "seed": seed}
+    result: dict[str, Any] = {"protocol": protocol(wanted), "seed": seed, "settings": varied(variant)}
     # Without the training's own lines and bars.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         run = Trial(config, folder, task, encoder, prepared.processes, None)
         run.deadline = deadline
         run.begin(None)
         try:
-            run.loop()
+            with explained_errors(config, lambda: f"step {run.step}"):
+                run.loop()
         except ValueError as error:
             if "finite" not in str(error):
                 raise
@@ -224,7 +230,14 @@ def one_run(
         result["test"] = prepared.test(
             SimpleNamespace(encode=partial(encoder.encode, dtype=run.precision.dtype))
         )
-    return {**result, "seconds": round(time.perf_counter() - began, 1), "machine": machine()}
+    return {**result, "seconds": round(time.perf_counter() - began, 1), "machine": prepared.machine}
+
+
+def varied(variant: Variant) -> dict[str, Any]:
+    """What tells the runs of a variant from others of its name: settings, those of its rule, and the rule."""
+    own = vars(variant.loss) if variant.loss is not ClusterNSLoss else {}
+    own = {name: own[name] for name in own if name[0] != "_" and isinstance(own[name], (int, float))}
+    return {**PUBLISHED, **variant.settings, **own, "rule": variant.loss.__name__}
 
 
 def protocol(wanted: argparse.Namespace) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A rule stands here, and not in the library, until one wins against SimCSE on fre
 from __future__ import annotations
 
 import collections
+import inspect
 import json
 import math
 from dataclasses import fields
@@ -112,9 +113,14 @@ class AngularMargin(ClusterNSLoss):
 
     degrees = 10.0
 
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        if self.num_clusters or self.dimension_weight:
+            raise ValueError("angular margin: expected num_clusters=0 and no dimension_weight, got others")
+
     def forward(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
         """See `ClusterNSLoss.forward`."""
-        super().forward(anchors, positives, negatives)
+        super().forward(anchors, positives, negatives)  # its `last`; of the loss nothing is left
         others = positives if negatives is None else torch.cat([positives, negatives])
         cosines = cosine_similarity_matrix(anchors, others)
         own = cosines.diagonal().clamp(-1 + 1e-6, 1 - 1e-6)
@@ -145,7 +151,7 @@ class RankConsistency(ClusterNSLoss):
 class OtherMasks(ClusterNSLoss):
     """Draws a number at every step, so that the encoder's dropout masks are others than those of the seed."""
 
-    shares_masks = False  # see bench/ablations.py
+    shares_masks = False  # see bench/trial.py
 
     def forward(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
         """See `ClusterNSLoss.forward`."""
@@ -157,6 +163,8 @@ def first_pick(number: int) -> type[ClusterNSLoss]:
     """A loss whose chain begins at another sentence for each number, and is otherwise the same."""
 
     class FirstPick(ClusterNSLoss):
+        quarter = number
+
         def seed(self, anchors: Tensor, positives: Tensor, **_: Any) -> Tensor:
             return super().seed(anchors, positives, first=number * len(anchors) // 4 % len(anchors))
 
@@ -180,7 +188,7 @@ class BestChain(ClusterNSLoss):
 
     def seed(self, anchors: Tensor, positives: Tensor, **_: Any) -> Tensor:
         """See `OnlineKMeans.seed`."""
-        first = range(0, len(anchors), max(1, len(anchors) // self.chains))
+        first = [i * len(anchors) // self.chains for i in range(self.chains)]
         found = [(super(BestChain, self).seed(anchors, positives, first=f), f) for f in first]
 
         def likeness(picks: Tensor) -> float:
@@ -216,7 +224,8 @@ class SeededAnew(ClusterNSLoss):
 
     def forward(self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
         """See `ClusterNSLoss.forward`."""
-        loss, was_active = super().forward(anchors, positives, negatives), self.clustering_active
+        was_active = self.clustering_active
+        loss = super().forward(anchors, positives, negatives)
         if self.training and was_active:
             self.seed(anchors, positives)
         return loss
@@ -262,13 +271,16 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "buffered seeds": Variant(BufferedSeeds, {}),
     },
 }
+# What a variant may set of `clusterns train`: the loss and the optimiser; all else is shared by all runs.
+FREE = {field.name for field in fields(TrainConfig)} & inspect.signature(ClusterNSLoss).parameters.keys()
+FREE = FREE - {"backend", "gather"} | {"learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"}
 VARIANTS = {name: variant for group in GROUPS.values() for name, variant in group.items()}
 
 
 def chosen(names: list[str]) -> dict[str, Variant]:
     """Variants by their name or that of a group, or with settings, as "ClusterNS,start_cosine=0.8".
 
-    A setting is one of `clusterns train`, or what the rule's own class has, as "angular margin,degrees=20".
+    A setting is one of FREE, or what the rule's own class has, as "angular margin,degrees=20".
     Raises SystemExit with one line for what is none of these.
     """
     found: dict[str, Variant] = {}
@@ -288,7 +300,7 @@ def chosen(names: list[str]) -> dict[str, Variant]:
         }
         if unknown := settings.keys() - {field.name for field in fields(TrainConfig)}:
             raise SystemExit(
-                f"--variants: expected settings of clusterns train, got {unknown.pop()} in {name}"
+                f"--variants: expected settings of the loss or the optimiser, got {unknown.pop()} in {name}"
             )
         found[name] = Variant(type(loss.__name__, (loss,), own) if own else loss, {**given, **settings})
     return found

@@ -128,8 +128,6 @@ class ClusterNSLoss(OnlineKMeans):
         check_choice("gather", gather, GATHERS)
         check_number("dimension_weight", dimension_weight, at_least=0)
         check_number("dimension_temperature", dimension_temperature, above=0)
-        if process_group is not None and dimension_weight:
-            raise ValueError(f"dimension_weight: expected 0 with a process_group, got {dimension_weight:g}")
         if process_group is not None and backend == "reference":
             raise ValueError(
                 "backend: expected 'auto', 'triton' or 'torch' with a process_group, got 'reference'"
@@ -181,6 +179,10 @@ class ClusterNSLoss(OnlineKMeans):
         if self.process_group is None:
             self._check(anchors, positives, negatives)
         else:
+            if self.dimension_weight:
+                raise ValueError(
+                    f"dimension_weight: expected 0 with a process_group, got {self.dimension_weight:g}"
+                )
             ranks = self._meet(self.process_group, anchors, positives, negatives)
         clustered = self.clustering_active
         inputs = (anchors, positives, negatives)

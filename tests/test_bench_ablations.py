@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import runpy
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tiny import make_tokenizer, write_sts_folder
 from train_problems import sentences
 from transformers import DistilBertConfig, DistilBertModel
 
+from clusterns import reference
 from clusterns.encoder import SentenceEncoder
 from clusterns.files import holding
 from clusterns.train import train
@@ -59,6 +61,7 @@ def data(tmp_path_factory):
 
 
 def ablations(data: Path, output: Path, *more: str, status: int = 0) -> str:
+    output.mkdir(exist_ok=True)
     arguments = ("--data", str(data), "--output", str(output), *SMALL, *more)
     return run(output, "ablations.py", *arguments, status=status)
 
@@ -90,6 +93,37 @@ def test_every_variant_trains_and_differs(name):
     found = losses(name)
     for other in {"SimCSE", "ClusterNS", "no hard negatives"} - {name, LIKE.get(name)}:
         assert found[1:] != pytest.approx(losses(other)[1:], abs=1e-6)
+
+
+def picked(name: str, seed: int) -> torch.Tensor:
+    """Centroids (K, D) that a variant takes from one batch."""
+    generator = torch.Generator().manual_seed(5)
+    batch = [torch.randn(32, 16, generator=generator) for _ in range(2)]
+    torch.manual_seed(seed)
+    loss_fn = VARIANTS[name].loss(16, 8, start_cosine=1.0, backend="torch")
+    loss_fn(*batch)
+    return loss_fn.centroids
+
+
+def test_ways_to_seed():
+    assert not torch.equal(picked("ClusterNS", 0), picked("ClusterNS", 1))
+    fixed = [name for name in GROUPS["spread"] if "masks" not in name]
+    assert all(torch.equal(picked(name, 0), picked(name, 1)) for name in fixed)
+    # One batch is all that is buffered here.
+    assert torch.equal(picked("buffered seeds", 0), picked("central pick", 0))
+    firsts = [picked(f"first pick {number}", 0)[0] for number in range(4)]
+    assert len({tuple(row.tolist()) for row in firsts}) == 4
+    spread = [float((rows @ rows.T).mean()) for rows in map(reference.unit, [*map(chain, range(32))])]
+    best = reference.unit(picked("best chain", 0))
+    assert float((best @ best.T).mean()) == pytest.approx(min(spread[::4]))
+
+
+def chain(first: int) -> torch.Tensor:
+    """Centroids of the chain that begins there, of the batch of `picked`."""
+    generator = torch.Generator().manual_seed(5)
+    return reference.seed_centroids(*(torch.randn(32, 16, generator=generator) for _ in range(2)), 8, first)[
+        0
+    ]
 
 
 def test_settings_of_a_variant():
@@ -152,6 +186,10 @@ def test_runs_are_made_once_and_shared(data, tmp_path):
     refused = ablations(data, tmp_path, *two, "1", "--steps", "6", status=1)
     assert "expected runs of" in refused.splitlines()[-1]
     assert first.read_bytes() == before
+    result = json.loads(before)
+    result["settings"]["bml_beta"] = 0.4  # as of a script that had another one
+    first.write_text(json.dumps(result), encoding="utf-8")
+    assert "'bml_beta': 0.4" in ablations(data, tmp_path, *two, "1", status=1).splitlines()[-1]
 
 
 def test_the_search_sees_dev_alone(data, tmp_path):
@@ -169,7 +207,7 @@ def test_other_texts(data, tmp_path, text, figure):
     ablations(data, tmp_path, "--text", text, "--seeds", "1", "--variants", "SimCSE", "ClusterNS")
     found = rows(tmp_path / "comparison.csv")
     assert [row["variant"] for row in found] == ["SimCSE", "ClusterNS"]
-    assert all(float(row[figure]) for row in found)
+    assert all(math.isfinite(float(row[figure])) for row in found)
 
 
 def test_every_variant_runs(data, tmp_path):
@@ -182,6 +220,7 @@ def test_a_rule_that_fails_stops_no_other(data, tmp_path):
     ablations(data, tmp_path, "--seeds", "1", "--variants", *names)
     assert [row["variant"] for row in rows(tmp_path / "comparison.csv")] == ["SimCSE"]
     assert "learning_rate=1e38, seed 1, has no figures" in (tmp_path / "comparison.md").read_text("utf-8")
+    assert "has no figures" in ablations(data, tmp_path, "--seeds", "1", "--variants", names[0])
 
 
 def test_minutes(data, tmp_path):
@@ -200,14 +239,14 @@ def test_minutes(data, tmp_path):
     ("arguments", "words"),
     [
         (["--variants", "SimSCE"], "--variants: expected some of parts"),
-        (["--variants", "SimCSE,foo=1"], "expected settings of clusterns train, got foo"),
+        (["--variants", "SimCSE,foo=1"], "expected settings of the loss or the optimiser, got foo"),
+        (["--variants", "angular margin,num_clusters=8"], "angular margin: expected num_clusters=0"),
+        (["--batch", "1"], "batch_size: expected"),
         (["--text", "SearchSnippets"], "--data: expected a folder with clustering/SearchSnippets.tsv"),
         (["--layers", "3"], "--layers: expected 1 to 2, got 3"),
         (["--minutes", "0"], "--minutes: expected a number above 0"),
     ],
 )
 def test_bad_arguments(data, tmp_path, arguments, words):
-    last = ablations(
-        data, tmp_path, *arguments, status=1 if arguments[0] == "--variants" else 2
-    ).splitlines()[-1]
-    assert words in last
+    status = 1 if words.startswith(("--variants", "expected settings")) else 2
+    assert words in ablations(data, tmp_path, *arguments, status=status).splitlines()[-1]

@@ -269,6 +269,6 @@ def test_dimensions_in_parts_and_with_ranks():
     inputs = [view.detach() for view in pair]
     assert_close_to_truth(parts(lambda x: x, *inputs), whole(*pair).detach(), condition=100)
     with pytest.raises(ValueError, match="dimension_weight: expected 0 with a process_group, got 2"):
-        plain(dimension_weight=2.0, process_group=object())
+        plain(dimension_weight=2.0, process_group=object())(*pair)
     with pytest.raises(ValueError, match="dimension_weight"):
         plain(dimension_weight=-1.0)
