@@ -3,8 +3,8 @@
     python bench/ablations.py --data ../shared/data --output runs/wiki [--minutes 60] [--seeds 10]
     python bench/ablations.py … --search --variants SimCSE rules ClusterNS,start_cosine=0.8
 
-Each run is the loop of `clusterns train`, in this process: encoder, sentences and judged sets are loaded
-once, the best weights stay in memory, and a run costs its steps and evaluations. It keeps the best checkpoint
+Each run is the loop of `clusterns train`, in this process: encoder and sentences are loaded once, a text is
+tokenised once, the best weights stay in memory, and a run costs its steps and evaluations. It keeps the best checkpoint
 by dev, and scores that on the test sets. All variants have the first seed, then the second. A run that has
 its result is not run again: start the command anew and it goes on where it stopped. `--minutes` begins no run
 that would end later. Ends with every run as CSV, a table (mean ± standard deviation over seeds, paired tests
