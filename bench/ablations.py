@@ -7,8 +7,8 @@ Each run is the loop of `clusterns train`, in this process: encoder and sentence
 tokenised once, the best weights stay in memory, and a run costs its steps and evaluations. It keeps the best
 checkpoint by dev, and scores that on the test sets. All variants have the first seed, then the second. A run
 that has its result is not run again: start the command anew and it goes on where it stopped. `--minutes`
-begins no run that would end later. Ends with every run as CSV, a table (mean ± standard deviation over seeds, paired tests
-against the first variant, the difference that so many seeds can show), and a figure.
+begins no run that would end later. Ends with every run as CSV, a table (mean ± standard deviation over seeds,
+paired tests against the first variant, the difference that so many seeds can show), and a figure.
 
 Nothing is chosen by a test set: `--search` sees dev only, and trains with seeds that the comparison does not
 use. DATA is a folder with models, wiki_sentences.txt, snli_triplets.csv, sts_raw and clustering.

@@ -227,7 +227,8 @@ class TrainConfig:
         "objective",
         0.0,
         "of a second InfoNCE, over the dimensions of the batch, which keeps them apart",
-        when="short runs on a small batch: 3 won here against SimCSE (docs/results.md); not with torchrun",
+        when="short runs on a small batch for similarity: 3 won there against SimCSE, but not where texts "
+        "were clustered (docs/results.md); not with torchrun",
     )
     dimension_temperature: float = setting("objective", 0.5, "divides its cosines")
     mlm_weight: float = setting(
