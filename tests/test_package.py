@@ -70,8 +70,8 @@ def test_public_signatures():
     assert described(clusterns.ClusterNSLoss) == (
         "(embedding_dim, num_clusters=128, *, temperature=0.05, start_cosine=0.4, centroid_momentum=0.001, "
         "centroid_update='sum', hard_negatives=True, hard_negative_weight=0.0, false_negatives='bml', "
-        "bml_weight=0.0001, bml_alpha=0.2, bml_beta=0.5, directions='one', backend='auto', "
-        "process_group=None, gather='all', workspace_bytes=None)"
+        "bml_weight=0.0001, bml_alpha=0.2, bml_beta=0.5, directions='one', dimension_weight=0.0, "
+        "dimension_temperature=0.5, backend='auto', process_group=None, gather='all', workspace_bytes=None)"
     )
     assert described(clusterns.ClusterNSLoss.forward) == "(self, anchors, positives, negatives=None)"
     seeding = "(anchors, positives, num_clusters, *, first=None, generator=None)"
