@@ -241,6 +241,14 @@ def test_active_step_never_asks_the_device():
         two().to("meta")(*batch)
 
 
+def test_the_first_pick_leaves_the_dropout_masks_alone():
+    loss_fn, pair = ClusterNSLoss(12, 6, start_cosine=1.0), views(40)
+    before = torch.get_rng_state()
+    loss_fn(*pair)
+    assert loss_fn.clustering_active
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("clusters", [0, 6])
 def test_dimensions_are_told_apart(backend, clusters):

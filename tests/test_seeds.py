@@ -81,6 +81,12 @@ def test_p_values_are_corrected_for_all_groups():
     expected = [3 * one, max(3 * one, 2 * three), max(3 * one, 2 * three, two)]
     assert [found[name]["p_holm"] for name in ("one", "three", "two")] == pytest.approx(expected)
     assert found["same"]["p_value"] is None
+    # Of two like ones the second may not seem surer than the first.
+    both = metric(
+        {**groups, "two": {s: 1.001 * v for s, v in groups["one"].items()}, "three": groups["first"]}
+    )
+    firm = [each["p_holm"] for each in both["differences"][:2]]
+    assert firm == pytest.approx([2 * min(each["p_value"] for each in both["differences"][:2])] * 2)
     text = report(
         {"groups": groups, "metrics": {"dev": metric(groups)}, "differing": {}, "never_clustered": {}}
     )
